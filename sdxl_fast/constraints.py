@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rules about the arguments of an op, as data that can check themselves and describe themselves.
+
+An op lists its rules beside its definition, twice: the rules every call must satisfy (breaking one is a
+:class:`ValueError`) and, per backend, the rules that backend adds (breaking one means that backend is not used).
+A rule is a frozen dataclass: ``check(values)`` returns ``None`` or one sentence that names the argument, what came,
+what is allowed and, where there is one, the remedy; ``describe()`` states the rule itself. ``values`` maps argument
+names to what the caller passed. A rule about an absent (``None``) argument holds unless the rule says otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+Values = Mapping[str, Any]
+
+
+class Rule(Protocol):
+    """What every rule offers."""
+
+    def check(self, values: Values) -> str | None:
+        """Returns the problem in one sentence, or ``None`` when the rule holds."""
+        ...
+
+    def describe(self) -> str:
+        """Returns the rule itself in words."""
+        ...
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns ``"float32"`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def join(names: Iterable[str]) -> str:
+    """Returns ``"a, b or c"``."""
+    listed = list(names)
+    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} or {listed[-1]}"
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+@dataclass(frozen=True)
+class IsTensor:
+    """``arg`` is a tensor; with ``optional`` it may also be None."""
+
+    arg: str
+    optional: bool = False
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if isinstance(value, torch.Tensor) or (self.optional and value is None):
+            return None
+        return f"{self.describe()}, got {type(value).__name__}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be a tensor" + (" or None" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """``arg`` has one of ``dtypes``."""
+
+    arg: str
+    dtypes: tuple[torch.dtype, ...]
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if value is None or value.dtype in self.dtypes:
+            return None
+        remedy = f"{self.arg}.to(torch.{dtype_name(self.dtypes[0])})"
+        return f"{self.describe()}, got {dtype_name(value.dtype)}; convert it: {remedy}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be {join(dtype_name(d) for d in self.dtypes)}"
+
+
+@dataclass(frozen=True)
+class DtypeLike:
+    """``arg`` has the dtype of ``other``, or one of ``also`` (never for a float64 ``other``)."""
+
+    arg: str
+    other: str
+    also: tuple[torch.dtype, ...] = ()
+
+    def check(self, values: Values) -> str | None:
+        value, other = values[self.arg], values[self.other]
+        if value is None or value.dtype == other.dtype:
+            return None
+        if value.dtype in self.also and other.dtype != torch.float64:
+            return None
+        return (
+            f"{self.describe()}; got {self.arg} {dtype_name(value.dtype)} with {self.other} "
+            f"{dtype_name(other.dtype)}; convert it: {self.arg}.to({self.other}.dtype)"
+        )
+
+    def describe(self) -> str:
+        also = "".join(f" or be {dtype_name(d)}" for d in self.also)
+        return f"{self.arg} must have the dtype of {self.other}{also}"
+
+
+@dataclass(frozen=True)
+class DeviceLike:
+    """``arg`` lies on the device of ``other``."""
+
+    arg: str
+    other: str
+
+    def check(self, values: Values) -> str | None:
+        value, other = values[self.arg], values[self.other]
+        if value is None or value.device == other.device:
+            return None
+        return (
+            f"{self.describe()}; got {self.arg} on {value.device} and {self.other} on {other.device}; "
+            f"move it: {self.arg}.to({self.other}.device)"
+        )
+
+    def describe(self) -> str:
+        return f"{self.arg} must be on the device of {self.other}"
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """``arg`` lies on a device of type ``kind`` (``"cpu"``, ``"cuda"``)."""
+
+    arg: str
+    kind: str
+
+    def check(self, values: Values) -> str | None:
+        device = values[self.arg].device
+        return None if device.type == self.kind else f"{self.describe()}, got one on {device}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be a {self.kind} tensor"
+
+
+@dataclass(frozen=True)
+class Ndim:
+    """``arg`` has ``ndim`` dimensions, called ``layout`` in messages; ``at_least`` allows more."""
+
+    arg: str
+    ndim: int
+    layout: str
+    at_least: bool = False
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if value is None or value.ndim == self.ndim or (self.at_least and value.ndim > self.ndim):
+            return None
+        return f"{self.describe()}, got shape {_shape(value)}"
+
+    def describe(self) -> str:
+        plural = "dimension" if self.ndim == 1 else "dimensions"
+        return f"{self.arg} must have {'at least ' if self.at_least else ''}{self.ndim} {plural} {self.layout}"
+
+
+@dataclass(frozen=True)
+class ShapeFrom:
+    """``arg`` has the shape made of the dimensions ``dims`` of ``other``, called ``layout`` in messages."""
+
+    arg: str
+    other: str
+    dims: tuple[int, ...]
+    layout: str
+
+    def check(self, values: Values) -> str | None:
+        value, other = values[self.arg], values[self.other]
+        if value is None:
+            return None
+        expected = [other.shape[dim] for dim in self.dims]
+        if list(value.shape) == expected:
+            return None
+        return f"{self.describe()} = {expected}, got {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must have shape {self.layout} of {self.other}"
+
+
+@dataclass(frozen=True)
+class SameShape:
+    """``arg`` has the shape of ``other``."""
+
+    arg: str
+    other: str
+
+    def check(self, values: Values) -> str | None:
+        value, other = values[self.arg], values[self.other]
+        if value is None or value.shape == other.shape:
+            return None
+        return f"{self.describe()} {_shape(other)}, got {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must have the shape of {self.other}"
+
+
+@dataclass(frozen=True)
+class EvenLast:
+    """The last dimension of ``arg`` is even."""
+
+    arg: str
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        return None if value.shape[-1] % 2 == 0 else f"{self.describe()}, got shape {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"the last dimension of {self.arg} must be even"
+
+
+@dataclass(frozen=True)
+class Divides:
+    """The integer ``arg`` is positive and divides dimension ``dim`` of ``other``."""
+
+    arg: str
+    other: str
+    dim: int
+
+    def check(self, values: Values) -> str | None:
+        value, size = values[self.arg], values[self.other].shape[self.dim]
+        if value > 0 and size % value == 0:
+            return None
+        return f"{self.describe()}, got {self.arg}={value} for {size} channels"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be positive and divide dimension {self.dim} of {self.other}"
+
+
+@dataclass(frozen=True)
+class Integer:
+    """``arg`` is a Python int in ``low <= arg < high``; with ``optional`` it may also be None."""
+
+    arg: str
+    low: int | None = None
+    high: int | None = None
+    optional: bool = False
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if value is None and self.optional:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+            return f"{self.describe()}, got {value!r}"
+        if (self.low is not None and value < self.low) or (self.high is not None and value >= self.high):
+            return f"{self.describe()}, got {value}"
+        return None
+
+    def describe(self) -> str:
+        text = f"{self.arg} must be an int"
+        if self.low is not None:
+            text += f" >= {self.low}"
+        if self.high is not None:
+            text += f" and < {self.high}"
+        return text + (" or None" if self.optional else "")
+
+
+@dataclass(frozen=True)
+class NonNegative:
+    """``arg`` is a finite number >= 0."""
+
+    arg: str
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        return None if good else f"{self.describe()}, got {value!r}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be a finite number >= 0"
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """``arg`` is one of ``choices``."""
+
+    arg: str
+    choices: tuple[str, ...]
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        return None if value in self.choices else f"{self.describe()}, got {value!r}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be {join(repr(c) for c in self.choices)}"
+
+
+@dataclass(frozen=True)
+class Together:
+    """``first`` and ``second`` are both given or both None."""
+
+    first: str
+    second: str
+
+    def check(self, values: Values) -> str | None:
+        if (values[self.first] is None) == (values[self.second] is None):
+            return None
+        missing = self.first if values[self.first] is None else self.second
+        return f"{self.describe()}, got None only for {missing}"
+
+    def describe(self) -> str:
+        return f"{self.first} and {self.second} must both be given or both be None"
+
+
+@dataclass(frozen=True)
+class ExactlyOne:
+    """Just one of ``first`` and ``second`` is given."""
+
+    first: str
+    second: str
+
+    def check(self, values: Values) -> str | None:
+        given = [values[self.first] is not None, values[self.second] is not None]
+        if sum(given) == 1:
+            return None
+        return f"{self.describe()}, got {'both' if all(given) else 'neither'}"
+
+    def describe(self) -> str:
+        return f"exactly one of {self.first} and {self.second} must be given"
+
+
+@dataclass(frozen=True)
+class NoGradient:
+    """``arg`` does not require grad, because the op has no derivative for it."""
+
+    arg: str
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if value is None or not (value.requires_grad and torch.is_grad_enabled()):
+            return None
+        return f"{self.describe()}; detach it: {self.arg}.detach()"
+
+    def describe(self) -> str:
+        return f"no gradient is defined for {self.arg}, which requires grad"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A rule given as a function of the values, for what the classes above cannot say."""
+
+    text: str
+    holds: Callable[[Values], bool]
+
+    def check(self, values: Values) -> str | None:
+        return None if self.holds(values) else self.text
+
+    def describe(self) -> str:
+        return self.text
+
+
+def first_problem(rules: Iterable[Rule], values: Values) -> str | None:
+    """Returns the sentence of the first broken rule, or ``None``."""
+    for rule in rules:
+        problem = rule.check(values)
+        if problem is not None:
+            return problem
+    return None

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How ops find their backends: the reference, the Triton kernels, and the native library behind thin adapters."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from sdxl_fast.constraints import DeviceType, Dtype, Rule, Values
+from sdxl_fast.dispatch import Backend
+from sdxl_fast.errors import UnavailableError
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+Pair = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels in Python, which runs them on CPU tensors too (for tests, very slowly)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@dataclass(frozen=True)
+class TritonDevice:
+    """``arg`` is where Triton can run: a CUDA tensor, or a CPU tensor under TRITON_INTERPRET=1."""
+
+    arg: str
+
+    def check(self, values: Values) -> str | None:
+        device = values[self.arg].device
+        if device.type == "cuda" or (device.type == "cpu" and interpreting()):
+            return None
+        return f"{self.describe()}, got one on {device}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must be a cuda tensor (or a cpu one in the interpreter, TRITON_INTERPRET=1)"
+
+
+def eager(reference: ModuleType) -> Backend:
+    """The reference as a backend: any device, any float dtype."""
+    return Backend("eager", lambda: (reference.fwd, reference.bwd))
+
+
+def triton(op: str, lead: str, *rules: Rule) -> Backend:
+    """The Triton kernels of ``op``; ``rules`` are those beyond device and dtype of the lead tensor."""
+
+    def load() -> Pair:
+        if not (torch.cuda.is_available() or interpreting()):
+            raise UnavailableError("no CUDA GPU (set TRITON_INTERPRET=1 before the first use to interpret on the CPU)")
+        try:
+            module = importlib.import_module(f"sdxl_fast.triton_kernels.{op}")
+        except ImportError as error:
+            raise UnavailableError(f"the Triton kernels do not import: {error}") from None
+        return getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd")
+
+    return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
+
+
+def native(device: str, lead: str, make: Callable[[str], Pair], *rules: Rule) -> Backend:
+    """The native library on ``device`` ("cpu" or "cuda"); ``make(device)`` returns the adapters of the op."""
+
+    def load() -> Pair:
+        from sdxl_fast.ops import _native
+
+        _native.require(device)
+        return make(device)
+
+    dtypes = FLOATS if device == "cpu" else GPU_FLOATS
+    return Backend(device, load, (DeviceType(lead, device), Dtype(lead, dtypes), *rules))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``geglu``: value * GELU(gate) over the two halves of the last dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sdxl_fast.constraints import Dtype, EvenLast, IsTensor, Ndim, OneOf
+from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
+from sdxl_fast.ops import _backends
+from sdxl_fast.reference import geglu as reference
+
+
+def geglu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+    """Returns ``value * GELU(gate)`` with ``value, gate = x.chunk(2, -1)``, differentiable twice.
+
+    Args:
+        x: [..., 2C], float32, bfloat16, float16 or float64. Anything not contiguous is copied first.
+        approximate: ``"none"`` for the erf form, which SDXL uses, or ``"tanh"``.
+
+    Returns:
+        [..., C] in x's dtype, contiguous; computed in float32 (float64 for float64) and rounded once. Autocast does
+        not change the dtype.
+
+    Raises:
+        ValueError: naming the argument, what came, what is allowed and the remedy.
+        UnsupportedError: when the backend forced by ``use_backend`` cannot run the call.
+
+    Source: Shazeer 2020 (arXiv:2002.05202); order of the halves as in diffusers.
+    """
+    y: torch.Tensor = _OP(x, approximate)
+    return y
+
+
+class _Geglu(FusedOp):
+    name = "geglu"
+    parameters = ("x", "approximate")
+    fwd_schema = "(Tensor x, str approximate) -> Tensor"
+    bwd_schema = "(Tensor dy, Tensor x, str approximate) -> Tensor"
+    rules = (
+        IsTensor("x"),
+        Dtype("x", _backends.FLOATS),
+        Ndim("x", 1, "[..., 2C]", at_least=True),
+        EvenLast("x"),
+        OneOf("approximate", reference.APPROXIMATIONS),
+    )
+    backends = (
+        _backends.triton("geglu", "x"),
+        _backends.eager(reference),
+    )
+
+    def prepare(self, args: Args) -> Args:
+        x, approximate = args
+        return x.contiguous(), approximate
+
+    def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
+        return (args[0],)
+
+    def bwd_arguments(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> Args:
+        return dy.contiguous(), saved[0], scalars[1]
+
+    def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
+        return found, None
+
+    def second_order(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> tuple[MaybeTensor, ...]:
+        found = reference_gradients(lambda x: reference.fwd(x, scalars[1]), saved, dy, needs[:1])
+        return (*found, None)
+
+    def forward_arguments(self, bwd_args: Args) -> Args:
+        _, x, approximate = bwd_args
+        return x, approximate
+
+    def fake_fwd(self, args: Args) -> Any:
+        x = args[0]
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+    def fake_bwd(self, bwd_args: Args) -> Any:
+        return torch.empty_like(bwd_args[1])
+
+
+_OP = _Geglu(geglu)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``group_norm_silu``: act(GroupNorm(x [+ shift])) in one operation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sdxl_fast.constraints import (
+    DeviceLike,
+    Divides,
+    Dtype,
+    DtypeLike,
+    IsTensor,
+    Integer,
+    Ndim,
+    NonNegative,
+    OneOf,
+    ShapeFrom,
+    Together,
+)
+from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like, reference_gradients
+from sdxl_fast.ops import _backends
+from sdxl_fast.reference import group_norm_silu as reference
+from sdxl_fast.reference._common import accumulation_dtype
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    shift: torch.Tensor | None = None,
+    activation: str = "silu",
+) -> torch.Tensor:
+    """Returns ``act(GroupNorm(x + shift))``, differentiable twice in x, weight, bias and shift.
+
+    Args:
+        x: [N,C,H,W], float32, bfloat16, float16 or float64; contiguous or channels_last. Other strides are made dense
+            first: channels_last if C is innermost, contiguous otherwise.
+        weight, bias: [C], both or neither; x's dtype, or float32 beside a 16-bit x (autocast).
+        num_groups: G, divides C.
+        eps: added to the (biased) variance.
+        shift: [N,C] in x's dtype, added to every pixel before the statistics: the time embedding of a residual block.
+        activation: ``"silu"`` or ``"none"``.
+
+    Returns:
+        [N,C,H,W] in x's dtype and memory format. Statistics and arithmetic are float32 (float64 for float64), rounded
+        once at the end. Autocast does not change the dtype.
+
+    Raises:
+        ValueError: naming the argument, what came, what is allowed and the remedy.
+        UnsupportedError: when the backend forced by ``use_backend`` cannot run the call.
+
+    Source: Wu & He 2018 (arXiv:1803.08494).
+    """
+    y: torch.Tensor = _OP(x, weight, bias, shift, num_groups, eps, activation)[0]
+    return y
+
+
+class _GroupNormSilu(FusedOp):
+    name = "group_norm_silu"
+    parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation")
+    fwd_schema = (
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, SymInt num_groups, float eps, str activation) "
+        "-> (Tensor, Tensor, Tensor)"
+    )
+    bwd_schema = (
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor mean, Tensor rstd, "
+        "SymInt num_groups, str activation, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    )
+    rules = (
+        IsTensor("x"),
+        *(IsTensor(arg, optional=True) for arg in ("weight", "bias", "shift")),
+        Dtype("x", _backends.FLOATS),
+        Ndim("x", 4, "[N,C,H,W]"),
+        Integer("num_groups"),
+        Divides("num_groups", "x", 1),
+        Together("weight", "bias"),
+        *(ShapeFrom(arg, "x", (1,), "[C]") for arg in ("weight", "bias")),
+        ShapeFrom("shift", "x", (0, 1), "[N,C]"),
+        *(DtypeLike(arg, "x", also=(torch.float32,)) for arg in ("weight", "bias")),
+        DtypeLike("bias", "weight"),
+        DtypeLike("shift", "x"),
+        *(DeviceLike(arg, "x") for arg in ("weight", "bias", "shift")),
+        NonNegative("eps"),
+        OneOf("activation", reference.ACTIVATIONS),
+    )
+    backends = (
+        _backends.triton("group_norm_silu", "x"),
+        _backends.eager(reference),
+    )
+
+    def prepare(self, args: Args) -> Args:
+        x, weight, bias, shift, *scalars = args
+        if weight is not None:
+            weight, bias = weight.contiguous(), bias.contiguous()
+        return dense(x), weight, bias, None if shift is None else shift.contiguous(), *scalars
+
+    def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
+        return (*args[:4], *outputs[1:])
+
+    def bwd_arguments(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> Args:
+        x, weight, bias, shift, mean, rstd = saved
+        assert x is not None
+        num_groups, activation = scalars[4], scalars[6]
+        return laid_out_like(dy, x), x, weight, bias, shift, mean, rstd, num_groups, activation, tuple(needs[:4])
+
+    def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
+        return (*found, None, None, None)
+
+    def second_order(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> tuple[MaybeTensor, ...]:
+        found = reference_gradients(lambda *t: reference.fwd(*t, *scalars[4:])[0], saved[:4], dy, needs[:4])
+        return (*found, None, None, None)
+
+    def forward_arguments(self, bwd_args: Args) -> Args:
+        _, x, weight, bias, shift, _, _, num_groups, activation, _ = bwd_args
+        return x, weight, bias, shift, num_groups, 0.0, activation
+
+    def fake_fwd(self, args: Args) -> Any:
+        x, num_groups = args[0], args[4]
+        statistics = x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
+        return torch.empty_like(x), statistics, torch.empty_like(statistics)
+
+    def fake_bwd(self, bwd_args: Args) -> Any:
+        needs = bwd_args[9]
+        like = bwd_args[1:5]
+        return tuple(
+            torch.empty_like(t) if need and t is not None else bwd_args[0].new_empty(0)
+            for t, need in zip(like, needs, strict=True)
+        )
+
+
+_OP = _GroupNormSilu(group_norm_silu)

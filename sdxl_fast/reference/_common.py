@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the reference modules share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Wrong(NamedTuple):
+    """A deliberately wrong variant of one function of an op."""
+
+    of: str  # "fwd" or "bwd"
+    function: Callable[..., Any]
+
+
+def wrong_variants(**variants: Mapping[str, Callable[..., Any]]) -> dict[str, Wrong]:
+    """Returns ``{name: Wrong(of, function)}`` from ``fwd={name: function}, bwd={...}``."""
+    return {name: Wrong(of, function) for of, named in variants.items() for name, function in named.items()}
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype an op computes in: float64 for float64, float32 for everything lower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def itemsize(dtype: torch.dtype) -> int:
+    """Returns bytes per element."""
+    return torch.empty((), dtype=dtype).element_size()
