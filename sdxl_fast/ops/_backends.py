@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -63,14 +64,7 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
 
-def native(device: str, lead: str, make: Callable[[str], Pair], *rules: Rule) -> Backend:
-    """The native library on ``device`` ("cpu" or "cuda"); ``make(device)`` returns the adapters of the op."""
-
-    def load() -> Pair:
-        from sdxl_fast.ops import _native
-
-        _native.require(device)
-        return make(device)
-
+def native(device: str, lead: str, load: Callable[[str], Pair], *rules: Rule) -> Backend:
+    """The native library on ``device`` ("cpu" or "cuda"); ``load(device)`` returns the adapters of the op."""
     dtypes = FLOATS if device == "cpu" else GPU_FLOATS
-    return Backend(device, load, (DeviceType(lead, device), Dtype(lead, dtypes), *rules))
+    return Backend(device, functools.partial(load, device), (DeviceType(lead, device), Dtype(lead, dtypes), *rules))

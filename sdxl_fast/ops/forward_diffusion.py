@@ -21,7 +21,7 @@ from sdxl_fast.constraints import (
     ShapeFrom,
 )
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like
-from sdxl_fast.ops import _backends
+from sdxl_fast.ops import _backends, _native
 from sdxl_fast.reference import forward_diffusion as reference
 from sdxl_fast.reference._common import accumulation_dtype
 
@@ -66,6 +66,49 @@ def forward_diffusion(
     return x_t, drawn if noise is None else noise
 
 
+def _native_kernels(device: str) -> _backends.Pair:
+    """Adapters from the raw signature to the C functions of ``device``."""
+    lib, tail = _native.binding(device), _native.TAIL[device]
+    fwd_name, bwd_name = f"forward_diffusion_fwd_{device}", f"forward_diffusion_bwd_{device}"
+    c_fwd, c_bwd, pointer = getattr(lib, fwd_name), getattr(lib, bwd_name), _native.pointer
+
+    def fwd(
+        x0: torch.Tensor,
+        alphas_cumprod: torch.Tensor,
+        timesteps: torch.Tensor,
+        seeds: torch.Tensor | None,
+        stream: int,
+        noise: torch.Tensor | None,
+        pure_noise_at: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x_t = torch.empty_like(x0)
+        drawn = torch.empty_like(x0) if noise is None else None
+        status = c_fwd(
+            *(x0.data_ptr(), alphas_cumprod.data_ptr(), timesteps.data_ptr(), pointer(seeds), pointer(noise)),
+            *(x_t.data_ptr(), pointer(drawn), *x0.shape, alphas_cumprod.shape[0], stream),
+            *(-1 if pure_noise_at is None else pure_noise_at, _native.layout(x0), _native.DTYPE[x0.dtype], tail(x0)),
+        )
+        if status:
+            _native.fail(lib, status, fwd_name, x0, alphas_cumprod, timesteps, seeds, noise)
+        return x_t, drawn if drawn is not None else noise  # type: ignore[return-value]
+
+    def bwd(
+        dx_t: torch.Tensor, alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, pure_noise_at: int | None
+    ) -> torch.Tensor:
+        dx0 = torch.empty_like(dx_t)
+        n, c, h, w = dx_t.shape
+        status = c_bwd(
+            *(dx_t.data_ptr(), alphas_cumprod.data_ptr(), timesteps.data_ptr(), dx0.data_ptr(), n, c * h * w),
+            *(alphas_cumprod.shape[0], -1 if pure_noise_at is None else pure_noise_at),
+            *(_native.DTYPE[dx_t.dtype], tail(dx_t)),
+        )
+        if status:
+            _native.fail(lib, status, bwd_name, dx_t, alphas_cumprod, timesteps)
+        return dx0
+
+    return _native.guard(device, fwd), _native.guard(device, bwd)
+
+
 class _ForwardDiffusion(FusedOp):
     name = "forward_diffusion"
     parameters = ("x0", "alphas_cumprod", "timesteps", "seeds", "stream", "noise", "pure_noise_at")
@@ -93,7 +136,9 @@ class _ForwardDiffusion(FusedOp):
         NoGradient("alphas_cumprod"),
     )
     backends = (
+        _backends.native("cuda", "x0", _native_kernels),
         _backends.triton("forward_diffusion", "x0"),
+        _backends.native("cpu", "x0", _native_kernels),
         _backends.eager(reference),
     )
 
@@ -110,7 +155,7 @@ class _ForwardDiffusion(FusedOp):
         if timesteps.device.type != "cpu":
             return
         listed, total = timesteps.tolist(), alphas_cumprod.shape[0]
-        if listed and not (0 <= min(listed) and max(listed) < total):
+        if listed and not (min(listed) >= 0 and max(listed) < total):
             raise ValueError(
                 f"{self.name}: timesteps must be >= 0 and < {total}, the length of alphas_cumprod, got "
                 f"{min(listed)} to {max(listed)}"

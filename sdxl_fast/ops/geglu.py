@@ -10,7 +10,7 @@ import torch
 
 from sdxl_fast.constraints import Dtype, EvenLast, IsTensor, Ndim, OneOf
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends
+from sdxl_fast.ops import _backends, _native
 from sdxl_fast.reference import geglu as reference
 
 
@@ -35,6 +35,35 @@ def geglu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
     return y
 
 
+def _native_kernels(device: str) -> _backends.Pair:
+    """Adapters from the raw signature to the C functions of ``device``."""
+    lib, tail = _native.binding(device), _native.TAIL[device]
+    fwd_name, bwd_name = f"geglu_fwd_{device}", f"geglu_bwd_{device}"
+    c_fwd, c_bwd = getattr(lib, fwd_name), getattr(lib, bwd_name)
+
+    def fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+        cols = x.shape[-1] // 2
+        y = x.new_empty((*x.shape[:-1], cols))
+        rows = y.numel() // cols if cols else 0
+        code, dtype = _native.APPROXIMATE[approximate], _native.DTYPE[x.dtype]
+        status = c_fwd(x.data_ptr(), y.data_ptr(), rows, cols, code, dtype, tail(x))
+        if status:
+            _native.fail(lib, status, fwd_name, x)
+        return y
+
+    def bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
+        dx = torch.empty_like(x)
+        cols = dy.shape[-1]
+        rows = dy.numel() // cols if cols else 0
+        code, dtype = _native.APPROXIMATE[approximate], _native.DTYPE[x.dtype]
+        status = c_bwd(dy.data_ptr(), x.data_ptr(), dx.data_ptr(), rows, cols, code, dtype, tail(x))
+        if status:
+            _native.fail(lib, status, bwd_name, dy, x)
+        return dx
+
+    return _native.guard(device, fwd), _native.guard(device, bwd)
+
+
 class _Geglu(FusedOp):
     name = "geglu"
     parameters = ("x", "approximate")
@@ -48,7 +77,9 @@ class _Geglu(FusedOp):
         OneOf("approximate", reference.APPROXIMATIONS),
     )
     backends = (
+        _backends.native("cuda", "x", _native_kernels),
         _backends.triton("geglu", "x"),
+        _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),
     )
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from sdxl_fast.constraints import (
     Divides,
     Dtype,
     DtypeLike,
-    IsTensor,
     Integer,
+    IsTensor,
     Ndim,
     NonNegative,
     OneOf,
@@ -22,7 +22,7 @@ from sdxl_fast.constraints import (
     Together,
 )
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like, reference_gradients
-from sdxl_fast.ops import _backends
+from sdxl_fast.ops import _backends, _native
 from sdxl_fast.reference import group_norm_silu as reference
 from sdxl_fast.reference._common import accumulation_dtype
 
@@ -62,6 +62,86 @@ def group_norm_silu(
     return y
 
 
+def _native_kernels(device: str) -> _backends.Pair:
+    """Adapters from the raw signature to the C functions of ``device``."""
+    lib = _native.binding(device)
+    c_workspace = getattr(lib, f"group_norm_silu_workspace_{device}")
+    return (
+        _native.guard(device, _native_fwd(lib, device, c_workspace)),
+        _native.guard(device, _native_bwd(lib, device, c_workspace)),
+    )
+
+
+def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Callable[..., Any]:
+    name = f"group_norm_silu_fwd_{device}"
+    function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
+
+    def fwd(
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        num_groups: int,
+        eps: float,
+        activation: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        n, c, h, w = x.shape
+        layout = _native.layout(x)
+        y = torch.empty_like(x)
+        mean = x.new_empty((n, num_groups), dtype=accumulation_dtype(x.dtype))
+        rstd = torch.empty_like(mean)
+        workspace = _native.scratch(c_workspace(n, c, h * w, num_groups, layout, 0), x)
+        dtype = _native.DTYPE[x.dtype]
+        status = function(
+            *(x.data_ptr(), pointer(weight), pointer(bias), pointer(shift)),
+            *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), pointer(workspace)),
+            *(n, c, h * w, num_groups, eps, layout, _native.ACTIVATION[activation]),
+            *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
+        )
+        if status:
+            _native.fail(lib, status, name, x, weight, bias, shift)
+        return y, mean, rstd
+
+    return fwd
+
+
+def _native_bwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Callable[..., Any]:
+    name = f"group_norm_silu_bwd_{device}"
+    function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
+
+    def bwd(
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        shift: torch.Tensor | None,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        num_groups: int,
+        activation: str,
+        needs: Sequence[bool],
+    ) -> tuple[MaybeTensor, ...]:
+        n, c, h, w = x.shape
+        layout = _native.layout(x)
+        gradients = [
+            torch.empty_like(t) if need and t is not None else None
+            for t, need in zip((x, weight, bias, shift), needs, strict=True)
+        ]
+        workspace = _native.scratch(c_workspace(n, c, h * w, num_groups, layout, 1), x)
+        dtype = _native.DTYPE[x.dtype]
+        status = function(
+            *(dy.data_ptr(), x.data_ptr(), pointer(weight), pointer(bias), pointer(shift)),
+            *(mean.data_ptr(), rstd.data_ptr(), *map(pointer, gradients), pointer(workspace)),
+            *(n, c, h * w, num_groups, layout, _native.ACTIVATION[activation]),
+            *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
+        )
+        if status:
+            _native.fail(lib, status, name, dy, x, weight, bias, shift)
+        return tuple(gradients)
+
+    return bwd
+
+
 class _GroupNormSilu(FusedOp):
     name = "group_norm_silu"
     parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation")
@@ -91,7 +171,9 @@ class _GroupNormSilu(FusedOp):
         OneOf("activation", reference.ACTIVATIONS),
     )
     backends = (
+        _backends.native("cuda", "x", _native_kernels),
         _backends.triton("group_norm_silu", "x"),
+        _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),
     )
 

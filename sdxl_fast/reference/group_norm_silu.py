@@ -13,6 +13,7 @@ Source: Wu & He 2018 (arXiv:1803.08494); the fused form is what every residual b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -189,7 +190,7 @@ WRONG = wrong_variants(
         "shift_ignored": lambda x, w, b, s, g, eps, act: _forward(x, w, b, None, g, eps, act),
     },
     bwd={
-        "without_mean_term": lambda *args: _backward(*args, drop_mean_term=True),
-        "without_projection_term": lambda *args: _backward(*args, drop_projection_term=True),
+        "without_mean_term": functools.partial(_backward, drop_mean_term=True),
+        "without_projection_term": functools.partial(_backward, drop_projection_term=True),
     },
 )
