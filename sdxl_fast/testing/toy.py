@@ -49,7 +49,7 @@ def toy_pipeline(
         text_encoder, text_encoder_2 = build_text_encoders(config, tokenizer, tokenizer)
         unet, vae, base = build_unet(config), build_vae(config), build_unet(config)
         _enliven(unet, vae, base)
-        pipe = StableDiffusionXLPipeline(
+        pipe: Any = StableDiffusionXLPipeline(
             vae=vae,
             text_encoder=text_encoder,
             text_encoder_2=text_encoder_2,
@@ -60,11 +60,13 @@ def toy_pipeline(
             force_zeros_for_empty_prompt=True,
             add_watermarker=False,
         )
-        pipe.to(dtype=dtype).save_pretrained(path, safe_serialization=True)
+        for network in (vae, text_encoder, text_encoder_2, unet, base):
+            network.to(dtype)
+        pipe.save_pretrained(path, safe_serialization=True)
         for name in ("tokenizer", "tokenizer_2"):
             save_tokenizer(tokenizer, path / name)
         if few_steps:
-            base.to(dtype).save_pretrained(path / "unet_base", safe_serialization=True)
+            base.save_pretrained(path / "unet_base", safe_serialization=True)
         for steps in few_steps:
             write_lora(
                 path / lora_file_name("toy", steps),
