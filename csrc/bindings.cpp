@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The pybind11 module `_C`: each C function under its name without the `sdxl_fast_` prefix, pointers and streams as
+// integers (0 = null), the GIL released during the call. Meaning of arguments: include/sdxl_fast.h.
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "sdxl_fast.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using FromPython = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
+
+template <class T>
+T to_c(FromPython<T> value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return reinterpret_cast<T>(value);
+    } else {
+        return value;
+    }
+}
+
+template <class Result, class... Args>
+void expose(py::module_& m, const char* name, Result (*function)(Args...)) {
+    m.def(
+        name, [function](FromPython<Args>... args) { return function(to_c<Args>(args)...); },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+#define EXPOSE(name) expose(m, #name, sdxl_fast_##name)
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "Thin binding of libsdxl_fast; the C header describes every function.";
+    m.attr("HEADER_ABI") = SDXL_FAST_ABI;
+    m.def("abi", &sdxl_fast_abi);
+    m.def("build_info", &sdxl_fast_build_info);
+    m.def("cpu_isa", &sdxl_fast_cpu_isa);
+    m.def("set_cpu_isa", &sdxl_fast_set_cpu_isa);
+    m.def("cpu_threading", &sdxl_fast_cpu_threading);
+    m.def("status_text", &sdxl_fast_status_text);
+
+    EXPOSE(group_norm_silu_workspace_cpu);
+    EXPOSE(group_norm_silu_workspace_cuda);
+    EXPOSE(group_norm_silu_fwd_cpu);
+    EXPOSE(group_norm_silu_fwd_cuda);
+    EXPOSE(group_norm_silu_bwd_cpu);
+    EXPOSE(group_norm_silu_bwd_cuda);
+    EXPOSE(geglu_fwd_cpu);
+    EXPOSE(geglu_fwd_cuda);
+    EXPOSE(geglu_bwd_cpu);
+    EXPOSE(geglu_bwd_cuda);
+    EXPOSE(forward_diffusion_fwd_cpu);
+    EXPOSE(forward_diffusion_fwd_cuda);
+    EXPOSE(forward_diffusion_bwd_cpu);
+    EXPOSE(forward_diffusion_bwd_cuda);
+}

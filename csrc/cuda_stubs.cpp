@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CUDA half of the ABI in a build without CUDA: every symbol is there and says SDXL_FAST_NO_CUDA.
+#include "sdxl_fast.h"
+
+extern "C" {
+
+int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void*, const void*, const void*, const void*, void*, void*, void*,
+                                           void*, int64_t, int64_t, int64_t, int64_t, double, int32_t, int32_t, int32_t,
+                                           int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_group_norm_silu_bwd_cuda(const void*, const void*, const void*, const void*, const void*, const void*,
+                                           const void*, void*, void*, void*, void*, void*, int64_t, int64_t, int64_t,
+                                           int64_t, int32_t, int32_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t, int64_t, int64_t, int64_t, int32_t, int32_t) { return 0; }
+
+int32_t sdxl_fast_geglu_fwd_cuda(const void*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_geglu_bwd_cuda(const void*, const void*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_forward_diffusion_fwd_cuda(const void*, const void*, const int64_t*, const int64_t*, const void*,
+                                             void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                             int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_forward_diffusion_bwd_cuda(const void*, const void*, const int64_t*, void*, int64_t, int64_t, int64_t,
+                                             int64_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+}  // extern "C"

@@ -1,0 +1,134 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The whole C ABI of libsdxl_fast. No Python, no torch: raw pointers, 64-bit sizes, plain integers.
+ *
+ * Contract of every sdxl_fast_<op>_<fwd|bwd>_<cpu|cuda> function
+ *   - const pointers first, then written pointers, sizes, scalars, codes, and last `stream` (a cudaStream_t) or
+ *     `num_threads` (how many threads may work on the call; the numbers never depend on it);
+ *   - returns a status (below), never throws, never allocates device memory, never synchronises, legal in graph capture;
+ *   - "or null" pointers may be null, all others must be valid unless a size is zero; no alignment beyond that of the
+ *     element type is required; outputs must not overlap inputs;
+ *   - a size of zero is fine: status 0, and every output that has elements is defined.
+ *
+ * Any change to a prototype or to the meaning of an argument bumps SDXL_FAST_ABI.
+ */
+#ifndef SDXL_FAST_H
+#define SDXL_FAST_H
+
+#include <stdint.h>
+
+#define SDXL_FAST_ABI 1
+
+#if defined(__GNUC__)
+#define SDXL_FAST_API __attribute__((visibility("default")))
+#else
+#define SDXL_FAST_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Element types. */
+enum { SDXL_FAST_F32 = 0, SDXL_FAST_F64 = 1, SDXL_FAST_BF16 = 2, SDXL_FAST_F16 = 3 };
+/* Memory order of an N,C,H,W image: NHWC is PyTorch's channels_last, NCHW its contiguous. */
+enum { SDXL_FAST_NHWC = 0, SDXL_FAST_NCHW = 1 };
+enum { SDXL_FAST_ACT_NONE = 0, SDXL_FAST_ACT_SILU = 1 };
+enum { SDXL_FAST_GELU_NONE = 0, SDXL_FAST_GELU_TANH = 1 };
+
+/* Status codes; SDXL_FAST_CUDA_ERROR + e carries the cudaError e. */
+enum {
+    SDXL_FAST_OK = 0,
+    SDXL_FAST_INVALID_ARGUMENT = 1,
+    SDXL_FAST_UNSUPPORTED_DTYPE = 2,
+    SDXL_FAST_NO_CUDA = 3,
+    SDXL_FAST_CUDA_ERROR = 1000
+};
+
+/* ---- library ---- */
+
+SDXL_FAST_API int32_t sdxl_fast_abi(void);
+/* JSON object: version, compiler, cuda (version or null), cuda_archs, isas (vector paths compiled in). */
+SDXL_FAST_API const char* sdxl_fast_build_info(void);
+/* Vector path in use: "baseline", "avx2", "avx512" or "avx512_bf16". */
+SDXL_FAST_API const char* sdxl_fast_cpu_isa(void);
+/* Forces a path (a test's tool; "auto" goes back to the best). SDXL_FAST_INVALID_ARGUMENT if this CPU or build lacks it. */
+SDXL_FAST_API int32_t sdxl_fast_set_cpu_isa(const char* name);
+/* Where the threads of the C++ backend come from: "openmp" (the runtime already in the process) or "pool". */
+SDXL_FAST_API const char* sdxl_fast_cpu_threading(void);
+/* Text of a status; valid until the process ends. */
+SDXL_FAST_API const char* sdxl_fast_status_text(int32_t status);
+
+/* ---- group_norm_silu: y = act(GroupNorm(x + shift)) ----
+ * x, y, dy, dx: n*c*hw elements of `dtype` in `layout`; shift, dshift: [n, c] of `dtype`; weight, bias (both or
+ * neither), dweight, dbias: [c] of `param_dtype`; mean, rstd: [n, groups] of f32 (f64 for f64).
+ * `param_dtype` is `dtype` or f32 (f64 with f64). mean is that of x + shift.
+ * bwd: a null dx, dweight, dbias or dshift is not computed.
+ * The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+
+SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t n, int64_t c, int64_t hw, int64_t groups,
+                                                              int32_t layout, int32_t backward);
+SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t n, int64_t c, int64_t hw, int64_t groups,
+                                                               int32_t layout, int32_t backward);
+
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cpu(
+    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null, void* y, void* mean,
+    void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout,
+    int32_t activation, int32_t dtype, int32_t param_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(
+    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null, void* y, void* mean,
+    void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout,
+    int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
+
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cpu(
+    const void* dy, const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
+    const void* mean, const void* rstd, void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
+    void* dshift_or_null, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t layout,
+    int32_t activation, int32_t dtype, int32_t param_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cuda(
+    const void* dy, const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
+    const void* mean, const void* rstd, void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
+    void* dshift_or_null, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t layout,
+    int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
+
+/* ---- geglu: y = value * GELU(gate) ----
+ * x, dx: [rows, 2*cols], value = the first cols of a row, gate = the rest; y, dy: [rows, cols]. */
+
+SDXL_FAST_API int32_t sdxl_fast_geglu_fwd_cpu(const void* x, void* y, int64_t rows, int64_t cols, int32_t approximate,
+                                              int32_t dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_geglu_fwd_cuda(const void* x, void* y, int64_t rows, int64_t cols, int32_t approximate,
+                                               int32_t dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_geglu_bwd_cpu(const void* dy, const void* x, void* dx, int64_t rows, int64_t cols,
+                                              int32_t approximate, int32_t dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_geglu_bwd_cuda(const void* dy, const void* x, void* dx, int64_t rows, int64_t cols,
+                                               int32_t approximate, int32_t dtype, void* stream);
+
+/* ---- forward_diffusion: x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise, x_t = noise where t == pure_noise_at ----
+ * x0, x_t, noise: [n, c, h, w] in `layout`; alphas_cumprod: [num_timesteps] of f32 (f64 with f64); timesteps: i64 [n];
+ * pure_noise_at: a timestep, or -1 for none. Exactly one of seeds (i64 [n]) and noise_in is given; with seeds,
+ * noise_out receives the drawn noise (rounded to `dtype`, and used so); with noise_in, noise_out must be null.
+ * The draw: common/philox.h. A timestep outside [0, num_timesteps) makes that sample NaN. */
+
+SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_fwd_cpu(
+    const void* x0, const void* alphas_cumprod, const int64_t* timesteps, const int64_t* seeds_or_null,
+    const void* noise_in_or_null, void* x_t, void* noise_out_or_null, int64_t n, int64_t c, int64_t h, int64_t w,
+    int64_t num_timesteps, int64_t draw_stream, int64_t pure_noise_at, int32_t layout, int32_t dtype,
+    int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_fwd_cuda(
+    const void* x0, const void* alphas_cumprod, const int64_t* timesteps, const int64_t* seeds_or_null,
+    const void* noise_in_or_null, void* x_t, void* noise_out_or_null, int64_t n, int64_t c, int64_t h, int64_t w,
+    int64_t num_timesteps, int64_t draw_stream, int64_t pure_noise_at, int32_t layout, int32_t dtype, void* stream);
+
+SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_bwd_cpu(const void* dx_t, const void* alphas_cumprod,
+                                                          const int64_t* timesteps, void* dx0, int64_t n,
+                                                          int64_t elements_per_sample, int64_t num_timesteps,
+                                                          int64_t pure_noise_at, int32_t dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_bwd_cuda(const void* dx_t, const void* alphas_cumprod,
+                                                           const int64_t* timesteps, void* dx0, int64_t n,
+                                                           int64_t elements_per_sample, int64_t num_timesteps,
+                                                           int64_t pure_noise_at, int32_t dtype, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
