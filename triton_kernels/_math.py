@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Device helpers shared by the kernels: activations with derivatives, and the Philox generator. All in fp32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Whether `triton.jit` makes interpreted functions of the kernels (TRITON_INTERPRET=1); like there, decided at import.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+@triton.jit
+def round_to(b_x, dtype: tl.constexpr):
+    """b_x (fp32) rounded to nearest even in `dtype`; every store of a kernel goes through here.
+
+    On a GPU that is what `.to` does. Triton's interpreter cuts fp32 off to bf16 instead (twice the error, and a bias),
+    so there the bits are rounded first and the cut is exact.
+    """
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = b_x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        b_x = bits.to(tl.float32, bitcast=True)
+    return b_x.to(dtype)
+
+
+@triton.jit
+def sigmoid(z):
+    """1 / (1 + e^-z); tends to 0 and 1 without NaN for any finite z."""
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def silu_grad(z):
+    """d silu / dz = s (1 + z (1 - s)) with s = sigmoid(z)."""
+    s = sigmoid(z)
+    return s * (1.0 + z * (1.0 - s))
+
+
+@triton.jit
+def gelu_and_grad(z, TANH: tl.constexpr):
+    """GELU(z) and its derivative, exact (erf) or by the tanh formula.
+
+    tanh(u) is written through the sigmoid, (1 + tanh u) / 2 = sigmoid(2u), which has no cancellation and no overflow.
+    """
+    if TANH:
+        # 2u = 2 sqrt(2/pi) (z + 0.044715 z^3); its derivative is 2 sqrt(2/pi) (1 + 3 * 0.044715 z^2).
+        z2 = z * z
+        s = sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z2))
+        value = z * s
+        grad = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z2)
+    else:
+        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value = z * cdf
+        grad = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    return value, grad
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Philox4x32-10 (Salmon et al., SC 2011): four uint32 words from a 128-bit counter and a 64-bit key.
+
+    Written out rather than taken from `tl.philox`, because the counter layout is part of this package's contract:
+    every backend draws the same words for the same (seed, stream, element).
+    """
+    for _ in tl.static_range(10):
+        hi0 = tl.umulhi(c0, tl.full(c0.shape, 0xD2511F53, tl.uint32))
+        hi1 = tl.umulhi(c2, tl.full(c2.shape, 0xCD9E8D57, tl.uint32))
+        lo0 = c0 * tl.full(c0.shape, 0xD2511F53, tl.uint32)
+        lo1 = c2 * tl.full(c2.shape, 0xCD9E8D57, tl.uint32)
+        c0 = hi1 ^ c1 ^ k0
+        c2 = hi0 ^ c3 ^ k1
+        c1 = lo1
+        c3 = lo0
+        k0 = k0 + tl.full(k0.shape, 0x9E3779B9, tl.uint32)
+        k1 = k1 + tl.full(k1.shape, 0xBB67AE85, tl.uint32)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def box_muller(r0, r1):
+    """Two standard normals from two uint32 words; u1 is in (0, 1], so the logarithm is finite."""
+    u1 = r0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    u2 = r1.to(tl.float32) * 2.3283064365386963e-10
+    radius = tl.sqrt(-2.0 * tl.log(u1))
+    angle = 6.283185307179586 * u2
+    return radius * tl.cos(angle), radius * tl.sin(angle)
