@@ -1,0 +1,1 @@
+"""Data sets: the embedded pipeline's emoji pictures, and what feeds the trainers."""

@@ -1,0 +1,70 @@
+"""Latents and captions of the training split: what the teacher and every distillation stage draw their batches from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..random import generator
+from .render import render
+
+
+@dataclass(frozen=True, slots=True)
+class LatentSet:
+    """Latents of many random drawings per name, and the captions that under-determine them.
+
+    latents: [names, draws, C, h, w]; captions: the names, then the categories; category_of: [names] -> caption index.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    category_of: Tensor
+
+    def batch(self, count: int, category_share: float, *key: int | str) -> tuple[Tensor, Tensor]:
+        """A batch that is a function of `key`: latents float32 [count, C, h, w] and caption indices [count]."""
+        draw = generator(*key)
+        names, draws = self.latents.shape[:2]
+        name = torch.randint(names, (count,), generator=draw)
+        which = torch.randint(draws, (count,), generator=draw)
+        by_category = torch.rand(count, generator=draw) < category_share
+        return self.latents[name, which].float(), torch.where(by_category, self.category_of[name], name)
+
+
+@torch.no_grad()
+def draw_latents(vae: Any, art: Tensor, size: int, draws: int, *key: int | str) -> Tensor:
+    """Encodes `draws` random drawings of each cut-out: bfloat16 [N, draws, C, h, w], scaled as the UNet sees them."""
+    rows = []
+    for index, cutout in enumerate(art):
+        pictures = render(cutout.expand(draws, -1, -1, -1), size, generator(*key, index))
+        with torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
+        rows.append((latents * vae.config.scaling_factor).to(torch.bfloat16))
+    return torch.stack(rows)
+
+
+def latent_set(
+    path: Path, vae: Any, art: Tensor, rows: list[dict[str, str]], size: int, draws: int, seed: int
+) -> LatentSet:
+    """The latent set, read from `path` (safetensors) when it is there and was made with these settings, else made."""
+    names = [row["name"] for row in rows]
+    categories = sorted({row["category"] for row in rows})
+    settings = {"size": str(size), "draws": str(draws), "seed": str(seed), "names": "\n".join(names)}
+    latents = None
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            if file.metadata() == settings:
+                latents = file.get_tensor("latents")
+    if latents is None:
+        latents = draw_latents(vae, art, size, draws, seed, "draws")
+        writing = path.with_name(f".{path.name}")
+        save_file({"latents": latents}, writing, metadata=settings)
+        writing.rename(path)
+    index_of = {category: len(names) + index for index, category in enumerate(categories)}
+    category_of = torch.tensor([index_of[row["category"]] for row in rows])
+    return LatentSet(latents, names + categories, category_of)

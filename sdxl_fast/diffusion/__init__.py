@@ -1,0 +1,1 @@
+"""The one place for each diffusion formula: schedule, prediction conversions, the deterministic move, samplers."""

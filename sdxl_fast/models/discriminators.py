@@ -1,0 +1,103 @@
+"""SDXL-Lightning's discriminator: the UNet's own encoder and mid block, then a small convolutional head (§3.3)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nn.norm import GroupNormSiLU
+from .conditioning import time_ids
+
+
+class UNetEncoder(nn.Module):
+    """A trainable copy of a `UNet2DConditionModel` without its decoder; the feature is the mid block's output.
+
+    Args:
+        unet: the network to copy; it is left as it is.
+        size: side of the training pictures in pixels, for SDXL's size conditioning.
+    """
+
+    def __init__(self, unet: Any, size: int) -> None:
+        super().__init__()
+        self.unet = copy.deepcopy(unet)
+        self.unet.up_blocks = nn.ModuleList()
+        self.unet.conv_norm_out = self.unet.conv_out = None
+        self.unet.requires_grad_(True)
+        self.size = size
+
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """latents [N, C, h, w], timesteps int64 [N], prompt_embeds and pooled of the same N -> [N, C_mid, h', w']."""
+        unet = self.unet
+        ids = time_ids(self.size, self.size, batch=len(latents), device=latents.device)
+        added = {"text_embeds": condition["pooled"], "time_ids": ids}
+        embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
+        text = condition["prompt_embeds"]
+        embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
+        x = unet.conv_in(latents)
+        for block in [*unet.down_blocks, unet.mid_block]:
+            arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+            x = block(x, embedding, **arguments)
+            x = x[0] if isinstance(x, tuple) else x
+        return x
+
+
+class DiscriminatorHead(nn.Module):
+    """Blocks of 4×4 stride-2 convolution, GroupNorm, SiLU down to one position, then a projection to one logit.
+
+    Args:
+        in_channels: channels of the feature map, twice the mid block's for the conditional discriminator.
+        channels: width of the blocks.
+        side: side of the feature map, a power of two (32 for SDXL at 1024 px).
+        num_groups: of the normalisation; 32 in the paper.
+    """
+
+    def __init__(self, in_channels: int, channels: int, side: int, num_groups: int = 32) -> None:
+        super().__init__()
+        if side < 2 or side & (side - 1):
+            raise ValueError(f"side is {side}; the head halves it down to 1, so it must be a power of two from 2")
+        widths = [in_channels] + [channels] * int(math.log2(side))
+        self.blocks = nn.Sequential(
+            *(
+                nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), GroupNormSiLU(num_groups, b))
+                for a, b in zip(widths, widths[1:], strict=False)
+            )
+        )
+        self.projection = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[N, in_channels, side, side] -> logits [N]."""
+        logits: Tensor = self.projection(self.blocks(features))
+        return logits.flatten()
+
+
+class LightningDiscriminator(nn.Module):
+    """D(x_t, x_{t-ns}, t, t-ns, c), or with `conditional=False` the relaxed D'(x_{t-ns}, t-ns, c).
+
+    The clean latent (timestep -1) is shown to the encoder as timestep 0; logits are unbounded (apply a sigmoid for D).
+    """
+
+    def __init__(self, encoder: UNetEncoder, *, conditional: bool, side: int, head_channels: int | None = None) -> None:
+        super().__init__()
+        channels = encoder.unet.mid_block.resnets[-1].out_channels
+        groups = encoder.unet.config.norm_num_groups
+        self.encoder = encoder
+        self.conditional = conditional
+        self.head = DiscriminatorHead(channels * (2 if conditional else 1), head_channels or channels, side, groups)
+
+    def features(self, latents: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+        """Mid-block features of latents at `timesteps`."""
+        feature: Tensor = self.encoder(latents, timesteps.clamp(min=0), condition)
+        return feature
+
+    def judge(self, features: Tensor, features_t: Tensor | None) -> Tensor:
+        """Logits [N] from the features of x_{t-ns} and, for the conditional discriminator, those of x_t."""
+        if self.conditional:
+            if features_t is None:
+                raise ValueError("features_t is None; the conditional discriminator also judges x_t: pass its features")
+            features = torch.cat([features, features_t], dim=1)
+        logits: Tensor = self.head(features)
+        return logits

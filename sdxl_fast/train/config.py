@@ -1,0 +1,206 @@
+"""Recipes: what a training run does, as validated data. An unknown key is an error that names the nearest known one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from ..models.config import PipelineConfig
+from ..models.lora import LORA_TARGETS
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+def cache_folder() -> Path:
+    """Where runs and data sets live: $SDXL_FAST_CACHE, else ~/.cache/sdxl_fast."""
+    return Path(os.environ.get("SDXL_FAST_CACHE", Path.home() / ".cache" / "sdxl_fast"))
+
+
+class Config(BaseModel):
+    """Base of every part of a recipe."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Config):
+    """The picture–caption folder and how a picture is drawn from it."""
+
+    folder: str | None = Field(None, description="image folder; None is the emoji set in the cache, built when missing")
+    style: str = "fluent-3d"
+    resolution: int = Field(64, ge=8, description="side of a training picture, pixels")
+    art_size: int = Field(128, ge=16, description="side the cut-out art is kept at, pixels")
+    category_share: float = Field(0.3, ge=0, le=1, description="share of captions that name only the category")
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule: linear warm-up, constant, linear decay; lengths in images."""
+
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup: int = Field(0, ge=0)
+    decay: int = Field(0, ge=0, description="images before the end over which the rate falls linearly to `final`")
+    final: float = Field(0.05, ge=0, le=1, description="share of the rate left at the very end")
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class RunConfig(Config):
+    """What every run has."""
+
+    run: str = Field(description="name of the run's folder")
+    seed: int = 0
+    batch: int = Field(gt=0)
+    images: int = Field(gt=0, description="training length")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = Field(20_000, gt=0, description="images between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1)
+    log_every: int = Field(1_000, gt=0, description="images between metric lines")
+    ema_half_life: float = Field(5_000, gt=0, description="images")
+
+
+class VaeConfig(RunConfig):
+    """An AutoencoderKL trained by L1, a perceptual distance on frozen EfficientNet-Lite0 features, and a light KL."""
+
+    kind: Literal["vae"]
+    data: DataConfig = DataConfig()
+    model: dict[str, Any] = Field(description="AutoencoderKL's configuration")
+    optimizer: OptimizerConfig
+    l1: float = 1.0
+    perceptual: float = 0.5
+    kl: float = 1e-6
+    freeze_encoder: bool = Field(False, description="train the decoder alone, so that latents stay what they were")
+    initial: str | None = Field(None, description="run to start from, a folder or a name in the cache")
+
+
+class TeacherConfig(RunConfig):
+    """A text-to-image model of SDXL's architecture trained from scratch: UNet and both text encoders."""
+
+    kind: Literal["teacher"]
+    data: DataConfig = DataConfig()
+    vae: str = Field(description="run or folder of the VAE")
+    draws: int = Field(128, ge=1, description="random pictures per name whose latents are computed beforehand")
+    vocabulary: int = Field(1024, ge=514, le=4096)
+    pipeline: PipelineConfig = Field(description="shapes of the networks; the VAE's must be those of `vae`")
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    optimizer: OptimizerConfig
+    preview_guidance: float = 3.0
+
+
+class AdversarialPhase(Config):
+    """One phase of an adversarial stage: which discriminator judges, and what of the student trains."""
+
+    name: str
+    condition: bool = Field(description="True: D judges (x_t, x_{t-ns}); False: the relaxed D' sees x_{t-ns} alone")
+    trains: Literal["lora", "full"]
+    images: int = Field(gt=0)
+    teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
+    d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
+    renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
+    renoise_weights: tuple[float, ...] = ()
+    lr: float | None = Field(None, description="the student's rate in this phase")
+
+
+class StageConfig(Config):
+    """One step-halving stage."""
+
+    name: str
+    steps: int = Field(ge=1, description="the student's step count; its stride is 1000 / steps")
+    loss: Literal["mse", "adversarial"]
+    images: int = Field(0, ge=0, description="length of an MSE stage")
+    convert_images: int = Field(0, ge=0, description="length of the conversion to x0-prediction before the phases")
+    timesteps: tuple[int, ...] | None = Field(None, description="0-based; None is the trailing grid of `steps`")
+    phases: tuple[AdversarialPhase, ...] = ()
+
+
+class LightningConfig(RunConfig):
+    """SDXL-Lightning's progressive adversarial distillation: stage after stage, one run (§2-3, §3.6)."""
+
+    kind: Literal["lightning"]
+    teacher: str = Field(description="run or folder of the teacher")
+    data: DataConfig = DataConfig()
+    images: int = Field(0, description="ignored: each stage and phase has its own length")
+    guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
+    lora_rank: int = Field(64, ge=1)
+    lora_alpha: float | None = Field(None, description="None: equal to the rank")
+    lora_targets: tuple[str, ...] = LORA_TARGETS
+    head_channels: int | None = Field(None, description="width of D's head; None: that of the mid block")
+    optimizer: OptimizerConfig
+    adversarial_optimizer: OptimizerConfig
+    discriminator_optimizer: OptimizerConfig
+    stages: tuple[StageConfig, ...]
+
+
+Recipe = Annotated[VaeConfig | TeacherConfig | LightningConfig, Field(discriminator="kind")]
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    models: list[Any] = [VaeConfig, TeacherConfig, LightningConfig]
+    known = [m for m in models if m.model_fields["kind"].annotation.__args__[0] == location[0]]
+    node: Any = known[0] if known else None
+    for part in location[1:-1]:
+        if isinstance(part, int) or node is None:
+            continue
+        annotation = node.model_fields[part].annotation if part in node.model_fields else None
+        inner = [a for a in getattr(annotation, "__args__", (annotation,)) if hasattr(a, "model_fields")]
+        node = inner[0] if inner else None
+    return list(node.model_fields) if node is not None else []
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines = []
+    for issue in error.errors():
+        where = ".".join(str(part) for part in issue["loc"][1:]) or "kind"
+        text = f"{source}: {where}: {issue['msg']}"
+        if issue["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(issue["loc"][-1]), _known_keys(issue["loc"]), n=1, cutoff=0.4)
+            text = f"{source}: {where} is not a setting" + (f"; did you mean {near[0]}?" if near else "")
+        lines.append(text)
+    return "\n".join(lines)
+
+
+def _override(tree: dict[str, Any], assignment: str) -> None:
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set {assignment!r} is not of the form a.b=value")
+    *parents, last = path.split(".")
+    node: Any = tree
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    value = yaml.safe_load(text)
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> VaeConfig | TeacherConfig | LightningConfig:
+    """Reads a YAML recipe (a path, or the name of one that the package brings), applies `a.b=value` overrides, validates.
+
+    Raises:
+        ValueError: no such recipe, not YAML, an unknown key (the nearest is named) or a value out of range.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {str(source)!r} is neither a file nor one of: {known}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} holds {type(tree).__name__}, expected a mapping of settings")
+    for assignment in overrides or []:
+        _override(tree, assignment)
+    try:
+        return TypeAdapter(Recipe).validate_python(tree)  # type: ignore[no-any-return]
+    except ValidationError as error:
+        raise ValueError(_explain(error, path.name)) from None

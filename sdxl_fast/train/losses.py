@@ -1,0 +1,29 @@
+"""Losses as pure functions on tensors; logits and errors are taken in float32."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error, scalar (SDXL-Lightning eq. 16)."""
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """-log D(real) - log(1 - D(fake)) with D = sigmoid(logit), averaged over samples (SDXL-Lightning eq. 19).
+
+    Written with softplus, which neither overflows nor loses the small probabilities. 2 ln 2 = 1.386 at chance.
+    """
+    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+
+
+def non_saturating_generator(fake_logits: Tensor) -> Tensor:
+    """-log D(fake), averaged over samples (SDXL-Lightning eq. 20)."""
+    return F.softplus(-fake_logits.float()).mean()
+
+
+def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """Share of samples that the discriminator judges rightly; 0.5 is chance, 1.0 leaves the student no gradient."""
+    return ((real_logits > 0).float().mean() + (fake_logits <= 0).float().mean()) / 2

@@ -1,0 +1,167 @@
+"""The teacher: a text-to-image model of SDXL's architecture, UNet and both text encoders trained together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from .. import ops
+from ..data.captions import latent_set
+from ..diffusion import prediction, sampling, schedule
+from ..models.conditioning import encode_prompts, time_ids, tokenize
+from ..models.config import build_text_encoders, build_unet, scheduler_arguments
+from ..models.tokenizer import save_tokenizer, train_tokenizer
+from ..nn import fuse
+from ..random import generator, image_seeds
+from .checkpoint import Average
+from .config import TeacherConfig
+from .trainer import Task, make_optimizer, optimize, run_folder
+from .vae import art_of, save_picture, to_sheet
+
+PREVIEW_PROMPTS = (
+    "red apple sailboat tiger cactus hamburger guitar rocket butterfly "
+    "unicorn_face ghost octopus sunflower strawberry bicycle airplane rainbow "
+    "owl fire_engine doughnut snowman crab mushroom television crystal_ball"
+).replace("red apple", "red_apple")
+
+
+def preview_prompts(captions: list[str]) -> list[str]:
+    """The contact sheet's prompts, two samples each: those of a fixed list that are captions, else the first ones."""
+    wanted = [name.replace("_", " ") for name in PREVIEW_PROMPTS.split()]
+    return [name for name in wanted if name in captions] or captions[:24]
+
+
+class Conditioner(nn.Module):
+    """Both text towers as one module: caption token ids to what the UNet is told."""
+
+    def __init__(self, text_encoder: nn.Module, text_encoder_2: nn.Module, size: int) -> None:
+        super().__init__()
+        self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
+        self.size = size
+
+    def forward(self, token_ids: Tensor) -> dict[str, Tensor]:
+        first = self.text_encoder(token_ids, output_hidden_states=True)
+        second = self.text_encoder_2(token_ids, output_hidden_states=True)
+        return {
+            "prompt_embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
+            "pooled": second[0],
+        }
+
+
+def call_unet(unet: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor], size: int) -> Tensor:
+    """The UNet's output for latents x_t [N, C, h, w] of pictures of `size` px, in the UNet's compute dtype."""
+    added = {"text_embeds": condition["pooled"], "time_ids": time_ids(size, size, batch=len(x_t), device=x_t.device)}
+    output: Tensor = unet(x_t, timesteps, condition["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+    return output
+
+
+class TeacherTask(Task):
+    """Denoising regression with caption dropout that zeroes both embeddings."""
+
+    def __init__(self, config: TeacherConfig, folder: Path) -> None:
+        self.config, self.batch = config, config.batch
+        self.vae = AutoencoderKL.from_pretrained(run_folder(config.vae) / "export")
+        self.vae.to(memory_format=torch.channels_last).requires_grad_(False)
+        art, rows = art_of(config.data)
+        size = config.data.resolution
+        self.data = latent_set(
+            folder / "latents.safetensors", self.vae, art, rows, size, config.draws, config.seed
+        )
+        torch.manual_seed(config.seed)
+        self.tokenizer = train_tokenizer(
+            self.data.captions, vocab_size=config.vocabulary, max_tokens=config.pipeline.max_tokens
+        )
+        self.ids = tokenize(self.tokenizer, self.data.captions)
+        self.unet = build_unet(config.pipeline).to(memory_format=torch.channels_last)
+        self.conditioner = Conditioner(*build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer), size)
+        fuse(self.unet)
+        self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
+        self.optimizer = make_optimizer(config.optimizer, list(self.networks.parameters()))
+        self.average = Average(self.networks, config.ema_half_life)
+        self.alphas_cumprod = schedule.alphas_cumprod()
+        self.parts = {"networks": self.networks, "optimizer": self.optimizer, "average": self.average}
+
+    def step(self, images: int) -> dict[str, float]:
+        config, count = self.config, self.batch
+        latents, captions = self.data.batch(count, config.data.category_share, config.seed, images, "batch")
+        draw = generator(config.seed, images, "step")
+        timesteps = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (count,), generator=draw)
+        keep = (torch.rand(count, generator=draw) >= config.caption_dropout).float()
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        x_t, noise = ops.forward_diffusion(
+            latents,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=timesteps,
+            seeds=image_seeds(count, config.seed, images),
+            stream=sampling.STREAM_TRAIN,
+        )
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            condition = self.conditioner(self.ids[captions])
+            condition = {key: value * keep.reshape(-1, *[1] * (value.ndim - 1)) for key, value in condition.items()}
+            output = call_unet(self.unet, x_t, timesteps, condition, config.data.resolution)
+        wanted = prediction.target(latents, noise, timesteps, self.alphas_cumprod, config.prediction_type)
+        loss = F.mse_loss(output.float(), wanted)
+        norm = optimize(
+            self.optimizer, loss, config.optimizer, images, config.images
+        )
+        self.average.update(self.networks, images + count, count)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    def _averaged(self) -> tuple[nn.Module, Conditioner]:
+        unet = build_unet(self.config.pipeline)
+        conditioner = Conditioner(
+            *build_text_encoders(self.config.pipeline, self.tokenizer, self.tokenizer), self.config.data.resolution
+        )
+        self.average.copy_to(nn.ModuleDict({"unet": unet, "conditioner": conditioner}))
+        return unet.eval(), conditioner.eval()
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        prompts = [prompt for prompt in preview_prompts(self.data.captions) for _ in range(2)]
+        unet, conditioner = self._averaged()
+        size = self.config.data.resolution
+        condition = conditioner(tokenize(self.tokenizer, prompts))
+        predict = sampling.guided(
+            lambda x, t, c: call_unet(unet, x, t, c, size),
+            condition,
+            {key: torch.zeros_like(value) for key, value in condition.items()},
+            self.config.preview_guidance,
+        )
+        start = sampling.pure_noise(tuple(self.data.latents.shape[2:]), image_seeds(len(prompts), "preview"))
+        latents = sampling.sample(
+            predict, start, schedule.trailing_timesteps(32), prediction_type=self.config.prediction_type
+        )
+        pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        save_picture(to_sheet(pictures, 12), path)
+
+    def export(self, folder: Path) -> None:
+        unet, conditioner = self._averaged()
+        save_pipeline(
+            folder, unet, conditioner.text_encoder, conditioner.text_encoder_2, self.vae, self.tokenizer,
+            self.config.prediction_type,
+        )
+
+
+def save_pipeline(
+    folder: Path, unet: Any, text_encoder: Any, text_encoder_2: Any, vae: Any, tokenizer: Any, prediction_type: str
+) -> None:
+    """Writes a diffusers SDXL folder with a trailing Euler scheduler."""
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**scheduler_arguments(prediction_type)),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        save_tokenizer(tokenizer, folder / part)

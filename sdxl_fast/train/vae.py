@@ -1,0 +1,138 @@
+"""The VAE of the embedded pipeline: diffusers' AutoencoderKL trained on random pictures drawn from the art."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from ..data import emoji
+from ..data.render import load_art, render
+from ..models.feature_nets import EfficientNetLite0, perceptual_distance
+from ..random import generator
+from .checkpoint import Average
+from .config import DataConfig, VaeConfig, cache_folder
+from .trainer import Task, make_optimizer, optimize, run_folder
+
+
+def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
+    """The training split's art, uint8 [M, 4, S, S], and its metadata rows; builds the emoji set when it is missing."""
+    folder = Path(config.folder) if config.folder else emoji.build(cache_folder() / "data" / "emoji", log=lambda _: None)
+    rows = emoji.load_metadata(folder, style=config.style, split="train")
+    return load_art(folder, rows, config.art_size), rows
+
+
+def to_sheet(pictures: Tensor, columns: int) -> Image.Image:
+    """Pictures [N, 3, H, W] in -1..1 side by side, row by row."""
+    count, _, height, width = pictures.shape
+    rows = -(-count // columns)
+    pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    sheet = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
+    sheet[:count] = pixels
+    sheet = sheet.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
+    return Image.fromarray(sheet.reshape(rows * height, columns * width, 3).numpy())
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Writes a PNG under a temporary name and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}")
+    picture.save(writing, format="PNG")
+    writing.rename(path)
+
+
+class VaeTask(Task):
+    """L1 + perceptual + KL on pictures drawn anew for every batch."""
+
+    def __init__(self, config: VaeConfig) -> None:
+        self.config, self.batch = config, config.batch
+        torch.manual_seed(config.seed)
+        self.vae = AutoencoderKL(**config.model).to(memory_format=torch.channels_last)
+        if config.initial:
+            source = AutoencoderKL.from_pretrained(run_folder(config.initial) / "export")
+            self.vae.load_state_dict(source.state_dict())
+            self.vae.register_to_config(scaling_factor=source.config.scaling_factor)
+        if config.freeze_encoder:
+            self.vae.encoder.requires_grad_(False)
+            self.vae.quant_conv.requires_grad_(False)
+        self.features = EfficientNetLite0().to(memory_format=torch.channels_last)
+        self.art, _ = art_of(config.data)
+        self.trained = [p for p in self.vae.parameters() if p.requires_grad]
+        self.optimizer = make_optimizer(config.optimizer, self.trained)
+        self.average = Average(self.vae, config.ema_half_life)
+        self.parts = {"vae": self.vae, "optimizer": self.optimizer, "average": self.average}
+
+    def _pictures(self, count: int, *key: int | str) -> Tensor:
+        draw = generator(self.config.seed, *key)
+        chosen = torch.randint(len(self.art), (count,), generator=draw)
+        pictures = render(self.art[chosen], self.config.data.resolution, draw)
+        return pictures.contiguous(memory_format=torch.channels_last)
+
+    def step(self, images: int) -> dict[str, float]:
+        config = self.config
+        pictures = self._pictures(self.batch, images, "vae")
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            posterior = self.vae.encode(pictures).latent_dist
+            latents = posterior.sample(generator(config.seed, images, "posterior"))
+            decoded = self.vae.decode(latents).sample
+            with torch.no_grad():
+                wanted = self.features(pictures)
+            perceptual = perceptual_distance(self.features(decoded), wanted)
+        l1 = (decoded.float() - pictures).abs().mean()
+        kl = posterior.kl().float().mean()
+        loss = config.l1 * l1 + config.perceptual * perceptual + config.kl * kl
+        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        self.average.update(self.vae, images + self.batch, self.batch)
+        mse = (decoded.detach().float() - pictures).square().mean()
+        return {
+            "loss": loss.item(),
+            "l1": l1.item(),
+            "perceptual": perceptual.item(),
+            "kl": kl.item(),
+            "psnr_db": (10.0 * torch.log10(4.0 / mse)).item(),
+            "grad_norm": norm,
+        }
+
+    def _averaged(self) -> AutoencoderKL:
+        averaged = AutoencoderKL.from_config(self.vae.config)
+        averaged.load_state_dict(self.vae.state_dict())
+        self.average.copy_to(averaged)
+        return averaged.eval()
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        pictures = self._pictures(48, "preview")
+        vae = self._averaged()
+        decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
+        pairs = torch.stack([pictures, decoded], dim=1).flatten(0, 1)
+        save_picture(to_sheet(pairs, 16), path)
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Saves the averaged VAE; latents get mean 0 and variance 1 by its quant convolutions and scaling factor."""
+        vae = self._averaged()
+        if not self.config.freeze_encoder:
+            normalise_latents(vae, torch.cat([self._pictures(64, "normalise", i) for i in range(32)]))
+        vae.save_pretrained(folder)
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+    """Folds each latent channel's mean and scale into the quant convolutions and sets `scaling_factor` to 1.
+
+    Afterwards the latents of `pictures` have mean 0 and standard deviation 1 per channel, and stock diffusers, which
+    knows no per-channel statistics, needs nothing more.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(64)])
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    quant.weight[:channels] /= std[:, None, None, None]
+    quant.bias[:channels] = (quant.bias[:channels] - mean) / std
+    quant.bias[channels:] -= 2.0 * std.log()
+    post.bias += post.weight[:, :, 0, 0] @ mean
+    post.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
