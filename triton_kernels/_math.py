@@ -38,21 +38,46 @@ def silu_grad(z):
 
 
 @triton.jit
-def gelu_and_grad(z, TANH: tl.constexpr):
-    """GELU(z) and its derivative, exact (erf) or by the tanh formula.
+def normal_cdf_fast(z, gaussian):
+    """Phi(z) from gaussian = exp(-z^2 / 2), to 5e-6 of its own size at any z: for results kept in 16 bits.
+
+    Phi(-|z|) / gaussian is a polynomial in t = 1 / (1 + 0.31 |z|), a minimax fit of the relative error on |z| <= 14.
+    Half the instructions of erf, whose 1 + erf(z) also cancels for z < -2.
+    """
+    t = 1.0 / (1.0 + 0.31 * tl.abs(z))
+    p = -0.07392895 * t + 0.18044958
+    p = p * t + 0.01574603
+    p = p * t + 0.13342868
+    p = p * t + 0.12044170
+    p = p * t + 0.12386064
+    tail = p * t * gaussian
+    return tl.where(z < 0.0, tail, 1.0 - tail)
+
+
+@triton.jit
+def gelu_and_grad(z, TANH: tl.constexpr, FAST: tl.constexpr):
+    """GELU(z) and its derivative, exact (erf) or by the tanh formula; FAST where the results are kept in 16 bits.
 
     tanh(u) is written through the sigmoid, (1 + tanh u) / 2 = sigmoid(2u), which has no cancellation and no overflow.
     """
     if TANH:
-        # 2u = 2 sqrt(2/pi) (z + 0.044715 z^3); its derivative is 2 sqrt(2/pi) (1 + 3 * 0.044715 z^2).
-        z2 = z * z
-        s = sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z2))
-        value = z * s
-        grad = s + value * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * z2)
-    else:
-        cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        # 2u = 2 sqrt(2/pi) (z + 0.044715 z^3); its derivative is 2 sqrt(2/pi) (1 + 3 * 0.044715 z^2). From |z| = 20 the
+        # sigmoid is exactly 0 or 1: cutting z^2 there keeps 0 * inf out of the derivative.
+        z2 = tl.minimum(z * z, 400.0)
+        u2 = 1.5957691216057308 * z * (1.0 + 0.044715 * z2)
+        e = tl.exp(-tl.abs(u2))
+        s = 1.0 / (1.0 + e)  # sigmoid(|2u|); e s is its complement, without cancellation
+        cdf = tl.where(z < 0.0, e * s, s)
         value = z * cdf
-        grad = cdf + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        grad = cdf + z * (e * s * s) * 1.5957691216057308 * (1.0 + 0.134145 * z2)
+    else:
+        gaussian = tl.exp(-0.5 * z * z)
+        if FAST:
+            cdf = normal_cdf_fast(z, gaussian)
+        else:
+            cdf = 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+        value = z * cdf
+        grad = cdf + z * 0.3989422804014327 * gaussian
     return value, grad
 
 

@@ -31,7 +31,7 @@ def geglu_fwd_kernel(x_ptr, y_ptr, rows, cols, TANH: tl.constexpr, BLOCK_R: tl.c
     p_x = x_ptr + row_64[:, None] * (2 * cols_64) + o_c[None, :]
     b_v = tl.load(p_x, mask=m_rc, other=0.0).to(tl.float32)
     b_g = tl.load(p_x + cols_64, mask=m_rc, other=0.0).to(tl.float32)
-    b_gelu, _ = gelu_and_grad(b_g, TANH)
+    b_gelu, _ = gelu_and_grad(b_g, TANH, x_ptr.dtype.element_ty != tl.float32)
     p_y = y_ptr + row_64[:, None] * cols_64 + o_c[None, :]
     tl.store(p_y, round_to(b_v * b_gelu, y_ptr.dtype.element_ty), mask=m_rc)
 
@@ -51,7 +51,7 @@ def geglu_bwd_kernel(
     b_v = tl.load(x_ptr + o_x, mask=m_rc, other=0.0).to(tl.float32)
     b_g = tl.load(x_ptr + o_x + cols_64, mask=m_rc, other=0.0).to(tl.float32)
     b_dy = tl.load(dy_ptr + row_64[:, None] * cols_64 + o_c[None, :], mask=m_rc, other=0.0).to(tl.float32)
-    b_gelu, b_grad = gelu_and_grad(b_g, TANH)
+    b_gelu, b_grad = gelu_and_grad(b_g, TANH, x_ptr.dtype.element_ty != tl.float32)
     tl.store(dx_ptr + o_x, round_to(b_dy * b_gelu, dx_ptr.dtype.element_ty), mask=m_rc)
     tl.store(dx_ptr + o_x + cols_64, round_to(b_dy * b_v * b_grad, dx_ptr.dtype.element_ty), mask=m_rc)
 
