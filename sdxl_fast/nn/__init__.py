@@ -1,0 +1,34 @@
+"""Drop-in modules on the fused operations, with the stock modules' parameter names, and `fuse` to swap them in."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .feed_forward import GEGLU as GEGLU
+    from .norm import GroupNorm as GroupNorm
+    from .norm import GroupNormSiLU as GroupNormSiLU
+    from .resnet import ResnetBlock2D as ResnetBlock2D
+    from .swap import FusionReport as FusionReport
+    from .swap import fuse as fuse
+    from .swap import restore as restore
+
+# Loaded on first use: the norms need torch alone, the others subclass diffusers' modules, which take seconds to import.
+_HOME = {
+    "GEGLU": "feed_forward",
+    "FusionReport": "swap",
+    "GroupNorm": "norm",
+    "GroupNormSiLU": "norm",
+    "ResnetBlock2D": "resnet",
+    "fuse": "swap",
+    "restore": "swap",
+}
+
+__all__ = ["GEGLU", "FusionReport", "GroupNorm", "GroupNormSiLU", "ResnetBlock2D", "fuse", "restore"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
