@@ -12,6 +12,7 @@ import contextlib
 import functools
 import importlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from sdxl_fast.errors import UnavailableError, UnsupportedError
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 
 _forced: ContextVar[str | None] = ContextVar("sdxl_fast_backend", default=None)
+_recorder: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("sdxl_fast_recorder", default=None)
 
 
 class Kernels(NamedTuple):
@@ -127,6 +129,25 @@ def use_backend(name: str) -> Iterator[None]:
 def forced_backend() -> str | None:
     """Returns the backend forced by the enclosing :func:`use_backend`, if any."""
     return _forced.get()
+
+
+@contextlib.contextmanager
+def record() -> Iterator[Counter[tuple[str, str]]]:
+    """Counts the forward calls made inside the block, in this thread or task: (op, backend) to number of calls.
+
+    Blocks nest; the innermost one counts.
+    """
+    counts: Counter[tuple[str, str]] = Counter()
+    token = _recorder.set(counts)
+    try:
+        yield counts
+    finally:
+        _recorder.reset(token)
+
+
+def recorder() -> Counter[tuple[str, str]] | None:
+    """Returns the counts of the enclosing :func:`record`, if any."""
+    return _recorder.get()
 
 
 @functools.cache

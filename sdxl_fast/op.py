@@ -147,6 +147,9 @@ class FusedOp:
             if type(arg) not in _DIRECT:
                 return self._through_library(args)
         kernels = self.plan(args)
+        counts = dispatch.recorder()
+        if counts is not None:
+            counts[self.name, kernels.backend] += 1
         args = self.prepare(args)
         self.check_values(args)
         if torch.is_grad_enabled():
