@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sharpness: the variance of a picture's Laplacian (Pech-Pacheco et al. 2000), relative to that of reference pictures.
+
+Blur lowers it and grain raises it: resizing 64 px pictures to 48 px and back leaves 0.27 of it, noise of deviation
+0.02 makes it 1.33. So a ratio near one says that edges are as steep and areas as clean as in the reference, if both sets
+show the same things.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from sdxl_fast.eval.features import check_images
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+_LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+
+
+def laplacian_variance(images: Tensor) -> Tensor:
+    """Variance of the 4-neighbour Laplacian of luma over the inner pixels of each picture.
+
+    Args:
+        images: float [N, 3, H, W] in 0..1, H and W at least 3.
+
+    Returns:
+        float32 [N].
+    """
+    check_images(images)
+    if min(images.shape[-2:]) < 3:
+        raise ValueError(f"images has shape {list(images.shape)}; allowed: height and width of at least 3")
+    luma = (images.float() * torch.tensor(_LUMA, device=images.device).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+    kernel = torch.tensor(_LAPLACIAN, device=images.device)[None, None]
+    return functional.conv2d(luma, kernel).flatten(1).var(dim=1, correction=0)
+
+
+def relative_sharpness(images: Tensor, reference: Tensor) -> float:
+    """Mean Laplacian variance of `images` over that of `reference`; both float [*, 3, H, W] in 0..1.
+
+    Raises:
+        ValueError: different picture sizes (the Laplacian is per pixel), or a reference without any edge.
+    """
+    if images.shape[-2:] != reference.shape[-2:]:
+        raise ValueError(
+            f"images are {list(images.shape[-2:])}, the reference {list(reference.shape[-2:])}; allowed: the same size"
+        )
+    base = laplacian_variance(reference).mean()
+    if base <= 0:
+        raise ValueError("reference has no edges at all, so nothing can be relative to it")
+    return float(laplacian_variance(images).mean() / base)
