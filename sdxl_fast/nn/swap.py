@@ -114,7 +114,10 @@ def _not_plain(module: Any, stock: type) -> str | None:
 
 
 def _unusual_block(block: Any) -> str | None:
-    if block.time_embedding_norm != "default":
+    # the VAE decoder's blocks say "group", which is the same thing without a time embedding
+    if block.time_embedding_norm != "default" and (
+        block.time_embedding_norm != "group" or block.time_emb_proj is not None
+    ):
         return f"time_embedding_norm is {block.time_embedding_norm!r}, only 'default' is fused"
     if type(block.nonlinearity) is not nn.SiLU:
         return f"its activation is {type(block.nonlinearity).__name__}, only SiLU is fused"

@@ -96,6 +96,7 @@ def test_vae_encodes_and_decodes_the_same() -> None:
     vae = build_vae(TOY)
     fused = copy.deepcopy(vae)
     report = fuse(fused)
+    assert not report.kept
     assert {"encoder.conv_norm_out", "decoder.conv_norm_out", "decoder.mid_block.attentions.0.group_norm"} <= set(
         report.replaced
     )
