@@ -21,13 +21,18 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     return tokens.input_ids
 
 
+def truncated(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
+    """The prompts that are longer than the tokenizer's length, of which the encoders see only the beginning."""
+    limit = tokenizer.model_max_length
+    # a token covers at least one byte of text, so short prompts need no second look
+    suspects = [prompt for prompt in prompts if len(prompt.encode()) > limit - 2]
+    return [prompt for prompt in suspects if len(tokenizer(prompt).input_ids) > limit]
+
+
 def encode_prompts(
     prompts: Sequence[str],
     tokenizers: tuple[Any, Any],
     text_encoders: tuple[nn.Module, nn.Module],
-    *,
-    prompts_2: Sequence[str] | None = None,
-    clip_skip: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode prompts as diffusers' SDXL pipeline does (without its textual-inversion expansion).
 
@@ -35,19 +40,16 @@ def encode_prompts(
         prompts: texts for both encoders.
         tokenizers: CLIP tokenizers of the two encoders.
         text_encoders: `CLIPTextModel` and `CLIPTextModelWithProjection`.
-        prompts_2: other texts for the second encoder.
-        clip_skip: skip this many more layers than SDXL does, which reads the penultimate one.
 
     Returns:
         prompt_embeds [B, L, width1 + width2] and pooled_prompt_embeds [B, projection of encoder 2], on the encoders'
         device in their dtype.
     """
-    layer = -2 - (clip_skip or 0)
     outputs = []
-    for texts, tokenizer, encoder in zip((prompts, prompts_2 or prompts), tokenizers, text_encoders, strict=True):
+    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
         device = next(encoder.parameters()).device
-        outputs.append(encoder(tokenize(tokenizer, texts).to(device), output_hidden_states=True))
-    return torch.cat([output.hidden_states[layer] for output in outputs], dim=-1), outputs[1][0]
+        outputs.append(encoder(tokenize(tokenizer, prompts).to(device), output_hidden_states=True))
+    return torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[1][0]
 
 
 def time_ids(
@@ -55,11 +57,9 @@ def time_ids(
     width: int,
     *,
     batch: int = 1,
-    original_size: tuple[int, int] | None = None,
-    crop: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """SDXL's micro-conditioning [batch, 6] in pixels: original size, crop top and left, target size (height first)."""
-    row = [*(original_size or (height, width)), *crop, height, width]
+    """SDXL's micro-conditioning [batch, 6] in pixels, height first: original size, crop at 0, 0, target size."""
+    row = [height, width, 0, 0, height, width]
     return torch.tensor([row], dtype=dtype, device=device).expand(batch, -1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,19 @@ class Components:
 
     tokenizer: Any
     tokenizer_2: Any
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
-    unet: nn.Module
-    vae: nn.Module
+    text_encoder: Any
+    text_encoder_2: Any
+    unet: Any
+    vae: Any
     scheduler: dict[str, Any]
     source: Path
     metadata: dict[str, str] = field(default_factory=dict)
     few_step_loras: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str | None:
+        """What the UNet's weight file calls the model, if it says so."""
+        return self.metadata.get("modelspec.title")
 
 
 def resolve(model: str | Path | None) -> Path:
@@ -77,7 +84,10 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> Compo
     Raises:
         ModelError: not an SDXL pipeline, a pickled, truncated or corrupt weight file, weights of another architecture.
     """
-    parts = _load_folder(path, dtype) if path.is_dir() else _load_file(path, dtype)
+    with _no_progress_bars():
+        parts = _load_folder(path, dtype) if path.is_dir() else _load_file(path, dtype)
+    if parts.unet.config.get("time_cond_proj_dim") is not None:
+        raise ModelError(f"{path}: its UNet takes a guidance embedding (a full LCM), which is not supported")
     for name in NETWORKS:
         getattr(parts, name).to(device).eval().requires_grad_(False)
     return parts
@@ -85,7 +95,8 @@ def load(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> Compo
 
 def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """The base UNet with the LoRA for `num_steps` merged, and what it predicts."""
-    unet, _ = _load_network(parts.source, "unet_base", dtype)
+    with _no_progress_bars():
+        unet, _ = _load_network(parts.source, "unet_base", dtype)
     lora = read_lora(parts.few_step_loras[num_steps], unet)
     merge_lora(unet, lora)
     return unet.eval().requires_grad_(False), lora.prediction_type or "epsilon"
@@ -195,6 +206,24 @@ def _load_file(path: Path, dtype: torch.dtype) -> Components:
         metadata=header.get("__metadata__", {}),
         **{name: getattr(pipe, name) for name in NETWORKS},
     )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """The libraries draw a bar for every file, gone in milliseconds; leave their setting as it was."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    enabled = [library.is_progress_bar_enabled() for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, was in zip(libraries, enabled, strict=True):
+            if was:
+                library.enable_progress_bar()
 
 
 def _read_json(path: Path, problem: str) -> dict[str, Any]:

@@ -1,0 +1,278 @@
+"""Text to pictures in one step, or a few, on the fused operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..diffusion import schedule
+from ..errors import ModelError
+from ..models import loading
+from ..models.conditioning import encode_prompts, time_ids, truncated
+from ..nn import FusionReport, fuse
+from . import presets
+from .presets import Preset
+from .request import check_latents, check_noise, check_output, check_prompts, check_size
+from .sampler import OnStep, Sampler
+from .timing import StageClock
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+Callback = Callable[["OneStepPipeline", int, int, dict[str, Any]], "dict[str, Any] | None"]
+
+
+class OneStepPipeline:
+    """A few-step SDXL checkpoint, ready to draw; made by `from_pretrained`.
+
+    Components are diffusers and transformers modules, the UNet and the VAE with the fused operations swapped in
+    (`fusion` reports which). Calling it takes diffusers' arguments:
+
+        prompt: one text or several; or `prompt_embeds` [B, L, D] and `pooled_prompt_embeds` [B, P].
+        seed: one per prompt (further pictures of a prompt count up from it), one per picture, or one for all. The noise
+            of a picture depends on its seed and size alone, whatever else is in the batch.
+        num_inference_steps: one of the property of that name; None is the preset's.
+        guidance_scale: 0, or 1, which means the same: these checkpoints are distilled to need none.
+        height, width: in pixels, multiples of the VAE's factor; None is the native size.
+        num_images_per_prompt: pictures of each prompt, side by side in the output.
+        generator: draws the initial noise as diffusers does, instead of `seed`.
+        latents: the initial noise, unit normal [N, 4, height/f, width/f], with diffusers' meaning: an Euler sampler
+            scales it. `seed` is shorthand for the latents that `diffusion.sampling.pure_noise` draws.
+        output_type: "pil"; "np": float32 [N, H, W, 3] in 0..1; "pt": [N, 3, H, W] in 0..1 on the device; "latent".
+        return_dict: False returns the tuple (images,).
+        callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step, with the tensors
+            that `callback_on_step_end_tensor_inputs` names ("latents", "prompt_embeds", "add_text_embeds",
+            "add_time_ids"); those it returns replace them. Setting `pipe._interrupt` stops after the step.
+
+    Attributes:
+        preset: how the checkpoint is sampled.
+        default_size: native picture side in pixels.
+        vae_scale_factor: picture pixels per latent pixel.
+    """
+
+    def __init__(self, parts: loading.Components, *, preset: Preset) -> None:
+        self.tokenizer, self.tokenizer_2 = parts.tokenizer, parts.tokenizer_2
+        self.text_encoder, self.text_encoder_2 = parts.text_encoder, parts.text_encoder_2
+        self.unet, self.vae = parts.unet, parts.vae
+        self.preset = preset
+        self.device, self.dtype = parts.unet.device, parts.unet.dtype
+        self.vae_scale_factor: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
+        self.fusion: dict[str, FusionReport] = {"unet": _prepare(self.unet), "vae": _prepare(self.vae)}
+        self._parts = parts
+        self._alphas_cumprod = _noise_schedule(parts).to(self.device)
+        self._variants: dict[int, tuple[Any, Preset]] = {}
+        self._clock: StageClock | None = None
+        self._ran: dict[str, dict[str, int]] = {}
+        self._interrupt = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        preset: str | None = None,
+    ) -> OneStepPipeline:
+        """Load a pipeline.
+
+        Args:
+            model: a diffusers SDXL folder, a hub id, or an all-in-one `.safetensors` file; None is the pipeline that
+                comes with the package.
+            dtype: torch.float32 or torch.bfloat16; None is float32 on a CPU and bfloat16 on a GPU.
+            device: None is the GPU if there is one.
+            preset: which published checkpoint this is (a key of `presets.PRESETS`), where neither its name nor its
+                scheduler config tells.
+
+        Raises:
+            ModelError: no such model, not an SDXL pipeline, unsafe or broken weights, or a checkpoint whose sampling
+                settings are unknown or contradictory.
+            ValueError: an unknown preset, or a dtype that does not work.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16 (SDXL's VAE overflows float16)")
+        chosen = None if preset is None else presets.by_key(preset)
+        path = loading.resolve(model)
+        parts = loading.load(path, dtype=dtype, device=device)
+        if chosen is None:
+            is_hub_id = model is not None and not Path(model).expanduser().exists()
+            name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
+            chosen = presets.recognise(name, parts.scheduler if path.is_dir() else None, parts.metadata)
+        return cls(parts, preset=chosen)
+
+    @property
+    def num_inference_steps(self) -> tuple[int, ...]:
+        """The step counts this pipeline draws in, ascending."""
+        return tuple(sorted({*self.preset.steps, *self._parts.few_step_loras}))
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback asked to stop."""
+        return self._interrupt
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Seconds of the last call: "text_encoders", "unet", "vae" and "total"; waits for the GPU."""
+        if self._clock is None:
+            raise RuntimeError("nothing has been drawn yet")
+        return self._clock.seconds()
+
+    def explain(self) -> dict[str, dict[str, int]]:
+        """Which backend ran each fused operation in the last call, and how often: `{op: {backend: calls}}`."""
+        if self._clock is None:
+            raise RuntimeError("nothing has been drawn yet")
+        return self._ran
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> Any:
+        """Draw pictures; the class describes the arguments. Raises ValueError for one that makes no sense."""
+        check_output(output_type, callback_on_step_end_tensor_inputs, num_images_per_prompt)
+        prompts = check_prompts(prompt, prompt_embeds, pooled_prompt_embeds)
+        presets.check_guidance(self.preset, guidance_scale)
+        per_prompt, count = num_images_per_prompt, len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        if latents is not None:
+            channels, factor = self.unet.config.in_channels, self.vae_scale_factor
+            height, width = check_latents(latents, count * per_prompt, channels, (height, width), factor)
+        height, width = check_size(height, width, self.default_size, self.vae_scale_factor)
+        noise = check_noise(seed, generator, latents, num_prompts=count, per_prompt=per_prompt)
+        sampler = self._sampler(num_inference_steps)
+        on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        clock = StageClock(self.device)
+        with dispatch.record() as counts:
+            with clock.stage("text_encoders"):
+                embeds = (prompt_embeds, pooled_prompt_embeds) if prompt_embeds is not None else None
+                state = self._state(embeds or self.encode_prompt(prompts), per_prompt, (height, width))
+            with clock.stage("unet"):
+                factor = self.vae_scale_factor
+                shape = (count * per_prompt, self.unet.config.in_channels, height // factor, width // factor)
+                images: Any = sampler.run(shape, noise, state, on_step).to(self.dtype)
+            if output_type != "latent":
+                with clock.stage("vae"):
+                    images = self.decode(images)
+                images = _finish(images, output_type)
+        clock.stop()
+        self._note(clock, counts)
+        return _output(images) if return_dict else (images,)
+
+    def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of texts, on the device in the pipeline's dtype."""
+        for text in truncated(self.tokenizer, prompts):
+            limit = self.tokenizer.model_max_length - 2
+            message = f"the prompt beginning {text[:40]!r} has more than {limit} tokens; the rest is not read"
+            warnings.warn(message, stacklevel=3)
+        tokenizers = (self.tokenizer, self.tokenizer_2)
+        return encode_prompts(prompts, tokenizers, (self.text_encoder, self.text_encoder_2))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, 4, H/f, W/f]."""
+        config = self.vae.config
+        latents = latents / config.scaling_factor
+        if config.latents_mean is not None and config.latents_std is not None:
+            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+            latents = latents * std + mean
+        latents = latents.to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
+        pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+    def _sampler(self, num_steps: int | None) -> Sampler:
+        """The UNet that draws in `num_steps`: the main one, or the base with the LoRA for them, loaded on first use."""
+        num_steps = self.preset.steps[0] if num_steps is None else num_steps
+        unet, preset = self.unet, self.preset
+        if num_steps not in preset.steps:
+            if num_steps not in self._parts.few_step_loras:
+                allowed = ", ".join(map(str, self.num_inference_steps))
+                raise ValueError(f"num_inference_steps is {num_steps}; {preset.name} draws in {allowed}")
+            if num_steps not in self._variants:
+                unet, prediction = loading.load_few_step_unet(self._parts, num_steps, dtype=self.dtype)
+                _prepare(unet.to(self.device))
+                found = Preset(f"the {num_steps}-step LoRA", "euler", presets.prediction_type(prediction), (num_steps,))
+                self._variants[num_steps] = (unet, found)
+            unet, preset = self._variants[num_steps]
+        return Sampler(unet, preset, preset.grid(num_steps), self._alphas_cumprod)
+
+    def _state(self, embeds: tuple[Any, Any], per_prompt: int, size: tuple[int, int]) -> dict[str, Tensor]:
+        """The UNet's conditions, one row per picture, under the names diffusers gives them in callbacks."""
+        prompt_embeds, pooled = (e.to(self.device, self.dtype).repeat_interleave(per_prompt, 0) for e in embeds)
+        ids = time_ids(*size, batch=len(pooled), dtype=self.dtype, device=self.device)
+        return {"prompt_embeds": prompt_embeds, "add_text_embeds": pooled, "add_time_ids": ids}
+
+    def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> OnStep:
+        self._interrupt = False
+
+        def on_step(index: int, timestep: int, state: dict[str, Tensor]) -> bool:
+            if callback is not None:
+                replaced = callback(self, index, timestep, {name: state[name] for name in tensor_inputs})
+                state.update({key: value for key, value in (replaced or {}).items() if key in state})
+            return self._interrupt
+
+        return on_step
+
+    def _note(self, clock: StageClock, counts: dict[tuple[str, str], int]) -> None:
+        ran: dict[str, dict[str, int]] = {}
+        for (op, backend), calls in sorted(counts.items()):
+            ran.setdefault(op, {})[backend] = calls
+        self._clock, self._ran = clock, ran
+
+
+def _prepare(network: Any) -> FusionReport:
+    """Swap in the fused operations; channels-last, which they and the convolutions are fastest in."""
+    network.to(memory_format=torch.channels_last)
+    return fuse(network)
+
+
+def _noise_schedule(parts: loading.Components) -> Tensor:
+    """ᾱ [T] of the pipeline's scheduler config."""
+    config = parts.scheduler
+    kind = config.get("beta_schedule", "scaled_linear")
+    if kind != "scaled_linear" or config.get("rescale_betas_zero_snr") or config.get("trained_betas"):
+        raise ModelError(f"{parts.source}: its scheduler config has another noise schedule than SDXL's scaled_linear")
+    return schedule.alphas_cumprod(
+        config.get("num_train_timesteps", schedule.NUM_TRAIN_TIMESTEPS),
+        config.get("beta_start", schedule.BETA_START),
+        config.get("beta_end", schedule.BETA_END),
+    )
+
+
+def _finish(pixels: Tensor, output_type: str) -> Any:
+    """Pictures in -1..1 [N, 3, H, W] as the caller wants them."""
+    unit = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+    if output_type == "pt":
+        return unit
+    unit_NHWC = unit.permute(0, 2, 3, 1)
+    if output_type == "np":
+        return unit_NHWC.cpu().contiguous().numpy()
+    from PIL import Image
+
+    return [Image.fromarray(picture) for picture in (unit_NHWC * 255.0).round().byte().cpu().contiguous().numpy()]
+
+
+def _output(images: Any) -> Any:
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
+
+    return StableDiffusionXLPipelineOutput(images=images)

@@ -1,0 +1,93 @@
+"""Walking from noise to a clean latent with the steps a preset asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..diffusion.prediction import move
+from ..diffusion.schedule import alpha_sigma
+from ..diffusion.stochastic import ancestral_move, renoise_move
+from .presets import Preset
+from .request import Noise
+
+STREAM_STEP = 16
+"""Stream of a seed for a stochastic sampler's first fresh draw; the low numbers are those of `diffusion.sampling`."""
+
+OnStep = Callable[[int, int, dict[str, Tensor]], bool]
+
+
+@dataclass(slots=True)
+class Sampler:
+    """A UNet and how to walk with it.
+
+    Attributes:
+        unet: UNet2DConditionModel.
+        preset: which step to take, and what the UNet predicts.
+        timesteps: descending 0-based grid.
+        alphas_cumprod: ᾱ [T] on the UNet's device.
+    """
+
+    unet: Any
+    preset: Preset
+    timesteps: tuple[int, ...]
+    alphas_cumprod: Tensor
+
+    def run(self, shape: tuple[int, int, int, int], noise: Noise, state: dict[str, Tensor], on_step: OnStep) -> Tensor:
+        """Walk from noise to the clean latent.
+
+        Args:
+            shape: [N, C, h, w] of the latents.
+            noise: where the initial and any further noise comes from.
+            state: "prompt_embeds", "add_text_embeds" and "add_time_ids", one row per latent.
+            on_step: called after every step with its index, its timestep and `state` with "latents" added, in
+                diffusers' scale; what it changes in `state` counts. True stops there.
+
+        Returns:
+            x̂0 [N, C, h, w] in float32; the latents as they are, in diffusers' scale, if stopped before the end.
+        """
+        x_t = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device).float() * self._start()
+        for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], -1), strict=True)):
+            t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
+            output = self._predict(x_t, t, state)
+            x_t = self._move(x_t, output, t, t_next, noise, index)
+            scale = self._latents_scale(t_next)
+            state["latents"] = latents = x_t * scale
+            if on_step(index, now, state):
+                return state["latents"]
+            if state["latents"] is not latents:
+                x_t = state["latents"].to(x_t) / scale
+        return x_t
+
+    def _predict(self, x_t: Tensor, t: Tensor, state: dict[str, Tensor]) -> Tensor:
+        dtype = self.unet.dtype
+        x_t = x_t.to(dtype).contiguous(memory_format=torch.channels_last)
+        added = {"text_embeds": state["add_text_embeds"], "time_ids": state["add_time_ids"]}
+        output: Tensor = self.unet(x_t, t, state["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+    def _move(self, x_t: Tensor, output: Tensor, t: Tensor, t_next: Tensor, noise: Noise, index: int) -> Tensor:
+        preset = self.preset
+        last = index == len(self.timesteps) - 1
+        # on the last step no noise is added, and all samplers are the same deterministic move
+        if last or preset.sampler in ("euler", "ddim"):
+            return move(x_t, output, t, t_next, self.alphas_cumprod, preset.prediction_type)
+        shape = (x_t.shape[0], x_t.shape[1], x_t.shape[2], x_t.shape[3])
+        fresh = noise.draw(shape, stream=STREAM_STEP + index, dtype=output.dtype, device=x_t.device)
+        step = renoise_move if preset.sampler == "lcm" else ancestral_move
+        return step(x_t, output, t, t_next, fresh, self.alphas_cumprod, preset.prediction_type)
+
+    def _start(self) -> float:
+        """What the unit noise is multiplied by: Euler samplers start at σ_T·noise, which is √(1-ᾱ_T)·noise here."""
+        if not self.preset.sampler.startswith("euler"):
+            return 1.0
+        return float((1.0 - self.alphas_cumprod[self.timesteps[0]].float()).sqrt())
+
+    def _latents_scale(self, t: Tensor) -> Tensor:
+        """Euler samplers hold their latents divided by √ᾱ; callbacks expect that."""
+        alpha, _ = alpha_sigma(self.alphas_cumprod, t, 4)
+        return 1.0 / alpha if self.preset.sampler.startswith("euler") else torch.ones_like(alpha)
