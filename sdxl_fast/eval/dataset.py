@@ -38,6 +38,7 @@ class Questions:
     views: Tensor
     """[K * VIEWS], those of a name together."""
     metadata_sha256: str
+    seed: int
 
 
 def quantise(images: Tensor) -> Tensor:
@@ -91,4 +92,5 @@ def emoji_questions(
         reference=_draw(art, others, resolution, seed, "eval", "reference pictures"),
         views=_draw(art, each, resolution, seed, "eval", "views"),
         metadata_sha256=hashlib.sha256((Path(data_dir) / "metadata.jsonl").read_bytes()).hexdigest(),
+        seed=seed,
     )

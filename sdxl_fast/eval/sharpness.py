@@ -2,8 +2,8 @@
 """Sharpness: the variance of a picture's Laplacian (Pech-Pacheco et al. 2000), relative to that of reference pictures.
 
 Blur lowers it and grain raises it: resizing 64 px pictures to 48 px and back leaves 0.27 of it, noise of deviation
-0.02 makes it 1.33. So a ratio near one says that edges are as steep and areas as clean as in the reference, if both sets
-show the same things.
+0.02 makes it 1.33. So a ratio near one says that edges are as steep and areas as clean as in the reference, if both
+sets show the same things.
 """
 
 from __future__ import annotations

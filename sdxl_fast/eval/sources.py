@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where pictures come from: the teacher with guidance, a VAE's reconstructions, a folder; students come from outside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from sdxl_fast.diffusion import sampling, schedule
+from sdxl_fast.diffusion.prediction import PredictionType
+from sdxl_fast.errors import DataError
+from sdxl_fast.models import loading
+from sdxl_fast.models.conditioning import encode_prompts, time_ids
+
+Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
+"""(prompts, one seed each) to pictures, float [N, 3, H, W] in 0..1."""
+
+Source = Generate | Tensor | Path
+"""What a row of a report is drawn from: a function, pictures in the prompts' order, or a folder of them."""
+
+
+class Teacher:
+    """The base model in many steps with classifier-free guidance, for comparison; plain diffusers modules.
+
+    Args:
+        folder: diffusers SDXL folder; its `unet_base` if there is one, else its `unet`.
+        guidance_scale: u + scale (c - u), where u has both embeddings zeroed.
+        num_steps: trailing steps.
+        prediction_type: of the base UNet.
+        device: where it runs, in float32.
+
+    Raises:
+        ModelError: not an SDXL folder, or unsafe or broken weights.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        guidance_scale: float,
+        num_steps: int = 32,
+        prediction_type: PredictionType = "epsilon",
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.parts = loading.load(Path(folder), dtype=torch.float32, device=device)
+        self.unet = self.parts.unet
+        if (Path(folder) / "unet_base").is_dir():
+            base = UNet2DConditionModel.from_pretrained(
+                folder, subfolder="unet_base", use_safetensors=True, torch_dtype=torch.float32
+            )
+            self.unet = base.to(device).eval().requires_grad_(False)
+        self.num_steps, self.guidance_scale = num_steps, guidance_scale
+        self.prediction_type: PredictionType = prediction_type
+        self.device = torch.device(device)
+
+    @property
+    def label(self) -> str:
+        """How a report names the row."""
+        return f"teacher, {self.num_steps} steps, guidance {self.guidance_scale:g}"
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        parts = self.parts
+        embeds, pooled = encode_prompts(
+            prompts, (parts.tokenizer, parts.tokenizer_2), (parts.text_encoder, parts.text_encoder_2)
+        )
+        condition = {"prompt_embeds": embeds, "pooled": pooled}
+        config = self.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        side = config.sample_size * vae_factor(parts.vae)
+
+        def network(x_t: Tensor, timesteps: Tensor, given: dict[str, Tensor]) -> Tensor:
+            ids = time_ids(side, side, batch=len(x_t), device=x_t.device)
+            added = {"text_embeds": given["pooled"], "time_ids": ids}
+            output: Tensor = self.unet(
+                x_t, timesteps, given["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            )[0]
+            return output
+
+        zeros = {key: torch.zeros_like(value) for key, value in condition.items()}
+        latents = sampling.sample(
+            sampling.guided(network, condition, zeros, self.guidance_scale),
+            sampling.pure_noise(shape, torch.tensor(list(seeds), dtype=torch.int64, device=self.device)),
+            schedule.trailing_timesteps(self.num_steps),
+            prediction_type=self.prediction_type,
+        )
+        return decode(parts.vae, latents)
+
+
+def vae_factor(vae: torch.nn.Module) -> int:
+    """Picture pixels per latent pixel along one side."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))  # type: ignore[union-attr, arg-type]
+
+
+def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
+    """Latents as the UNet sees them to pictures in 0..1."""
+    pictures: Tensor = vae.decode(latents / vae.config.scaling_factor).sample  # type: ignore[operator, union-attr]
+    return (pictures.float() / 2.0 + 0.5).clamp(0.0, 1.0)
+
+
+class Reconstruction:
+    """A VAE's reconstructions (mode of the posterior) of pictures in 0..1: what its latents can show at best."""
+
+    def __init__(self, folder: str | Path, *, device: torch.device | str = "cpu") -> None:
+        vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32)
+        self.vae = vae.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        latents = self.vae.encode(images.to(self.device) * 2.0 - 1.0).latent_dist.mode()
+        return decode(self.vae, latents * self.vae.config.scaling_factor)
+
+
+def native_size(folder: str | Path) -> int:
+    """Side in pixels of the pictures that a diffusers folder was trained for."""
+    folder = Path(folder)
+    unet = json.loads((folder / "unet" / "config.json").read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    return int(unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def read_folder(folder: str | Path, prompts: Sequence[str]) -> Tensor:
+    """Pictures of a folder, one per prompt: in the order of its `metadata.jsonl` (`file_name`, `text`), else by name.
+
+    Raises:
+        DataError: another number of pictures, other prompts, or pictures of several sizes.
+    """
+    folder = Path(folder)
+    metadata = folder / "metadata.jsonl"
+    if metadata.is_file():
+        rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+        files = [folder / row["file_name"] for row in rows]
+        wrong = [i for i, (row, prompt) in enumerate(zip(rows, prompts, strict=False)) if row["text"] != prompt]
+        if wrong:
+            raise DataError(f"{metadata} line {wrong[0] + 1} has another prompt than {prompts[wrong[0]]!r}")
+    else:
+        files = sorted(folder.glob("*.png"))
+    if len(files) != len(prompts):
+        raise DataError(f"{folder} has {len(files)} pictures for {len(prompts)} prompts; allowed: one each")
+    pictures = []
+    for file in files:
+        with Image.open(file) as picture:
+            pictures.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+    sizes = {tuple(picture.shape[1:]) for picture in pictures}
+    if len(sizes) != 1:
+        raise DataError(f"{folder} has pictures of sizes {sorted(sizes)}; allowed: one size")
+    return torch.stack(pictures).float() / 255.0
