@@ -26,10 +26,15 @@ ACTIVATIONS = ("none", "silu")
 def _normalise(
     s: torch.Tensor, num_groups: int, eps: float, correction: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns xhat [N,C,H,W] and mean, rstd [N,G], by the two-pass formula."""
+    """Returns xhat [N,C,H,W] and mean, rstd [N,G], by the two-pass formula.
+
+    The mean is taken twice: PyTorch adds up a channels_last group one element after the other, which costs a group of
+    1,024 elements around 30 four digits of seven. What is left after the first mean is small and so is its error.
+    """
     grouped = s.unflatten(1, (num_groups, s.shape[1] // num_groups))  # N, G, C/G, H, W: a view of any layout
     count = grouped[0, 0].numel() if s.shape[0] else 1
     mean = grouped.sum((2, 3, 4), keepdim=True) / max(count, 1)
+    mean = mean + (grouped - mean).sum((2, 3, 4), keepdim=True) / max(count, 1)
     centred = grouped - mean
     var = (centred * centred).sum((2, 3, 4), keepdim=True) / max(count - correction, 1)
     rstd = torch.rsqrt(var + eps)

@@ -3,7 +3,7 @@
 
 The SDXL U-Net and VAE are built from their published configurations on the meta device (no memory, no arithmetic) and
 run once; hooks note what every GroupNorm and GEGLU receives. That takes several seconds, so the shapes of a 1024 px
-image are kept in ``sdxl_1024.json`` (``python -m sdxl_fast.testing.cases`` writes it, a test traces again and compares).
+image are kept in ``sdxl_1024.json``: ``python -m sdxl_fast.testing.cases`` writes it, a test traces anew and compares.
 """
 
 from __future__ import annotations

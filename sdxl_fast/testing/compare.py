@@ -34,6 +34,9 @@ class Scale:
     rms: float = 0.0
     relative: float = 0.0
 
+    def __mul__(self, factor: float) -> Scale:
+        return Scale(self.largest * factor, self.rms * factor, self.relative * factor)
+
     def __or__(self, other: Scale) -> Scale:
         return Scale(max(self.largest, other.largest), max(self.rms, other.rms), max(self.relative, other.relative))
 
