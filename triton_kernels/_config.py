@@ -30,7 +30,6 @@ class KernelConfig:
     block_cols: int
     rows_per_program: int
     num_warps: int
-    num_stages: int = 1
 
     def __post_init__(self) -> None:
         for name in ("block_rows", "block_cols", "num_warps"):
@@ -39,6 +38,14 @@ class KernelConfig:
                 raise ValueError(f"{name} must be a power of two, got {value}")
         if self.rows_per_program < 1 or self.rows_per_program % self.block_rows:
             raise ValueError(f"rows_per_program={self.rows_per_program} is not a multiple of {self.block_rows}")
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Keyword arguments of the launch that are Triton's rather than the kernel's.
+
+        Multiply-adds are fused, explicitly: Triton's default changes between 3.9 and 3.10, the numbers must not.
+        """
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
 
 
 def next_power_of_2(n: int) -> int:

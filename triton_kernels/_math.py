@@ -20,6 +20,7 @@ def round_to(b_x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = b_x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
+        bits = (bits >> 16) << 16  # a zero must not go in as a subnormal, which the interpreter makes 2^-126
         b_x = bits.to(tl.float32, bitcast=True)
     return b_x.to(dtype)
 
@@ -103,10 +104,29 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 
 @triton.jit
+def cos_sin_turns(u):
+    """cos(2 pi u) and sin(2 pi u) for 0 <= u <= 1.
+
+    `tl.cos` and `tl.sin` carry a slow path for huge angles, with an array in local memory. In turns the reduction is
+    exact: u = (quadrant + f) / 4 with |f| <= 1/2, then polynomials on |angle| <= pi / 4 (Cephes, single precision).
+    """
+    quadrant = tl.floor(4.0 * u + 0.5)
+    angle = (4.0 * u - quadrant) * 1.5707963267948966
+    a2 = angle * angle
+    b_sin = angle + angle * a2 * (-1.6666654611e-1 + a2 * (8.3321608736e-3 - a2 * 1.9515295891e-4))
+    b_cos = 1.0 - 0.5 * a2 + a2 * a2 * (4.166664568298827e-2 + a2 * (-1.388731625493765e-3 + a2 * 2.443315711809948e-5))
+    q = quadrant.to(tl.int32)
+    odd = (q & 1) == 1
+    cos = tl.where(odd, b_sin, b_cos)
+    sin = tl.where(odd, b_cos, b_sin)
+    return tl.where(((q + 1) & 2) == 2, -cos, cos), tl.where((q & 2) == 2, -sin, sin)
+
+
+@triton.jit
 def box_muller(r0, r1):
     """Two standard normals from two uint32 words; u1 is in (0, 1], so the logarithm is finite."""
     u1 = r0.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
     u2 = r1.to(tl.float32) * 2.3283064365386963e-10
     radius = tl.sqrt(-2.0 * tl.log(u1))
-    angle = 6.283185307179586 * u2
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    cos, sin = cos_sin_turns(u2)
+    return radius * cos, radius * sin

@@ -322,16 +322,16 @@ def group_norm_silu_fwd(
     partials = x.new_empty((2, n, num_chunks, channels), dtype=torch.float32)
     tile = {"CHANNELS_LAST": channels_last, "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols}
     group_norm_silu_moments_kernel[grid](
-        x, shift, partials[0], partials[1], channels, hw, chunk, num_chunks, **tile, num_warps=config.num_warps
+        x, shift, partials[0], partials[1], channels, hw, chunk, num_chunks, **tile, **config.options
     )
     block_k, block_c = _merge_tile(channels // num_groups)
     group_norm_silu_stats_kernel[(num_groups, n)](
         partials[0], partials[1], mean, rstd, channels, hw, num_groups, chunk, num_chunks, eps,
-        BLOCK_K=block_k, BLOCK_C=block_c, num_warps=config.num_warps,
+        BLOCK_K=block_k, BLOCK_C=block_c, **config.options,
     )  # fmt: skip
     group_norm_silu_apply_kernel[grid](
         x, weight, bias, shift, mean, rstd, y, channels, hw, num_groups, chunk,
-        SILU=activation == "silu", **tile, num_warps=config.num_warps,
+        SILU=activation == "silu", **tile, **config.options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -368,7 +368,7 @@ def group_norm_silu_bwd(
     group_sums = x.new_empty((n, num_groups, 2), dtype=torch.float32)
     flags = {
         "SILU": activation == "silu", "CHANNELS_LAST": channels_last,
-        "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols, "num_warps": config.num_warps,
+        "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols, **config.options,
     }  # fmt: skip
     shape = (channels, hw, num_groups, config.rows_per_program)
     group_norm_silu_bwd_sums_kernel[grid](
@@ -377,7 +377,7 @@ def group_norm_silu_bwd(
     block_k, block_c = _merge_tile(channels // num_groups)
     group_norm_silu_bwd_finalize_kernel[(num_groups,)](
         sums, weight, rstd, group_sums, dweight, dbias, dshift, n, channels, hw, num_groups, num_chunks,
-        BLOCK_K=block_k, BLOCK_C=block_c, num_warps=config.num_warps,
+        BLOCK_K=block_k, BLOCK_C=block_c, **config.options,
     )  # fmt: skip
     if dx is not None:
         group_norm_silu_dx_kernel[grid](

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every kernel for any GPU, on a machine with none, and reports its resources.
+
+What is compiled is what would run: the host launchers are called on meta tensors of real shapes while `JITFunction.run`
+only takes down the kernel, its argument types, constexprs and warps. A kernel that no case reaches is named, so the
+list of cases cannot silently fall behind the code.
+
+    python -m sdxl_fast.triton_kernels._compile --arch 90 [--arch 80 ...] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+_POINTER = {
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel as a launcher launched it; hashable, so equal launches compile once."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible_by_16: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the assembler gave one compiled kernel; stack bytes are register spills (no kernel has local arrays)."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def entry_points() -> dict[str, JITFunction]:
+    """Every jit function of the folder named `..._kernel`, by name."""
+    package = importlib.import_module(__package__)
+    found: dict[str, JITFunction] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name.startswith("_"):
+            continue
+        module = importlib.import_module(f"{__package__}.{info.name}")
+        found.update({n: f for n, f in vars(module).items() if isinstance(f, JITFunction) and n.endswith("_kernel")})
+    return found
+
+
+def _describe(fn: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    options = tuple(sorted((k, kwargs.pop(k)) for k in list(kwargs) if k not in fn.arg_names))
+    bound = dict(zip(fn.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible = [], [], []
+    for index, param in enumerate(fn.params):
+        value = bound[param.name]
+        specialize = not param.do_not_specialize
+        if param.is_constexpr or value is None or (type(value) is int and value == 1 and specialize):
+            signature.append((param.name, "constexpr"))
+            constants.append((param.name, value))
+        elif isinstance(value, torch.Tensor):
+            signature.append((param.name, _POINTER[value.dtype]))
+            divisible.append(index)  # torch's allocations are aligned to far more than 16 bytes
+        elif isinstance(value, int):
+            signature.append((param.name, "i32" if -(2**31) <= value < 2**31 else "i64"))
+            if value % 16 == 0 and specialize:
+                divisible.append(index)
+        else:
+            signature.append((param.name, "fp32"))
+    return Launch(fn.__name__, tuple(signature), tuple(constants), tuple(divisible), options)
+
+
+@contextmanager
+def recording() -> Iterator[dict[Launch, JITFunction]]:
+    """Inside the block a launch runs nothing and is added to the yielded dict."""
+    launches: dict[Launch, JITFunction] = {}
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if max((*grid, 0, 0)[1:3]) > 65535 or grid[0] >= 2**31:
+            raise ValueError(f"{self.__name__}: grid {grid} exceeds what CUDA launches")
+        launches.setdefault(_describe(self, args, kwargs), self)
+
+    original = JITFunction.run
+    JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original
+
+
+def _group_norm_silu_cases(dtype: torch.dtype) -> None:
+    from .group_norm_silu import group_norm_silu_bwd, group_norm_silu_fwd
+
+    def empty(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    # A map of SDXL's UNet with every flag; one of its VAE, ragged channels, and more than 2^31 elements with one each.
+    full = [("silu", dtype, True), ("none", torch.float32, False), ("silu", None, True)]
+    shapes = [(1, 320, 128, 128, 32, full), (2, 6, 5, 3, 3, full[:1])]
+    if dtype == torch.bfloat16:
+        shapes += [(1, 128, 1024, 1024, 32, full[:1]), (2, 1024, 1024, 1025, 32, full[:1])]
+    for n, c, h, w, groups, flags in shapes:
+        for channels_last, (activation, params, shifted) in itertools.product((True, False), flags):
+            x = empty(n, c, h, w)
+            x = x.to(memory_format=torch.channels_last) if channels_last else x
+            weight = bias = None if params is None else empty(c, like=params)
+            shift = empty(n, c) if shifted else None
+            y, mean, rstd = group_norm_silu_fwd(x, weight, bias, shift, groups, 1e-5, activation)
+            needs = (True, params is not None, params is not None, shifted)
+            group_norm_silu_bwd(y, x, weight, bias, shift, mean, rstd, groups, activation, needs)
+
+
+def _geglu_cases(dtype: torch.dtype) -> None:
+    from .geglu import geglu_bwd, geglu_fwd
+
+    for approximate in ("none", "tanh"):
+        for shape in ((4096, 2 * 2560), (1024, 2 * 5120), (7, 2 * 33), (2**21, 2 * 1280)):
+            x = torch.empty(shape, dtype=dtype, device="meta")
+            geglu_bwd(geglu_fwd(x, approximate), x, approximate)
+
+
+def _forward_diffusion_cases(dtype: torch.dtype) -> None:
+    from .forward_diffusion import forward_diffusion_bwd, forward_diffusion_fwd
+
+    alphas_cumprod = torch.empty(1000, device="meta")
+    for shape in ((4, 4, 128, 128), (2, 3, 5, 7), (1, 1024, 1024, 2049)):
+        for channels_last in (True, False):
+            x0 = torch.empty(shape, dtype=dtype, device="meta")
+            x0 = x0.to(memory_format=torch.channels_last) if channels_last else x0
+            index = torch.empty(shape[0], dtype=torch.int64, device="meta")
+            for stream in (0, 2**40):
+                x_t, noise = forward_diffusion_fwd(x0, alphas_cumprod, index, index, stream, None, 999)
+            forward_diffusion_fwd(x0, alphas_cumprod, index, None, 0, noise, None)
+            forward_diffusion_bwd(x_t, alphas_cumprod, index, 999)
+
+
+CASES: tuple[Callable[[torch.dtype], None], ...] = (_group_norm_silu_cases, _geglu_cases, _forward_diffusion_cases)
+
+
+def all_launches(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> dict[Launch, JITFunction]:
+    """Every distinct launch of the cases. Raises ValueError naming the kernels that no case reaches."""
+    with recording() as launches:
+        for dtype in dtypes:
+            for case in CASES:
+                case(dtype)
+    missed = sorted(set(entry_points()) - {launch.kernel for launch in launches})
+    if missed:
+        raise ValueError(f"no compile case reaches {missed}; add one to CASES in {__name__}")
+    return launches
+
+
+def _resource_usage(cubin: bytes) -> tuple[int, int, int]:
+    """(registers, stack + local bytes, static shared bytes) of the one kernel in a cubin."""
+    nvidia = importlib.import_module("triton.backends.nvidia")
+    tool = Path(next(iter(nvidia.__path__))) / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no kernel: {text}")
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, stack + local, shared
+
+
+def compile_launch(launch: Launch, fn: JITFunction, arch: int) -> Resources:
+    """Compiles one launch for sm_<arch>; Triton's cache makes the second time quick."""
+    source = ASTSource(
+        fn,
+        dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible_by_16},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(launch.options))
+    registers, stack, shared = _resource_usage(compiled.asm["cubin"])
+    types = [kind for _, kind in launch.signature if kind != "constexpr"]
+    flags = [f"{name}={value}" for name, value in launch.constants]
+    # Shared memory of a Triton kernel is dynamic: it is in the metadata, not in the cubin.
+    return Resources(
+        launch.kernel, " ".join(types + flags), arch, registers, stack, max(shared, compiled.metadata.shared)
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles, prints a table of the worst case per kernel and arch; exit code 1 if anything spills."""
+    parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU.")
+    parser.add_argument("--arch", type=int, action="append", help="compute capability, as 90 (repeatable)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], action="append")
+    parser.add_argument("--json", type=Path, help="write every result here")
+    args = parser.parse_args(argv)
+    dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else _DTYPES
+    launches = all_launches(dtypes)
+    results = [compile_launch(launch, fn, arch) for arch in args.arch or [90] for launch, fn in launches.items()]
+    if args.json:
+        args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
+    print(f"triton {triton.__version__}: {len(results)} kernels compiled")
+    print(f"{'kernel':44} {'sm':>4} {'variants':>8} {'registers':>9} {'stack':>6} {'shared':>7}")
+    for name in sorted({r.kernel for r in results}):
+        for arch in sorted({r.arch for r in results}):
+            of = [r for r in results if r.kernel == name and r.arch == arch]
+            worst = (max(r.registers for r in of), max(r.stack_bytes for r in of), max(r.shared_bytes for r in of))
+            print(f"{name:44} {arch:>4} {len(of):>8} {worst[0]:>9} {worst[1]:>6} {worst[2]:>7}")
+    return int(any(r.stack_bytes for r in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
