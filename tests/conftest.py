@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import os
+import pathlib
 
 import pytest
 import torch
@@ -18,6 +19,14 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny SDXL pipeline with random weights, structured like the embedded one; not to be written to."""
+    from sdxl_fast.testing.toy import toy_pipeline
+
+    return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -67,14 +67,20 @@ def resolve(model: str | Path | None) -> Path:
 
 
 def _download(hub_id: str) -> Path:
+    import diffusers.utils.logging
     from diffusers import DiffusionPipeline
 
     failure: Exception | None = None
-    for variant in ("fp16", None):
-        try:
-            return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
-        except Exception as error:  # the hub client raises a dozen unrelated types; the text is what helps
-            failure = error
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()  # it announces what the exception says again
+    try:
+        for variant in ("fp16", None):
+            try:
+                return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
+            except Exception as error:  # the hub client raises a dozen unrelated types; the text is what helps
+                failure = error
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
     raise ModelError(f"{hub_id}: no such folder, and not to be had from the hub ({_one_line(failure)})")
 
 
