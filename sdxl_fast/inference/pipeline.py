@@ -95,7 +95,7 @@ class OneStepPipeline:
                 settings are unknown or contradictory.
             ValueError: an unknown preset, or a dtype that does not work.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16 (SDXL's VAE overflows float16)")
@@ -240,6 +240,18 @@ class OneStepPipeline:
         self._clock, self._ran = clock, ran
 
 
+def _check_device(device: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; allowed: cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; allowed: cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs here; use cpu")
+    return device
+
+
 def _prepare(network: Any) -> FusionReport:
     """Swap in the fused operations; channels-last, which they and the convolutions are fastest in."""
     network.to(memory_format=torch.channels_last)
@@ -252,6 +264,8 @@ def _noise_schedule(parts: loading.Components) -> Tensor:
     kind = config.get("beta_schedule", "scaled_linear")
     if kind != "scaled_linear" or config.get("rescale_betas_zero_snr") or config.get("trained_betas"):
         raise ModelError(f"{parts.source}: its scheduler config has another noise schedule than SDXL's scaled_linear")
+    if config.get("clip_sample") or config.get("thresholding"):
+        raise ModelError(f"{parts.source}: its scheduler config clips x0, which latents of SDXL must not be")
     return schedule.alphas_cumprod(
         config.get("num_train_timesteps", schedule.NUM_TRAIN_TIMESTEPS),
         config.get("beta_start", schedule.BETA_START),

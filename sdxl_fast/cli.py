@@ -1,0 +1,230 @@
+"""The command `sdxl-fast`: what people and scripts run. Every mistake is one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import SdxlFastError
+from .files import replacing
+
+if TYPE_CHECKING:
+    import torch
+
+    from .inference import OneStepPipeline
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+
+app = typer.Typer(
+    help="One-step SDXL: draw, train and measure.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="Folder, hub id or .safetensors file; the embedded pipeline if left out.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default what is fastest there.")]
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture or more each.")] = None,
+    model: ModelOption = None,
+    steps: Annotated[int | None, typer.Option(help="1, 2, 4 or 8, as far as the model can.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Picture k of every prompt gets seed + k.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
+    out: Annotated[Path, typer.Option(help="A picture file, or a folder to put them in.")] = Path(),
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Draw pictures from prompts and write them to files."""
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise ValueError("no prompt given: say what to draw, as in: sdxl-fast generate 'red apple'")
+    from .inference.request import check_output, check_seeds
+
+    check_output("pil", (), num_images)
+    seeds = check_seeds(seed, len(prompts), num_images).tolist()
+    texts = [prompt for prompt in prompts for _ in range(num_images)]
+    files = picture_files(out, texts, seeds)
+    pipe = _load(model, device, dtype)
+    images = pipe(
+        prompts,
+        seed=seeds,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        num_images_per_prompt=num_images,
+    ).images
+    for file, text, one_seed, image in zip(files, texts, seeds, images, strict=True):
+        save_picture(image, file)
+        print(f"{file}  {text!r}, seed {one_seed}")
+    print(format_timings(pipe.timings, len(images)))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where to write the grid of pictures.")] = Path("demo.png"),
+    model: ModelOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+) -> None:
+    """Draw a labelled grid of prompts, one step each."""
+    from .demo import PROMPTS, grid
+
+    _check_suffix(out)
+    pipe = _load(model, device, dtype)
+    images = pipe(list(PROMPTS), seed=list(range(len(PROMPTS)))).images
+    save_picture(grid(images, PROMPTS), out)
+    print(f"wrote {out.resolve()}: {len(images)} prompts, {pipe.preset.steps[0]} step each, on {pipe.device}")
+    for op, backends in pipe.explain().items():
+        print(f"  {op:18} " + ", ".join(f"{backend} ({calls} calls)" for backend, calls in backends.items()))
+    print(format_timings(pipe.timings, len(images)))
+
+
+@app.command()
+def env() -> None:
+    """Print versions and which backend of which operation works here, for a bug report."""
+    from . import env as environment
+
+    print(environment.report())
+
+
+@data_app.command("emoji")
+def data_emoji(out: Annotated[Path, typer.Option(help="Folder to create.")]) -> None:
+    """Build the image-caption set of the embedded pipeline: Fluent 3D and Noto emoji."""
+    from .data import emoji
+
+    emoji.build(out)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML recipe, or the name of one that comes with the package.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, replaces the recipe's.")] = None,
+    resume: Annotated[str | None, typer.Option(help="'latest' goes on from the newest checkpoint.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run and stop.")] = False,
+) -> None:
+    """Run a training recipe."""
+    from . import train as training
+
+    training.run(recipe, settings or [], resume=resume, dry_run=dry_run)
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[Path, typer.Option(help="Folder made by `sdxl-fast data emoji`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    model: ModelOption = None,
+    steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
+    device: DeviceOption = None,
+) -> None:
+    """Measure a pipeline on the emoji set: retrieval, kernel distance, sharpness, diversity."""
+    from .models import loading
+
+    folder = loading.resolve(model)
+    pipe = _load(model, device, "float32")
+    from .eval import report, sources
+
+    def draw(prompts: Any, seeds: Any, num_steps: int) -> torch.Tensor:
+        found = pipe(list(prompts), seed=list(seeds), num_inference_steps=num_steps, output_type="pt").images
+        return found  # type: ignore[no-any-return]
+
+    teacher = sources.Teacher(folder, guidance_scale=guidance, device=pipe.device) if guidance else None
+    chosen = steps or list(pipe.num_inference_steps)
+    report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
+    print(f"wrote {out / 'report.md'}")
+
+
+def picture_files(out: Path, texts: list[str], seeds: list[int]) -> list[Path]:
+    """One file per picture: `out` itself, `out` numbered, or prompt and seed as a name in the folder `out`.
+
+    Raises:
+        ValueError: `out` is a file of a kind that is not written, or lies below a file.
+    """
+    if out.suffix.lower() in PICTURE_SUFFIXES and not out.is_dir():
+        _check_suffix(out)
+        if len(texts) == 1:
+            return [out]
+        return [out.with_name(f"{out.stem}-{k + 1}{out.suffix}") for k in range(len(texts))]
+    if out.is_file():
+        raise ValueError(
+            f"--out {out}: exists and is no picture; give a folder or one of {', '.join(PICTURE_SUFFIXES)}"
+        )
+    _check_below_folder(out)
+    names: dict[str, None] = {}
+    for text, seed in zip(texts, seeds, strict=True):
+        stem = re.sub(r"[^\w]+", "-", text.lower()).strip("-_")[:60] or "picture"
+        name, again = f"{stem}_{seed}", 2
+        while name in names:
+            name, again = f"{stem}_{seed}_{again}", again + 1
+        names[name] = None
+    return [out / f"{name}.png" for name in names]
+
+
+def save_picture(picture: Any, path: Path) -> None:
+    """Write a PIL image, whole or not at all."""
+    with replacing(path) as temporary:
+        picture.save(temporary)
+
+
+def format_timings(timings: dict[str, float], count: int) -> str:
+    """One line: milliseconds by stage and in total, and per picture."""
+    parts = [f"{name.replace('_', ' ')} {seconds * 1e3:.1f} ms" for name, seconds in timings.items()]
+    return f"{', '.join(parts)}; {timings['total'] / count * 1e3:.1f} ms per picture"
+
+
+def _load(model: str | None, device: str | None, dtype: str | None) -> OneStepPipeline:
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
+    import torch
+
+    from .inference import OneStepPipeline
+
+    return OneStepPipeline.from_pretrained(
+        model, device=device, dtype=None if dtype is None else getattr(torch, _DTYPES[dtype])
+    )
+
+
+def _check_suffix(out: Path) -> None:
+    if out.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"--out {out}: a picture file ends in one of {', '.join(PICTURE_SUFFIXES)}")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: is a folder")
+    _check_below_folder(out.parent)
+
+
+def _check_below_folder(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ValueError(f"--out: {existing} is a file, not a folder")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; `arguments` are the process's own by default."""
+    try:
+        app(args=arguments, prog_name="sdxl-fast")
+    except (SdxlFastError, ValueError, OSError) as error:
+        print(f"sdxl-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
