@@ -26,6 +26,12 @@ class LatentSet:
     captions: list[str]
     category_of: Tensor
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """C, h, w of one latent."""
+        channels, height, width = self.latents.shape[2:]
+        return channels, height, width
+
     def batch(self, count: int, category_share: float, *key: int | str) -> tuple[Tensor, Tensor]:
         """A batch that is a function of `key`: latents float32 [count, C, h, w] and caption indices [count]."""
         draw = generator(*key)
@@ -37,31 +43,48 @@ class LatentSet:
 
 
 @torch.no_grad()
-def draw_latents(vae: Any, art: Tensor, size: int, draws: int, *key: int | str) -> Tensor:
+def draw_latents(
+    vae: Any, art: Tensor, size: int, draws: int, scale_range: tuple[float, float], *key: int | str
+) -> Tensor:
     """Encodes `draws` random drawings of each cut-out: bfloat16 [N, draws, C, h, w], scaled as the UNet sees them."""
     rows = []
     for index, cutout in enumerate(art):
-        pictures = render(cutout.expand(draws, -1, -1, -1), size, generator(*key, index))
+        cutouts = cutout.expand(draws, -1, -1, -1)
+        pictures = render(cutouts, size, generator(*key, index), scale_range=scale_range)
         with torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         rows.append((latents * vae.config.scaling_factor).to(torch.bfloat16))
-    return torch.stack(rows)
+    return torch.stack(rows).contiguous()
 
 
 def latent_set(
-    path: Path, vae: Any, art: Tensor, rows: list[dict[str, str]], size: int, draws: int, seed: int
+    path: Path,
+    vae: Any,
+    art: Tensor,
+    rows: list[dict[str, str]],
+    *,
+    size: int,
+    draws: int,
+    scale_range: tuple[float, float],
+    seed: int,
 ) -> LatentSet:
     """The latent set, read from `path` (safetensors) when it is there and was made with these settings, else made."""
     names = [row["name"] for row in rows]
     categories = sorted({row["category"] for row in rows})
-    settings = {"size": str(size), "draws": str(draws), "seed": str(seed), "names": "\n".join(names)}
+    settings = {
+        "size": str(size),
+        "draws": str(draws),
+        "scale": str(scale_range),
+        "seed": str(seed),
+        "names": "\n".join(names),
+    }
     latents = None
     if path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata() == settings:
                 latents = file.get_tensor("latents")
     if latents is None:
-        latents = draw_latents(vae, art, size, draws, seed, "draws")
+        latents = draw_latents(vae, art, size, draws, scale_range, seed, "draws")
         writing = path.with_name(f".{path.name}")
         save_file({"latents": latents}, writing, metadata=settings)
         writing.rename(path)

@@ -98,8 +98,8 @@ CATEGORIES = {
     "monkey-face": "animal",
     "heart": "heart",
 }
-# Difference (see `_difference`) from a picture already kept below which a picture counts as its copy. At 0.20 moon phases,
-# coloured hearts and left/right twins go, cow and cow face stay; 420 training names remain.
+# Difference (see `_difference`) from a picture already kept below which a picture counts as its copy. At 0.20 moon
+# phases, coloured hearts and left/right twins go, cow and cow face stay; 420 training names remain.
 NEAR_IDENTICAL = 0.20
 HELD_OUT_SHARE = 20  # one name in 20, by the CRC of the name: independent of order and of the other names
 
@@ -150,7 +150,7 @@ def _thumbnail(picture: Image.Image) -> np.ndarray[Any, Any]:
 
 
 def _difference(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
-    """Mean absolute difference of two thumbnails over the area that either covers: thin things count like large ones."""
+    """Mean absolute difference over the area that either thumbnail covers: thin things count like large ones."""
     return float(np.abs(a - b).mean(axis=-1).sum() / np.maximum(a[..., 3], b[..., 3]).sum())
 
 

@@ -1,4 +1,4 @@
-"""Draws training pictures from cut-out art: what the caption leaves open (place, size, turn, flip, ground) is random."""
+"""Draws training pictures from cut-out art; what a caption leaves open (place, size, turn, flip, ground) is random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-SCALE = (0.68, 0.95)  # the art's side over the picture's
+SCALE = (0.75, 0.98)  # the art's side over the picture's
 ROTATION = math.radians(14.0)
 
 
@@ -45,20 +45,21 @@ def backgrounds(count: int, size: int, generator: torch.Generator) -> Tensor:
     return first[:, :, None, None] * (1.0 - weight) + second[:, :, None, None] * weight
 
 
-def render(art: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def render(art: Tensor, size: int, generator: torch.Generator, *, scale_range: tuple[float, float] = SCALE) -> Tensor:
     """Places each cut-out at random on a random ground.
 
     Args:
         art: premultiplied RGBA uint8 [N, 4, S, S], S at least twice `size` for clean edges.
         size: side of the pictures in pixels.
         generator: source of every random choice.
+        scale_range: least and greatest side of the art over the picture's.
 
     Returns:
         float32 [N, 3, size, size] in -1..1.
     """
     count = art.shape[0]
     scale, turn, flip, right, down = torch.rand(5, count, generator=generator)
-    scale = SCALE[0] + (SCALE[1] - SCALE[0]) * scale
+    scale = scale_range[0] + (scale_range[1] - scale_range[0]) * scale
     turn = ROTATION * (2.0 * turn - 1.0)
     mirror = torch.where(flip < 0.5, 1.0, -1.0)
     room = 1.0 - scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from typing import Any
 
@@ -63,7 +64,7 @@ class DiscriminatorHead(nn.Module):
         self.blocks = nn.Sequential(
             *(
                 nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), GroupNormSiLU(num_groups, b))
-                for a, b in zip(widths, widths[1:], strict=False)
+                for a, b in itertools.pairwise(widths)
             )
         )
         self.projection = nn.Conv2d(channels, 1, 1)

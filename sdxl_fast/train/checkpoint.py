@@ -109,7 +109,7 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
 
 
 class Average:
-    """Exponential moving average of a module's floating-point parameters, counted in images.
+    """Exponential moving average of a module's trainable parameters, counted in images.
 
     Args:
         module: the module to follow; its current values are the start.
@@ -119,21 +119,22 @@ class Average:
 
     def __init__(self, module: torch.nn.Module, half_life: float, ramp: float = 0.1) -> None:
         self.half_life, self.ramp = half_life, ramp
-        self.values = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.values = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module, images: int, batch: int) -> None:
         """Moves the average towards the module after a step that brought the count to `images`."""
         half_life = min(self.half_life, max(images * self.ramp, 1e-8))
         weight = 1.0 - 0.5 ** (batch / half_life)
-        names, live = zip(*module.named_parameters(), strict=True)
-        torch._foreach_lerp_([self.values[name] for name in names], [p.detach() for p in live], weight)
+        live = dict(module.named_parameters())
+        torch._foreach_lerp_(list(self.values.values()), [live[name].detach() for name in self.values], weight)
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
         """Writes the average into a module of the same architecture."""
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.values[name])
+        live = dict(module.named_parameters())
+        for name, value in self.values.items():
+            live[name].copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.values)

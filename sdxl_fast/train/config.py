@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from ..data.render import SCALE
 from ..models.config import PipelineConfig
 from ..models.lora import LORA_TARGETS
 
@@ -34,6 +35,7 @@ class DataConfig(Config):
     style: str = "fluent-3d"
     resolution: int = Field(64, ge=8, description="side of a training picture, pixels")
     art_size: int = Field(128, ge=16, description="side the cut-out art is kept at, pixels")
+    scale_range: tuple[float, float] = Field(SCALE, description="least and greatest side of the art over the picture's")
     category_share: float = Field(0.3, ge=0, le=1, description="share of captions that name only the category")
 
 
@@ -62,6 +64,7 @@ class RunConfig(Config):
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(1_000, gt=0, description="images between metric lines")
     ema_half_life: float = Field(5_000, gt=0, description="images")
+    fuse: bool = Field(True, description="run the networks on this package's fused modules")
 
 
 class VaeConfig(RunConfig):
@@ -126,9 +129,10 @@ class LightningConfig(RunConfig):
     teacher: str = Field(description="run or folder of the teacher")
     data: DataConfig = DataConfig()
     images: int = Field(0, description="ignored: each stage and phase has its own length")
+    draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
     guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
     lora_rank: int = Field(64, ge=1)
-    lora_alpha: float | None = Field(None, description="None: equal to the rank")
+    lora_alpha: int | None = Field(None, description="None: equal to the rank")
     lora_targets: tuple[str, ...] = LORA_TARGETS
     head_channels: int | None = Field(None, description="width of D's head; None: that of the mid block")
     optimizer: OptimizerConfig
@@ -181,7 +185,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
 
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> VaeConfig | TeacherConfig | LightningConfig:
-    """Reads a YAML recipe (a path, or the name of one that the package brings), applies `a.b=value` overrides, validates.
+    """Reads a YAML recipe (a path, or the name of one of the package's), applies `a.b=value` overrides, validates.
 
     Raises:
         ValueError: no such recipe, not YAML, an unknown key (the nearest is named) or a value out of range.

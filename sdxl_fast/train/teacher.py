@@ -11,15 +11,15 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from torch import Tensor, nn
 
 from .. import ops
-from ..data.captions import latent_set
+from ..data.captions import LatentSet, latent_set
 from ..diffusion import prediction, sampling, schedule
-from ..models.conditioning import encode_prompts, time_ids, tokenize
+from ..models.conditioning import time_ids, tokenize
 from ..models.config import build_text_encoders, build_unet, scheduler_arguments
 from ..models.tokenizer import save_tokenizer, train_tokenizer
 from ..nn import fuse
 from ..random import generator, image_seeds
 from .checkpoint import Average
-from .config import TeacherConfig
+from .config import DataConfig, TeacherConfig
 from .trainer import Task, make_optimizer, optimize, run_folder
 from .vae import art_of, save_picture, to_sheet
 
@@ -60,18 +60,21 @@ def call_unet(unet: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[s
     return output
 
 
+def latents_of(data: DataConfig, path: Path, vae: Any, draws: int, seed: int) -> LatentSet:
+    """The latent set of the training split, made once and kept at `path`."""
+    art, rows = art_of(data)
+    return latent_set(path, vae, art, rows, size=data.resolution, draws=draws, scale_range=data.scale_range, seed=seed)
+
+
 class TeacherTask(Task):
     """Denoising regression with caption dropout that zeroes both embeddings."""
 
     def __init__(self, config: TeacherConfig, folder: Path) -> None:
         self.config, self.batch = config, config.batch
-        self.vae = AutoencoderKL.from_pretrained(run_folder(config.vae) / "export")
+        self.vae: Any = AutoencoderKL.from_pretrained(run_folder(config.vae) / "export")
         self.vae.to(memory_format=torch.channels_last).requires_grad_(False)
-        art, rows = art_of(config.data)
+        self.data = latents_of(config.data, folder / "latents.safetensors", self.vae, config.draws, config.seed)
         size = config.data.resolution
-        self.data = latent_set(
-            folder / "latents.safetensors", self.vae, art, rows, size, config.draws, config.seed
-        )
         torch.manual_seed(config.seed)
         self.tokenizer = train_tokenizer(
             self.data.captions, vocab_size=config.vocabulary, max_tokens=config.pipeline.max_tokens
@@ -79,7 +82,8 @@ class TeacherTask(Task):
         self.ids = tokenize(self.tokenizer, self.data.captions)
         self.unet = build_unet(config.pipeline).to(memory_format=torch.channels_last)
         self.conditioner = Conditioner(*build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer), size)
-        fuse(self.unet)
+        if config.fuse:
+            fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
         self.optimizer = make_optimizer(config.optimizer, list(self.networks.parameters()))
         self.average = Average(self.networks, config.ema_half_life)
@@ -106,9 +110,7 @@ class TeacherTask(Task):
             output = call_unet(self.unet, x_t, timesteps, condition, config.data.resolution)
         wanted = prediction.target(latents, noise, timesteps, self.alphas_cumprod, config.prediction_type)
         loss = F.mse_loss(output.float(), wanted)
-        norm = optimize(
-            self.optimizer, loss, config.optimizer, images, config.images
-        )
+        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
         self.average.update(self.networks, images + count, count)
         return {"loss": loss.item(), "grad_norm": norm}
 
@@ -132,7 +134,7 @@ class TeacherTask(Task):
             {key: torch.zeros_like(value) for key, value in condition.items()},
             self.config.preview_guidance,
         )
-        start = sampling.pure_noise(tuple(self.data.latents.shape[2:]), image_seeds(len(prompts), "preview"))
+        start = sampling.pure_noise(self.data.shape, image_seeds(len(prompts), "preview"))
         latents = sampling.sample(
             predict, start, schedule.trailing_timesteps(32), prediction_type=self.config.prediction_type
         )
@@ -142,7 +144,12 @@ class TeacherTask(Task):
     def export(self, folder: Path) -> None:
         unet, conditioner = self._averaged()
         save_pipeline(
-            folder, unet, conditioner.text_encoder, conditioner.text_encoder_2, self.vae, self.tokenizer,
+            folder,
+            unet,
+            conditioner.text_encoder,
+            conditioner.text_encoder_2,
+            self.vae,
+            self.tokenizer,
             self.config.prediction_type,
         )
 
@@ -151,7 +158,7 @@ def save_pipeline(
     folder: Path, unet: Any, text_encoder: Any, text_encoder_2: Any, vae: Any, tokenizer: Any, prediction_type: str
 ) -> None:
     """Writes a diffusers SDXL folder with a trailing Euler scheduler."""
-    pipe = StableDiffusionXLPipeline(
+    pipe: Any = StableDiffusionXLPipeline(
         vae=vae,
         text_encoder=text_encoder,
         text_encoder_2=text_encoder_2,

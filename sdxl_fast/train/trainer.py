@@ -7,12 +7,14 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from . import checkpoint
@@ -87,14 +89,18 @@ class _StopRequest:
 def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool, label: str) -> bool:
     """Trains `task` to `total` images in `folder`, from its newest checkpoint if `resume`; False when asked to stop.
 
-    Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` a checkpoint and a contact sheet.
+    Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` a checkpoint and a sheet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = _restore(task, folder) if resume else 0
     stop = _StopRequest()
+    # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
+    # embedded teacher (bf16, 16 tokens, one core).
+    attention = sdpa_kernel(SDPBackend.MATH) if not torch.cuda.is_available() else nullcontext()
     sums: defaultdict[str, list[float]] = defaultdict(list)
     started, logged = time.perf_counter(), images
     with (
+        attention,
         open(folder / "metrics.jsonl", "a") as metrics,
         tqdm(total=total, initial=images, unit="img", desc=label, mininterval=5.0) as bar,
     ):
@@ -168,7 +174,7 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
 
 def _run_kind(config: VaeConfig | TeacherConfig | LightningConfig, folder: Path, resume: bool) -> bool:
     if isinstance(config, LightningConfig):
-        from .lightning import run_stages
+        from .stages import run_stages
 
         return run_stages(config, folder, resume=resume)
     task: Task

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -20,7 +21,9 @@ from .trainer import Task, make_optimizer, optimize, run_folder
 
 def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
     """The training split's art, uint8 [M, 4, S, S], and its metadata rows; builds the emoji set when it is missing."""
-    folder = Path(config.folder) if config.folder else emoji.build(cache_folder() / "data" / "emoji", log=lambda _: None)
+    folder = (
+        Path(config.folder) if config.folder else emoji.build(cache_folder() / "data" / "emoji", log=lambda _: None)
+    )
     rows = emoji.load_metadata(folder, style=config.style, split="train")
     return load_art(folder, rows, config.art_size), rows
 
@@ -50,15 +53,16 @@ class VaeTask(Task):
     def __init__(self, config: VaeConfig) -> None:
         self.config, self.batch = config, config.batch
         torch.manual_seed(config.seed)
-        self.vae = AutoencoderKL(**config.model).to(memory_format=torch.channels_last)
+        vae: Any = AutoencoderKL(**config.model)
+        self.vae = vae.to(memory_format=torch.channels_last)
         if config.initial:
-            source = AutoencoderKL.from_pretrained(run_folder(config.initial) / "export")
+            source: Any = AutoencoderKL.from_pretrained(run_folder(config.initial) / "export")
             self.vae.load_state_dict(source.state_dict())
             self.vae.register_to_config(scaling_factor=source.config.scaling_factor)
         if config.freeze_encoder:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        self.features = EfficientNetLite0().to(memory_format=torch.channels_last)
+        self.features = EfficientNetLite0()
         self.art, _ = art_of(config.data)
         self.trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(config.optimizer, self.trained)
@@ -68,7 +72,8 @@ class VaeTask(Task):
     def _pictures(self, count: int, *key: int | str) -> Tensor:
         draw = generator(self.config.seed, *key)
         chosen = torch.randint(len(self.art), (count,), generator=draw)
-        pictures = render(self.art[chosen], self.config.data.resolution, draw)
+        data = self.config.data
+        pictures = render(self.art[chosen], data.resolution, draw, scale_range=data.scale_range)
         return pictures.contiguous(memory_format=torch.channels_last)
 
     def step(self, images: int) -> dict[str, float]:
@@ -96,8 +101,8 @@ class VaeTask(Task):
             "grad_norm": norm,
         }
 
-    def _averaged(self) -> AutoencoderKL:
-        averaged = AutoencoderKL.from_config(self.vae.config)
+    def _averaged(self) -> Any:
+        averaged: Any = AutoencoderKL.from_config(self.vae.config)
         averaged.load_state_dict(self.vae.state_dict())
         self.average.copy_to(averaged)
         return averaged.eval()
@@ -120,7 +125,7 @@ class VaeTask(Task):
 
 
 @torch.no_grad()
-def normalise_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
+def normalise_latents(vae: Any, pictures: Tensor) -> None:
     """Folds each latent channel's mean and scale into the quant convolutions and sets `scaling_factor` to 1.
 
     Afterwards the latents of `pictures` have mean 0 and standard deviation 1 per channel, and stock diffusers, which

@@ -1,0 +1,298 @@
+"""The stages of progressive adversarial distillation: their order, what each starts from, and the chain of hashes.
+
+Lineage (the paper leaves it open, SDXL-Lightning §3.6): one LoRA on the frozen base goes on from stage to stage, so
+that each released LoRA is valid on the base; the base with that LoRA merged is the next stage's teacher and starting
+point; a full-UNet branch leaves at each merge and is not continued. The discriminator starts from the base in each
+stage; from D to D' its backbone is kept, the head is new.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..diffusion import schedule
+from ..diffusion.prediction import PredictionType
+from ..models.conditioning import encode_prompts
+from ..models.discriminators import LightningDiscriminator, UNetEncoder
+from ..models.lora import merge_lora, read_lora, write_lora
+from ..nn import fuse
+from .config import AdversarialPhase, LightningConfig, StageConfig
+from .lightning import AdversarialTask, Bench, RegressionTask, Student, StudentTask, Teacher
+from .teacher import latents_of
+from .trainer import fit, run_folder
+
+BASE = "base"
+BASE_STEPS = 128
+ADAPTER = "distilled"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One thing that runs: an MSE stage, a conversion to x0, or one phase of an adversarial stage."""
+
+    index: int
+    stage: StageConfig
+    name: str
+    phase: AdversarialPhase | None = None
+    convert: bool = False
+
+    @property
+    def trains(self) -> str:
+        """What of the student learns: "lora" or "full"."""
+        if self.phase is not None:
+            return self.phase.trains
+        return "full" if self.convert else "lora"
+
+    @property
+    def images(self) -> int:
+        """Length of the unit."""
+        if self.phase is not None:
+            return self.phase.images
+        return self.stage.convert_images if self.convert else self.stage.images
+
+    def folder(self, run: Path) -> Path:
+        """Where it keeps its checkpoints and results."""
+        return run / f"{self.index:02d}-{self.stage.name}-{self.name}"
+
+
+def units_of(config: LightningConfig) -> list[Unit]:
+    """Every unit of the recipe in order."""
+    units: list[Unit] = []
+    for stage in config.stages:
+        if stage.loss == "mse":
+            units.append(Unit(len(units), stage, "mse"))
+        if stage.convert_images:
+            units.append(Unit(len(units), stage, "convert", convert=True))
+        for phase in stage.phases:
+            units.append(Unit(len(units), stage, phase.name, phase))
+    return units
+
+
+class Lineage:
+    """Reads and writes what the units leave behind for one another."""
+
+    def __init__(self, bench: Bench, run: Path) -> None:
+        self.config, self.run, self.prediction_type = bench.config, run, bench.prediction_type
+        self.base: Any = bench.base
+        self.units = units_of(bench.config)
+
+    def _last(self, stage: str | None = None, trains: str | None = None, before: int | None = None) -> Unit | None:
+        found = [
+            unit
+            for unit in self.units[: before if before is not None else len(self.units)]
+            if stage in (None, unit.stage.name) and trains in (None, unit.trains)
+        ]
+        return found[-1] if found else None
+
+    def plain_base(self) -> Any:
+        """A fresh copy of the base UNet in float32."""
+        return copy.deepcopy(self.base)
+
+    def merged(self, unit: Unit | None) -> Any:
+        """The base with that unit's LoRA merged; the base itself for None."""
+        unet = self.plain_base()
+        if unit is not None:
+            merge_lora(unet, read_lora(unit.folder(self.run) / "student.safetensors", unet))
+        return unet
+
+    def of_stage(self, name: str) -> tuple[Any, int]:
+        """The LoRA-merged model a stage ended with, and its step count; "base" is the teacher of the first stage."""
+        if name == BASE:
+            return self.plain_base(), BASE_STEPS
+        unit = self._last(stage=name, trains="lora")
+        if unit is None:
+            raise ValueError(f"stage {name!r} is to teach, but trains no LoRA or does not exist")
+        return self.merged(unit), unit.stage.steps
+
+    def teacher_of(self, unit: Unit) -> tuple[Any, int]:
+        """The teacher network of a unit and its step count: the phase's own choice, else the stage before."""
+        names = [stage.name for stage in self.config.stages]
+        position = names.index(unit.stage.name)
+        before = names[position - 1] if position else BASE
+        return self.of_stage((unit.phase.teacher if unit.phase else None) or before)
+
+    def student_of(self, unit: Unit) -> Any:
+        """The unit's student at its start, with only what it trains requiring gradients."""
+        previous = self._last(trains="lora", before=unit.index)
+        if unit.trains == "lora":
+            unet = self.plain_base().requires_grad_(False)
+            alpha = self.config.lora_alpha or self.config.lora_rank
+            settings = LoraConfig(
+                r=self.config.lora_rank, lora_alpha=alpha, target_modules=list(self.config.lora_targets)
+            )
+            torch.manual_seed(self.config.seed)
+            unet.add_adapter(settings, adapter_name=ADAPTER)
+            if previous is not None:
+                _load_adapter(unet, load_file(previous.folder(self.run) / "student.safetensors"))
+            return unet
+        before = self.units[unit.index - 1] if unit.index else None
+        if before is not None and before.stage is unit.stage and before.trains == "full":
+            unet = self.plain_base()
+            unet.load_state_dict(load_file(before.folder(self.run) / "student.safetensors"))
+        else:
+            unet = self.merged(previous)
+        return unet.requires_grad_(True)
+
+    def discriminator_of(self, unit: Unit, phase: AdversarialPhase) -> LightningDiscriminator:
+        """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits."""
+        torch.manual_seed(self.config.seed + unit.index)
+        encoder = UNetEncoder(self.plain_base(), self.config.data.resolution)
+        levels = len(self.base.config.down_block_types) - 1
+        d = LightningDiscriminator(
+            encoder,
+            conditional=phase.condition,
+            side=self.base.config.sample_size // 2**levels,
+            head_channels=self.config.head_channels,
+        )
+        before = self.units[unit.index - 1] if unit.index else None
+        if before is not None and before.stage is unit.stage and before.phase is not None:
+            kept = load_file(before.folder(self.run) / "discriminator.safetensors")
+            if before.phase.condition != phase.condition:
+                kept = {key: value for key, value in kept.items() if key.startswith("encoder.")}
+            d.load_state_dict(kept, strict=False)
+        return d
+
+    def write_student(self, unit: Unit, unet: nn.Module) -> None:
+        """Saves a trained student: LoRA pairs, or the full UNet."""
+        path = unit.folder(self.run) / "student.safetensors"
+        if unit.trains == "lora":
+            alpha = self.config.lora_alpha or self.config.lora_rank
+            pairs = _adapter_pairs(unet)
+            write_lora(
+                path, pairs, alpha=alpha, num_inference_steps=unit.stage.steps, prediction_type=self.prediction_type
+            )
+        else:
+            save_file({key: value.detach().contiguous() for key, value in unet.state_dict().items()}, path)
+
+
+def _adapter_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in unet.named_modules():
+        if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
+            yield name, module
+
+
+def _adapter_pairs(unet: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    return {
+        name: (module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach())
+        for name, module in _adapter_layers(unet)
+    }
+
+
+@torch.no_grad()
+def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Copies LoRA pairs written by `write_lora` (alpha folded into the ups) into the adapter."""
+    for name, module in _adapter_layers(unet):
+        module.lora_A[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_A.weight"])
+        module.lora_B[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_B.weight"] / module.scaling[ADAPTER])
+
+
+def make_bench(config: LightningConfig, run: Path) -> Bench:
+    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
+    source = run_folder(config.teacher)
+    folder = source / "export" if (source / "export").is_dir() else source
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
+    vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    cache = source / "latents.safetensors" if (source / "export").is_dir() else run / "latents.safetensors"
+    data = latents_of(config.data, cache, vae, config.draws, config.seed)
+    with torch.no_grad():
+        embeds, pooled = encode_prompts(
+            data.captions, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
+        )
+    base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    return Bench(
+        config=config,
+        base=base,
+        vae=vae,
+        data=data,
+        conditions={"prompt_embeds": embeds, "pooled": pooled},
+        prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
+        alphas_cumprod=schedule.alphas_cumprod(),
+    )
+
+
+def make_task(unit: Unit, bench: Bench, lineage: Lineage) -> StudentTask:
+    """The unit's networks, assembled from what came before it."""
+    config, stage = bench.config, unit.stage
+    unet, teacher_steps = lineage.teacher_of(unit)
+    first = teacher_steps == BASE_STEPS
+    teacher = Teacher(
+        bench,
+        unet.requires_grad_(False),
+        schedule.NUM_TRAIN_TIMESTEPS / teacher_steps,
+        config.guidance_scale if first else 1.0,
+    )
+    network = lineage.student_of(unit)
+    grid = stage.timesteps or tuple(schedule.trailing_timesteps(stage.steps))
+    kind: PredictionType = "sample" if stage.convert_images else bench.prediction_type
+    student = Student(bench, network, kind, stage.steps, grid)
+    substeps = teacher_steps // stage.steps
+    if config.fuse:
+        fuse(unet)
+        fuse(network)
+    if unit.phase is None:
+        return RegressionTask(student, teacher, substeps, config.optimizer, unit.images, convert=unit.convert)
+    discriminator = lineage.discriminator_of(unit, unit.phase)
+    if config.fuse:
+        fuse(discriminator.encoder.unet)
+    return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _record(unit: Unit, run: Path, seconds: float) -> None:
+    """Appends the unit to `chain.jsonl`: what it made, hashed, and the hash of the line before it."""
+    path, folder = run / "chain.jsonl", unit.folder(run)
+    before = path.read_text().splitlines()[-1] if path.is_file() else ""
+    files = [folder / name for name in ("student.safetensors", "discriminator.safetensors", "metrics.jsonl")]
+    line = {
+        "unit": folder.name,
+        "steps": unit.stage.steps,
+        "images": unit.images,
+        "seconds_of_last_session": round(seconds),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "sha256": {file.name: _sha256(file) for file in files if file.is_file()},
+        "previous": hashlib.sha256(before.encode()).hexdigest() if before else None,
+    }
+    with open(path, "a") as chain:
+        chain.write(json.dumps(line) + "\n")
+
+
+def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
+    """Runs every unit that is not finished yet, in order; False when asked to stop in between.
+
+    A finished unit is one with a line in `chain.jsonl`; an unfinished one goes on from its newest checkpoint.
+    """
+    bench = make_bench(config, run)
+    lineage = Lineage(bench, run)
+    chain = run / "chain.jsonl"
+    done = {json.loads(line)["unit"] for line in chain.read_text().splitlines()} if chain.is_file() else set()
+    for unit in lineage.units:
+        folder = unit.folder(run)
+        if folder.name in done:
+            continue
+        task = make_task(unit, bench, lineage)
+        started = time.perf_counter()
+        if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
+            return False
+        task.with_average(lambda task=task, unit=unit: lineage.write_student(unit, task.student.unet))  # type: ignore[misc]
+        if isinstance(task, AdversarialTask):
+            weights = {key: value.detach().contiguous() for key, value in task.discriminator.state_dict().items()}
+            save_file(weights, folder / "discriminator.safetensors")
+        _record(unit, run, time.perf_counter() - started)
+    return True
