@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -36,6 +37,14 @@ def check_images(images: Tensor, name: str = "images") -> Tensor:
     if not (low >= 0 and high <= 1):  # also true for NaN
         raise ValueError(f"{name} spans {low.item():.4g} to {high.item():.4g}; allowed: 0 to 1")
     return images
+
+
+class Extractor(Protocol):
+    """What a report needs of a feature network: pictures [N, 3, H, W] in 0..1 to features [N, D], and its name."""
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def provenance(self) -> dict[str, str | int]: ...
 
 
 class FeatureExtractor:

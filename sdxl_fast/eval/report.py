@@ -23,7 +23,7 @@ from tqdm import tqdm
 import sdxl_fast
 from sdxl_fast.eval import dataset, kid, retrieval, sources, tables
 from sdxl_fast.eval.diversity import Diversity, within_prompt_diversity
-from sdxl_fast.eval.features import FeatureExtractor, check_images
+from sdxl_fast.eval.features import Extractor, FeatureExtractor, check_images
 from sdxl_fast.eval.sharpness import laplacian_variance
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
 from sdxl_fast.eval.tables import REAL, RECONSTRUCTIONS, TEACHER, student_row
@@ -63,7 +63,7 @@ def _sha256(images: Tensor) -> str:
 class _Judge:
     """The real pictures' features, computed once, and the rows measured against them."""
 
-    def __init__(self, questions: dataset.Questions, extract: FeatureExtractor) -> None:
+    def __init__(self, questions: dataset.Questions, extract: Extractor) -> None:
         self.questions, self.extract = questions, extract
         self.database = extract(questions.database)
         self.reference = extract(questions.reference)
@@ -121,7 +121,7 @@ def evaluate(
     questions: dataset.Questions,
     *,
     reconstruct: Callable[[Tensor], Tensor] | None = None,
-    extractor: FeatureExtractor | None = None,
+    extractor: Extractor | None = None,
     pictures: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Measures each row on the same prompts and seeds, between real pictures and, with `reconstruct`, the VAE's.
@@ -132,7 +132,7 @@ def evaluate(
         questions: prompts, seeds and real pictures.
         reconstruct: real pictures in 0..1 to the VAE's; sharpness and the distance's excess are relative to these (to
             real pictures without it).
-        extractor: the feature network; None makes the default one.
+        extractor: the feature network; None is EfficientNet-Lite0.
         pictures: filled with each row's pictures, uint8 [N, 3, H, W], for contact sheets.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where pictures come from: the teacher with guidance, a VAE's reconstructions, a folder; students come from outside."""
+"""Where pictures come from: the teacher with guidance, a VAE's reconstructions, a folder; students from outside."""
 
 from __future__ import annotations
 
