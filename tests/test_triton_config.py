@@ -72,7 +72,7 @@ def test_pure_and_frozen() -> None:
     assert first == pick_config("geglu", (4096, 2560), torch.bfloat16)
     with pytest.raises(dataclasses.FrozenInstanceError):
         first.num_warps = 8  # type: ignore[misc]
-    assert first.options["num_warps"] == first.num_warps
+    assert first.options()["num_warps"] == first.num_warps
 
 
 def test_refusals() -> None:

@@ -39,13 +39,14 @@ class KernelConfig:
         if self.rows_per_program < 1 or self.rows_per_program % self.block_rows:
             raise ValueError(f"rows_per_program={self.rows_per_program} is not a multiple of {self.block_rows}")
 
-    @property
-    def options(self) -> dict[str, int | bool]:
+    def options(self, *, max_registers: int = 96) -> dict[str, int | bool]:
         """Keyword arguments of the launch that are Triton's rather than the kernel's.
 
         Multiply-adds are fused, explicitly: Triton's default changes between 3.9 and 3.10, the numbers must not.
+        Registers are capped because ptxas, left alone, aims for 56 in some kernels and spills to get there. 96 is what
+        a streaming kernel needs (20 warps an SM, 20 KB of loads in flight); the reductions need more and say so.
         """
-        return {"num_warps": self.num_warps, "enable_fp_fusion": True}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": max_registers}
 
 
 def next_power_of_2(n: int) -> int:

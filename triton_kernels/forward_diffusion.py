@@ -148,7 +148,7 @@ def forward_diffusion_fwd(
             block = 4 * config.block_cols
             forward_diffusion_mix_kernel[(triton.cdiv(channels * hw, block), n)](
                 x0, alphas_cumprod, timesteps, noise, x_t, channels * hw, num_timesteps, pure,
-                BLOCK=block, **config.options,
+                BLOCK=block, **config.options(),
             )  # fmt: skip
         return x_t, noise
     noise = torch.empty_like(x0)
@@ -156,7 +156,7 @@ def forward_diffusion_fwd(
         groups = triton.cdiv(channels * hw, 4)
         forward_diffusion_seeded_kernel[(triton.cdiv(groups, config.block_cols), n)](
             x0, alphas_cumprod, timesteps, seeds, x_t, noise, channels, hw, num_timesteps, stream, pure,
-            CHANNELS_LAST=memory_format == torch.channels_last, BLOCK_Q=config.block_cols, **config.options,
+            CHANNELS_LAST=memory_format == torch.channels_last, BLOCK_Q=config.block_cols, **config.options(),
         )  # fmt: skip
     return x_t, noise
 
@@ -175,6 +175,6 @@ def forward_diffusion_bwd(
     block = 4 * config.block_cols
     forward_diffusion_bwd_kernel[(triton.cdiv(elements, block), n)](
         dx_t, alphas_cumprod, timesteps, dx0, elements, alphas_cumprod.numel(),
-        -1 if pure_noise_at is None else pure_noise_at, BLOCK=block, **config.options,
+        -1 if pure_noise_at is None else pure_noise_at, BLOCK=block, **config.options(),
     )  # fmt: skip
     return dx0

@@ -71,7 +71,7 @@ def geglu_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(cols, config.block_cols))
     geglu_fwd_kernel[grid](
         x.contiguous(), y, rows, cols,
-        TANH=approximate == "tanh", BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options,
+        TANH=approximate == "tanh", BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
     )  # fmt: skip
     return y
 
@@ -86,6 +86,6 @@ def geglu_bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tens
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(cols, config.block_cols))
     geglu_bwd_kernel[grid](
         dy.contiguous(), x.contiguous(), dx, rows, cols,
-        TANH=approximate == "tanh", BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options,
+        TANH=approximate == "tanh", BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
     )  # fmt: skip
     return dx

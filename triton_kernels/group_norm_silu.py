@@ -30,12 +30,16 @@ from ._math import round_to, sigmoid, silu_grad
 
 
 @triton.jit
-def _tile_offsets(o_r, o_c, channels, hw, CHANNELS_LAST: tl.constexpr):
-    """Element offsets (int64) of a tile relative to its sample, rows being positions."""
+def _tile(i_n, row_start, o_c, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Element offsets (int64) of the tile at row_start of sample i_n, and how far one row moves them."""
+    o_r = tl.arange(0, BLOCK_R).to(tl.int64)
     if CHANNELS_LAST:
-        return o_r.to(tl.int64)[:, None] * channels + o_c[None, :]
+        row_stride = tl.cast(channels, tl.int64)
+        o_rc = o_r[:, None] * channels + o_c[None, :]
     else:
-        return o_r.to(tl.int64)[:, None] + o_c.to(tl.int64)[None, :] * hw
+        row_stride = tl.cast(1, tl.int64)
+        o_rc = o_r[:, None] + o_c.to(tl.int64)[None, :] * hw
+    return i_n * channels * hw + row_start * row_stride + o_rc, row_stride
 
 
 @triton.jit
@@ -57,18 +61,18 @@ def group_norm_silu_moments_kernel(
     i_n = tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    row_end = tl.minimum((i_chunk + 1) * chunk, hw)
+    rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
+    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     b_shift = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0)
-    p_x = x_ptr + i_n * channels * hw
 
     b_count = tl.zeros([BLOCK_R], tl.float32)
     b_mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     b_m2 = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for i_row in range(i_chunk * chunk, row_end, BLOCK_R):
-        o_r = i_row + tl.arange(0, BLOCK_R)
-        m_r = o_r < row_end
+    for i_row in range(0, rows, BLOCK_R):
+        m_r = i_row + tl.arange(0, BLOCK_R) < rows
         m_rc = m_r[:, None] & m_c[None, :]
-        b_x = tl.load(p_x + _tile_offsets(o_r, o_c, channels, hw, CHANNELS_LAST), mask=m_rc, other=0.0).to(tl.float32)
+        p_x = x_ptr + tl.cast(i_row, tl.int64) * row_stride + o_tile
+        b_x = tl.load(p_x, mask=m_rc, other=0.0).to(tl.float32)
         b_count += tl.where(m_r, 1.0, 0.0)
         b_inv = tl.where(m_r, 1.0 / tl.maximum(b_count, 1.0), 0.0)
         b_delta = b_x + b_shift[None, :] - b_mean
@@ -131,18 +135,17 @@ def group_norm_silu_apply_kernel(
     i_chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    row_end = tl.minimum((i_chunk + 1) * chunk, hw)
+    rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
+    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     # x + (shift - mean), then one multiply-add: folding the mean into the bias would lose |mean| / std digits.
     b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
     b_scale = b_rstd * _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
     b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
-    base = i_n * channels * hw
-    for i_row in range(i_chunk * chunk, row_end, BLOCK_R):
-        o_r = i_row + tl.arange(0, BLOCK_R)
-        m_rc = (o_r < row_end)[:, None] & m_c[None, :]
-        o_rc = base + _tile_offsets(o_r, o_c, channels, hw, CHANNELS_LAST)
+    for i_row in range(0, rows, BLOCK_R):
+        m_rc = (i_row + tl.arange(0, BLOCK_R) < rows)[:, None] & m_c[None, :]
+        o_rc = tl.cast(i_row, tl.int64) * row_stride + o_tile
         b_x = tl.load(x_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
         b_y = (b_x + b_center[None, :]) * b_scale[None, :] + b_bias[None, :]
         if SILU:
@@ -172,21 +175,20 @@ def group_norm_silu_bwd_sums_kernel(
     i_n = tl.program_id(2).to(tl.int64)
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    row_end = tl.minimum((i_chunk + 1) * chunk, hw)
+    rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
+    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
     b_weight = _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
     b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
-    base = i_n * channels * hw
 
     b_sum_dz = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     b_sum_dz_xh = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     b_sum_xh = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
-    for i_row in range(i_chunk * chunk, row_end, BLOCK_R):
-        o_r = i_row + tl.arange(0, BLOCK_R)
-        m_rc = (o_r < row_end)[:, None] & m_c[None, :]
-        o_rc = base + _tile_offsets(o_r, o_c, channels, hw, CHANNELS_LAST)
+    for i_row in range(0, rows, BLOCK_R):
+        m_rc = (i_row + tl.arange(0, BLOCK_R) < rows)[:, None] & m_c[None, :]
+        o_rc = tl.cast(i_row, tl.int64) * row_stride + o_tile
         b_dz, b_xh = _load_dz(dy_ptr, x_ptr, o_rc, m_rc, b_center, b_rstd, b_weight, b_bias, SILU)
         b_sum_dz += b_dz
         b_sum_dz_xh += b_dz * b_xh
@@ -257,7 +259,8 @@ def group_norm_silu_dx_kernel(
     i_chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # last rows first: still in L2
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
-    row_end = tl.minimum((i_chunk + 1) * chunk, hw)
+    rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
+    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
@@ -265,11 +268,9 @@ def group_norm_silu_dx_kernel(
     b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
     b_s1 = tl.load(group_sums_ptr + 2 * o_g, mask=m_c, other=0.0)
     b_s2 = tl.load(group_sums_ptr + 2 * o_g + 1, mask=m_c, other=0.0)
-    base = i_n * channels * hw
-    for i_row in range(i_chunk * chunk, row_end, BLOCK_R):
-        o_r = i_row + tl.arange(0, BLOCK_R)
-        m_rc = (o_r < row_end)[:, None] & m_c[None, :]
-        o_rc = base + _tile_offsets(o_r, o_c, channels, hw, CHANNELS_LAST)
+    for i_row in range(0, rows, BLOCK_R):
+        m_rc = (i_row + tl.arange(0, BLOCK_R) < rows)[:, None] & m_c[None, :]
+        o_rc = tl.cast(i_row, tl.int64) * row_stride + o_tile
         b_dz, b_xh = _load_dz(dy_ptr, x_ptr, o_rc, m_rc, b_center, b_rstd, b_weight, b_bias, SILU)
         b_dx = b_rstd[None, :] * (b_weight[None, :] * b_dz - b_s1[None, :] - b_xh * b_s2[None, :])
         tl.store(dx_ptr + o_rc, round_to(b_dx, dx_ptr.dtype.element_ty), mask=m_rc)
@@ -322,16 +323,16 @@ def group_norm_silu_fwd(
     partials = x.new_empty((2, n, num_chunks, channels), dtype=torch.float32)
     tile = {"CHANNELS_LAST": channels_last, "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols}
     group_norm_silu_moments_kernel[grid](
-        x, shift, partials[0], partials[1], channels, hw, chunk, num_chunks, **tile, **config.options
+        x, shift, partials[0], partials[1], channels, hw, chunk, num_chunks, **tile, **config.options()
     )
     block_k, block_c = _merge_tile(channels // num_groups)
     group_norm_silu_stats_kernel[(num_groups, n)](
         partials[0], partials[1], mean, rstd, channels, hw, num_groups, chunk, num_chunks, eps,
-        BLOCK_K=block_k, BLOCK_C=block_c, **config.options,
+        BLOCK_K=block_k, BLOCK_C=block_c, **config.options(max_registers=128),
     )  # fmt: skip
     group_norm_silu_apply_kernel[grid](
         x, weight, bias, shift, mean, rstd, y, channels, hw, num_groups, chunk,
-        SILU=activation == "silu", **tile, **config.options,
+        SILU=activation == "silu", **tile, **config.options(),
     )  # fmt: skip
     return y, mean, rstd
 
@@ -368,19 +369,19 @@ def group_norm_silu_bwd(
     group_sums = x.new_empty((n, num_groups, 2), dtype=torch.float32)
     flags = {
         "SILU": activation == "silu", "CHANNELS_LAST": channels_last,
-        "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols, **config.options,
+        "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols,
     }  # fmt: skip
     shape = (channels, hw, num_groups, config.rows_per_program)
     group_norm_silu_bwd_sums_kernel[grid](
-        dy, x, weight, bias, shift, mean, rstd, sums, *shape, num_chunks, **flags
+        dy, x, weight, bias, shift, mean, rstd, sums, *shape, num_chunks, **flags, **config.options(max_registers=160)
     )  # fmt: skip
     block_k, block_c = _merge_tile(channels // num_groups)
     group_norm_silu_bwd_finalize_kernel[(num_groups,)](
         sums, weight, rstd, group_sums, dweight, dbias, dshift, n, channels, hw, num_groups, num_chunks,
-        BLOCK_K=block_k, BLOCK_C=block_c, **config.options,
+        BLOCK_K=block_k, BLOCK_C=block_c, **config.options(max_registers=128),
     )  # fmt: skip
     if dx is not None:
         group_norm_silu_dx_kernel[grid](
-            dy, x, weight, bias, shift, mean, rstd, group_sums, dx, *shape, **flags
+            dy, x, weight, bias, shift, mean, rstd, group_sums, dx, *shape, **flags, **config.options()
         )  # fmt: skip
     return dx, dweight, dbias, dshift
