@@ -138,14 +138,19 @@ def evaluate(
     from .models import loading
 
     folder = loading.resolve(model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: a single file; evaluation needs the folder of a pipeline")
     pipe = _load(model, device, "float32")
+    base = pipe.base_prediction_type
     from .eval import report, sources
 
     def draw(prompts: Any, seeds: Any, num_steps: int) -> torch.Tensor:
         found = pipe(list(prompts), seed=list(seeds), num_inference_steps=num_steps, output_type="pt").images
         return found  # type: ignore[no-any-return]
 
-    teacher = sources.Teacher(folder, guidance_scale=guidance, device=pipe.device) if guidance else None
+    teacher = None
+    if guidance and base is not None:
+        teacher = sources.Teacher(folder, guidance_scale=guidance, prediction_type=base, device=pipe.device)
     chosen = steps or list(pipe.num_inference_steps)
     report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
     print(f"wrote {out / 'report.md'}")

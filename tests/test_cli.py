@@ -181,11 +181,18 @@ def test_eval_measures_every_step_count_of_the_model(
     )
     assert (code, err) == (0, "")
     assert found["steps"] == [1, 2, 4, 8]
-    assert found["teacher"].num_steps == 32
+    assert (found["teacher"].num_steps, found["teacher"].prediction_type) == (32, "epsilon")
     assert (found["folder"], found["data"], found["num_images"]) == (toy_folder, tmp_path, 4)
     assert found["shape"] == (2, 3, 32, 32)
     assert found["lowest"] >= 0
     assert "report.md" in out
+
+
+def test_eval_needs_a_folder(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = toy_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    code, _, err = _run(capsys, "eval", "--model", weights, "--data", tmp_path, "--out", tmp_path / "r")
+    assert code == 2
+    assert "needs the folder" in err
 
 
 def test_unknown_commands_and_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..diffusion import schedule
+from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
 from ..models.conditioning import encode_prompts, time_ids, truncated
@@ -109,6 +110,12 @@ class OneStepPipeline:
             name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
             chosen = presets.recognise(name, parts.scheduler if path.is_dir() else None, parts.metadata)
         return cls(parts, preset=chosen)
+
+    @property
+    def base_prediction_type(self) -> PredictionType | None:
+        """What the undistilled UNet beside the few-step LoRAs predicts; None when the pipeline has none."""
+        stated = self._parts.base_prediction_type
+        return None if stated is None else presets.prediction_type(stated)
 
     @property
     def num_inference_steps(self) -> tuple[int, ...]:

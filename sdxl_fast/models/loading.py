@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .lora import find_loras, merge_lora, read_lora
+from .lora import find_loras, merge_lora, read_lora, stated_prediction_type
 from .safetensors_check import PICKLE_SUFFIXES, check_safetensors
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
@@ -42,6 +42,14 @@ class Components:
     source: Path
     metadata: dict[str, str] = field(default_factory=dict)
     few_step_loras: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def base_prediction_type(self) -> str | None:
+        """What the UNet under `unet_base` predicts, as its LoRA files say; None when there is no base UNet."""
+        if not self.few_step_loras:
+            return None
+        header = check_safetensors(next(iter(self.few_step_loras.values())))
+        return stated_prediction_type(header.get("__metadata__", {})) or "epsilon"
 
     @property
     def title(self) -> str | None:

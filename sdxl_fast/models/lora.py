@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,13 @@ class Lora:
     @property
     def prediction_type(self) -> str | None:
         """What the merged UNet predicts, in diffusers' words; None when the file does not say."""
-        value = self.metadata.get(PREDICTION_KEY)
-        return {"v": "v_prediction", "x0": "sample"}.get(value, value) if value else None
+        return stated_prediction_type(self.metadata)
+
+
+def stated_prediction_type(metadata: Mapping[str, str]) -> str | None:
+    """The prediction type in a weight file's metadata, in diffusers' words; None when there is none."""
+    value = metadata.get(PREDICTION_KEY)
+    return {"v": "v_prediction", "x0": "sample"}.get(value, value) if value else None
 
 
 def target_modules(unet: nn.Module) -> list[str]:
