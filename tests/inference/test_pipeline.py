@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
 from diffusers.utils.torch_utils import randn_tensor
 
-from sdxl_fast import OneStepPipeline
+from sdxl_fast import OneStepPipeline, use_backend
 from sdxl_fast.diffusion import sampling
 from sdxl_fast.errors import ModelError
 from sdxl_fast.models.lora import lora_file_name
@@ -259,6 +259,14 @@ def test_it_says_what_ran_where_and_how_long(toy_folder: Path) -> None:
     timings = pipe.timings
     assert list(timings) == ["text_encoders", "unet", "vae", "total"]
     assert 0 < sum(timings.values()) - timings["total"] <= timings["total"]
+
+
+def test_a_forced_backend_runs_and_is_reported(pipe: OneStepPipeline) -> None:
+    chosen = pipe("cat", seed=1, output_type="pt").images
+    with use_backend("eager"):
+        eager = pipe("cat", seed=1, output_type="pt").images
+    assert all(set(backends) == {"eager"} for backends in pipe.explain().values())
+    torch.testing.assert_close(chosen, eager, rtol=1 / 255, atol=1 / 255)
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
