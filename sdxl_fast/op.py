@@ -2,7 +2,8 @@
 """The glue between a public op function and the raw functions of its backends.
 
 In eager mode a call goes public function -> :meth:`FusedOp.__call__` -> ``autograd.Function`` -> backend -> launch,
-past PyTorch's dispatcher: autograd registered on a library op costs about 30 us a call on the host, this way about 9.
+past PyTorch's dispatcher. Host time on top of the backend's own call, tiny CPU tensors, torch 2.13: 3 to 8 us without
+gradients and 9 to 16 with, against 14 and 40 through a library op.
 While a graph is being traced, and for tensor subclasses and dispatch modes (fake tensors, FLOP counters), the same
 call goes through the ``torch.library`` ops ``sdxl_fast::<op>_fwd`` and ``_bwd``, which have fakes, so that
 ``torch.compile(fullgraph=True)`` and ``torch.export`` work; their bodies come back to the backends chosen here.
@@ -243,6 +244,9 @@ def _define_library_ops(op: FusedOp) -> None:
 
     def fwd(*args: Any) -> Any:
         kernels = op.plan(args)
+        counts = dispatch.recorder()
+        if counts is not None:
+            counts[op.name, kernels.backend] += 1
         args = op.prepare(args)
         op.check_values(args)
         return op.library_outputs(args, kernels.fwd(*args))

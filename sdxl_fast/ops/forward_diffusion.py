@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -175,8 +175,7 @@ class _ForwardDiffusion(FusedOp):
     def second_order(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
-        alphas_cumprod, timesteps = saved
-        assert alphas_cumprod is not None and timesteps is not None
+        alphas_cumprod, timesteps = cast(tuple[torch.Tensor, torch.Tensor], saved)
         # x_t is linear in x0, so the gradient does not contain x0 and the closed form is differentiable as it stands.
         return (reference.bwd(dy, alphas_cumprod, timesteps, scalars[6]), *(None,) * 6)
 

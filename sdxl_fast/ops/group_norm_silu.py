@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -190,9 +190,19 @@ class _GroupNormSilu(FusedOp):
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> Args:
         x, weight, bias, shift, mean, rstd = saved
-        assert x is not None
         num_groups, activation = scalars[4], scalars[6]
-        return laid_out_like(dy, x), x, weight, bias, shift, mean, rstd, num_groups, activation, tuple(needs[:4])
+        return (
+            laid_out_like(dy, cast(torch.Tensor, x)),
+            x,
+            weight,
+            bias,
+            shift,
+            mean,
+            rstd,
+            num_groups,
+            activation,
+            tuple(needs[:4]),
+        )
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
         return (*found, None, None, None)

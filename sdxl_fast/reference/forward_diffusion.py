@@ -129,7 +129,8 @@ def fwd(
         x_t and the noise in it (the tensor given, when it was given), both like x0.
     """
     if noise is None:
-        assert seeds is not None  # the public function has checked it
+        if seeds is None:
+            raise ValueError("exactly one of seeds and noise must be given, got neither")
         noise = draw(x0.detach(), seeds, stream)
     return _mix(x0, noise, alphas_cumprod, timesteps, pure_noise_at), noise
 

@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdxl_fast.dispatch import explain, use_backend
-from sdxl_fast.testing.op_suite import OpSuite, Tensors, Values, require
+from sdxl_fast.testing.op_suite import OpSuite, Tensors, Values, device_of, require
 
 
 def _first(result: Any) -> torch.Tensor:
@@ -59,7 +59,8 @@ class ContractSuite(OpSuite):
 
     def test_run_to_run_equality(self, backend: str) -> None:
         """The same call gives the same bits, forward and backward."""
-        case = min((*self.cases, *self.sdxl), key=lambda c: abs(c.numel - 10_000))
+        wanted = 1_000 if backend == "triton" and device_of(backend) == "cpu" else 50_000
+        case = min((*self.cases, *self.sdxl), key=lambda c: abs(c.numel - wanted))
         values = self.ready(backend, case)
         with use_backend(backend):
             first = self.differentiate(self.public, values, torch.float32)
