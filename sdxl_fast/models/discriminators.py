@@ -1,4 +1,4 @@
-"""SDXL-Lightning's discriminator: the UNet's own encoder and mid block, then a small convolutional head (§3.3)."""
+"""Discriminators: SDXL-Lightning's, which is the UNet's own encoder with a head (§3.3), and a patch one for the VAE."""
 
 from __future__ import annotations
 
@@ -101,4 +101,24 @@ class LightningDiscriminator(nn.Module):
                 raise ValueError("features_t is None; the conditional discriminator also judges x_t: pass its features")
             features = torch.cat([features, features_t], dim=1)
         logits: Tensor = self.head(features)
+        return logits
+
+
+class PatchDiscriminator(nn.Module):
+    """Judges overlapping patches of pictures: three 4×4 stride-2 convolutions, then a logit per position.
+
+    [N, 3, H, W] in -1..1 -> [N, 1, H/8, W/8]. Instance statistics are GroupNorm's with one group per 8 channels.
+    """
+
+    def __init__(self, channels: int = 32) -> None:
+        super().__init__()
+        widths = [channels, 2 * channels, 4 * channels]
+        layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.SiLU()]
+        for a, b in itertools.pairwise(widths):
+            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), GroupNormSiLU(b // 8, b)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits per patch."""
+        logits: Tensor = self.layers(pictures)
         return logits

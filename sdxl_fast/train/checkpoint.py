@@ -105,7 +105,19 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     for name, part in parts.items():
         tensors = load_file(checkpoint / f"{name}.safetensors")
         part.load_state_dict(unflatten(structure[name], tensors))
+        if isinstance(part, torch.optim.Optimizer):
+            _match_layout(part)
     return state
+
+
+def _match_layout(optimizer: torch.optim.Optimizer) -> None:
+    """Gives each moment the memory format of its parameter; files hold contiguous tensors, and torch's fused steps read
+    parameter and moments side by side in memory.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class Average:

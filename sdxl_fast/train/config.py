@@ -78,6 +78,8 @@ class VaeConfig(RunConfig):
     perceptual: float = 0.5
     kl: float = 1e-6
     freeze_encoder: bool = Field(False, description="train the decoder alone, so that latents stay what they were")
+    adversarial: float = Field(0.0, ge=0, description="weight of a patch discriminator's hinge loss; 0 trains none")
+    discriminator_optimizer: OptimizerConfig | None = None
     initial: str | None = Field(None, description="run to start from, a folder or a name in the cache")
 
 
@@ -127,10 +129,12 @@ class LightningConfig(RunConfig):
 
     kind: Literal["lightning"]
     teacher: str = Field(description="run or folder of the teacher")
+    vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
     images: int = Field(0, description="ignored: each stage and phase has its own length")
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
     guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
+    export_name: str = Field("lightning", description="stem of the exported LoRA files")
     lora_rank: int = Field(64, ge=1)
     lora_alpha: int | None = Field(None, description="None: equal to the rank")
     lora_targets: tuple[str, ...] = LORA_TARGETS

@@ -24,6 +24,16 @@ def non_saturating_generator(fake_logits: Tensor) -> Tensor:
     return F.softplus(-fake_logits.float()).mean()
 
 
+def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """max(0, 1 - real) + max(0, 1 + fake), averaged (ADD eq. 3 without its penalty). 2 at chance."""
+    return F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
+
+
+def hinge_generator(fake_logits: Tensor) -> Tensor:
+    """-fake, averaged (ADD eq. 2)."""
+    return -fake_logits.float().mean()
+
+
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Share of samples that the discriminator judges rightly; 0.5 is chance, 1.0 leaves the student no gradient."""
     return ((real_logits > 0).float().mean() + (fake_logits <= 0).float().mean()) / 2

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -31,6 +31,7 @@ from ..models.discriminators import LightningDiscriminator, UNetEncoder
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
 from .config import AdversarialPhase, LightningConfig, StageConfig
+from .export import export_pipeline
 from .lightning import AdversarialTask, Bench, RegressionTask, Student, StudentTask, Teacher
 from .teacher import latents_of
 from .trainer import fit, run_folder
@@ -200,13 +201,26 @@ def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         module.lora_B[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_B.weight"] / module.scaling[ADAPTER])
 
 
+def _export_of(name: str) -> Path:
+    folder = run_folder(name)
+    return folder / "export" if (folder / "export").is_dir() else folder
+
+
+def load_teacher(config: LightningConfig) -> Any:
+    """The teacher's pipeline, with the recipe's own VAE if it names one."""
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(_export_of(config.teacher), use_safetensors=True)
+    if config.vae is not None:
+        vae: Any = AutoencoderKL.from_pretrained(_export_of(config.vae), use_safetensors=True)
+        pipe.register_modules(vae=vae)
+    return pipe
+
+
 def make_bench(config: LightningConfig, run: Path) -> Bench:
     """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
-    source = run_folder(config.teacher)
-    folder = source / "export" if (source / "export").is_dir() else source
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
+    pipe = load_teacher(config)
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    cache = source / "latents.safetensors" if (source / "export").is_dir() else run / "latents.safetensors"
+    source = run_folder(config.teacher)
+    cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
     data = latents_of(config.data, cache, vae, config.draws, config.seed)
     with torch.no_grad():
         embeds, pooled = encode_prompts(
@@ -295,4 +309,17 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
             weights = {key: value.detach().contiguous() for key, value in task.discriminator.state_dict().items()}
             save_file(weights, folder / "discriminator.safetensors")
         _record(unit, run, time.perf_counter() - started)
+    _export(config, lineage, run)
     return True
+
+
+def _export(config: LightningConfig, lineage: Lineage, run: Path) -> None:
+    """Writes `run/export` when the recipe ends in a one-step student."""
+    last = lineage.units[-1]
+    if last.stage.steps != 1:
+        return
+    student = lineage.plain_base()
+    student.load_state_dict(load_file(last.folder(run) / "student.safetensors"))
+    loras = {u.stage.steps: u.folder(run) / "student.safetensors" for u in lineage.units if u.trains == "lora"}
+    few = {steps: path for steps, path in loras.items() if steps in (2, 4, 8)}
+    export_pipeline(run / "export", load_teacher(config), student, few, name=config.export_name)

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..data import emoji
 from ..data.render import load_art, render
+from ..models.discriminators import PatchDiscriminator
 from ..models.feature_nets import EfficientNetLite0, perceptual_distance
 from ..random import generator
+from . import losses
 from .checkpoint import Average
 from .config import DataConfig, VaeConfig, cache_folder
 from .trainer import Task, make_optimizer, optimize, run_folder
@@ -68,6 +70,13 @@ class VaeTask(Task):
         self.optimizer = make_optimizer(config.optimizer, self.trained)
         self.average = Average(self.vae, config.ema_half_life)
         self.parts = {"vae": self.vae, "optimizer": self.optimizer, "average": self.average}
+        if config.adversarial:
+            if config.discriminator_optimizer is None:
+                raise ValueError("adversarial is on, but discriminator_optimizer is missing; give its lr")
+            self.discriminator = PatchDiscriminator()
+            self.d_config = config.discriminator_optimizer
+            self.d_optimizer = make_optimizer(self.d_config, list(self.discriminator.parameters()))
+            self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
 
     def _pictures(self, count: int, *key: int | str) -> Tensor:
         draw = generator(self.config.seed, *key)
@@ -76,30 +85,42 @@ class VaeTask(Task):
         pictures = render(self.art[chosen], data.resolution, draw, scale_range=data.scale_range)
         return pictures.contiguous(memory_format=torch.channels_last)
 
+    def _encode(self, pictures: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """A sample of the posterior and the KL; the mode and 0 when the encoder is frozen."""
+        with torch.set_grad_enabled(not self.config.freeze_encoder):
+            posterior = self.vae.encode(pictures).latent_dist
+        if self.config.freeze_encoder:
+            return posterior.mode(), torch.zeros(())
+        return posterior.sample(generator(self.config.seed, images, "posterior")), posterior.kl().float().mean()
+
     def step(self, images: int) -> dict[str, float]:
         config = self.config
         pictures = self._pictures(self.batch, images, "vae")
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-            posterior = self.vae.encode(pictures).latent_dist
-            latents = posterior.sample(generator(config.seed, images, "posterior"))
+            latents, kl = self._encode(pictures, images)
             decoded = self.vae.decode(latents).sample
             with torch.no_grad():
                 wanted = self.features(pictures)
             perceptual = perceptual_distance(self.features(decoded), wanted)
         l1 = (decoded.float() - pictures).abs().mean()
-        kl = posterior.kl().float().mean()
         loss = config.l1 * l1 + config.perceptual * perceptual + config.kl * kl
-        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        logged = {"l1": l1.item(), "perceptual": perceptual.item(), "kl": kl.item()}
+        if config.adversarial:
+            logged |= self._discriminator_step(pictures, decoded.detach(), images)
+            self.discriminator.requires_grad_(False)
+            loss = loss + config.adversarial * losses.hinge_generator(self.discriminator(decoded.float()))
+        logged["grad_norm"] = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        if config.adversarial:
+            self.discriminator.requires_grad_(True)
         self.average.update(self.vae, images + self.batch, self.batch)
         mse = (decoded.detach().float() - pictures).square().mean()
-        return {
-            "loss": loss.item(),
-            "l1": l1.item(),
-            "perceptual": perceptual.item(),
-            "kl": kl.item(),
-            "psnr_db": (10.0 * torch.log10(4.0 / mse)).item(),
-            "grad_norm": norm,
-        }
+        return {"loss": loss.item(), "psnr_db": (10.0 * torch.log10(4.0 / mse)).item(), **logged}
+
+    def _discriminator_step(self, real: Tensor, fake: Tensor, images: int) -> dict[str, float]:
+        logits = self.discriminator(torch.cat([real, fake.float()]))
+        loss = losses.hinge_discriminator(*logits.chunk(2))
+        optimize(self.d_optimizer, loss, self.d_config, images, self.config.images)
+        return {"d_loss": loss.item(), "d_accuracy": losses.accuracy(*logits.chunk(2)).item()}
 
     def _averaged(self) -> Any:
         averaged: Any = AutoencoderKL.from_config(self.vae.config)

@@ -1,0 +1,46 @@
+"""What distillation hands out: one diffusers folder with the one-step student, the base UNet and the few-step LoRAs."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EulerDiscreteScheduler
+
+from ..models.config import scheduler_arguments
+from ..models.lora import lora_file_name, read_lora, write_lora
+
+
+def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path], *, name: str) -> Path:
+    """Writes the folder under a temporary name, in float16, and renames it.
+
+    Args:
+        folder: target; an earlier export there is replaced.
+        pipe: the teacher's StableDiffusionXLPipeline with the VAE to ship.
+        student: the one-step UNet, which predicts x0.
+        loras: LoRA file on the base UNet by step count.
+        name: stem of the LoRA files, as in `emoji_4step_lora.safetensors`.
+
+    The scheduler config says prediction_type "sample" and trailing: stock diffusers with num_inference_steps=1 and
+    guidance_scale=0 draws with the student; the base UNet lies under `unet_base`.
+    """
+    writing = folder.with_name(f".{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    base = pipe.unet
+    prediction_type = pipe.scheduler.config.prediction_type
+    pipe.register_modules(unet=student, scheduler=EulerDiscreteScheduler(**scheduler_arguments("sample")))
+    pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)
+    base.to(torch.float16).save_pretrained(writing / "unet_base", safe_serialization=True)
+    for steps, path in loras.items():
+        pairs = {
+            module: (down.to(torch.float16), up.to(torch.float16))
+            for module, (down, up) in read_lora(path, base).pairs.items()
+        }
+        rank = next(iter(pairs.values()))[0].shape[0]
+        target = writing / lora_file_name(name, steps)
+        write_lora(target, pairs, alpha=rank, num_inference_steps=steps, prediction_type=prediction_type)
+    shutil.rmtree(folder, ignore_errors=True)
+    writing.rename(folder)
+    return folder

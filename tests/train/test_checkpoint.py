@@ -1,0 +1,94 @@
+"""Checkpoints come back as they were, whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sdxl_fast.train import checkpoint
+
+
+def _trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.0, 0.99))
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(torch.randn(5, 3)).square().mean().backward()
+        optimizer.step()
+    return module, optimizer
+
+
+def test_optimizer_and_module_come_back_bit_for_bit(tmp_path: Path) -> None:
+    module, optimizer = _trained()
+    checkpoint.save(tmp_path, {"module": module, "optimizer": optimizer}, {"images": 12})
+    other = nn.Sequential(nn.Linear(3, 4), nn.SiLU(), nn.Linear(4, 1))
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1.0)
+    newest = checkpoint.latest(tmp_path)
+    assert newest is not None
+    state = checkpoint.load(newest, {"module": other, "optimizer": other_optimizer})
+    assert state == {"images": 12}
+    for a, b in ((module, other), (optimizer, other_optimizer)):
+        left, right = checkpoint.flatten(a.state_dict()), checkpoint.flatten(b.state_dict())
+        assert left[1] == right[1]
+        assert left[0].keys() == right[0].keys() and all(torch.equal(left[0][k], right[0][k]) for k in left[0])
+
+
+def test_flatten_and_unflatten_are_inverse() -> None:
+    tree = {"state": {0: {"step": torch.tensor(3.0), "x": [1, None, "a"]}}, "groups": [{"lr": 0.1, "ids": [0, 1]}]}
+    tensors, rest = checkpoint.flatten(tree)
+    back = checkpoint.unflatten(rest, tensors)
+    assert back["state"][0]["step"].item() == 3.0
+    assert back["state"][0]["x"] == [1, None, "a"] and back["groups"] == tree["groups"]
+
+
+def test_only_the_newest_are_kept_and_stale_writing_is_cleared(tmp_path: Path) -> None:
+    module, _ = _trained()
+    (tmp_path / ".checkpoint-000000001.99").mkdir()
+    for images in (4, 8, 100):
+        checkpoint.save(tmp_path, {"module": module}, {"images": images}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000000008", "checkpoint-000000100"]
+    assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-000000100"
+
+
+def test_a_checkpoint_without_a_wanted_part_says_so(tmp_path: Path) -> None:
+    module, optimizer = _trained()
+    path = checkpoint.save(tmp_path, {"module": module}, {"images": 1})
+    with pytest.raises(ValueError, match="missing: optimizer"):
+        checkpoint.load(path, {"module": module, "optimizer": optimizer})
+    with pytest.raises(ValueError, match="no state.json"):
+        checkpoint.load(tmp_path, {})
+
+
+def test_the_average_follows_its_half_life() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(module.weight)
+    average = checkpoint.Average(module, half_life=100.0, ramp=1e9)
+    nn.init.ones_(module.weight)
+    for step in range(10):
+        average.update(module, 10 * (step + 1), 10)
+    assert average.values["weight"].item() == pytest.approx(0.5)
+    frozen = nn.Linear(1, 1).requires_grad_(False)
+    assert checkpoint.Average(frozen, 1.0).values == {}
+
+
+def test_moments_take_their_parameters_memory_format(tmp_path: Path) -> None:
+    def trained(steps: int, resume: Path | None) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, fused=True)
+        if resume:
+            checkpoint.load(resume, {"module": module, "optimizer": optimizer})
+        for step in range(steps):
+            x = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(step + (2 if resume else 0)))
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+        return module, optimizer
+
+    whole, _ = trained(4, None)
+    half, optimizer = trained(2, None)
+    path = checkpoint.save(tmp_path, {"module": half, "optimizer": optimizer}, {"images": 2})
+    resumed, _ = trained(2, path)
+    assert torch.equal(whole.weight, resumed.weight)  # type: ignore[arg-type]

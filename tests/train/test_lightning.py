@@ -1,0 +1,225 @@
+"""The adversarial steps and the stages they make up, on a toy pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+
+from sdxl_fast.diffusion import prediction, schedule
+from sdxl_fast.models.lora import merge_lora, read_lora
+from sdxl_fast.train import checkpoint, stages
+from sdxl_fast.train.config import LightningConfig, load_recipe
+from sdxl_fast.train.lightning import AdversarialTask, RegressionTask, Teacher
+from sdxl_fast.train.teacher import call_unet
+from sdxl_fast.train.trainer import fit, run
+
+
+@pytest.fixture
+def lab(lightning_recipe: Path, tmp_path: Path) -> tuple[LightningConfig, stages.Bench, stages.Lineage, Path]:
+    config = load_recipe(lightning_recipe)
+    assert isinstance(config, LightningConfig)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    bench = stages.make_bench(config, folder)
+    return config, bench, stages.Lineage(bench, folder), folder
+
+
+def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+def _adversarial(lab: Any, conditional: bool = True) -> AdversarialTask:
+    config, bench, lineage, folder = lab
+    first, units = stages.make_task(lineage.units[0], bench, lineage), lineage.units
+    lineage.units[0].folder(folder).mkdir()
+    lineage.write_student(units[0], first.student.unet)
+    unit = units[1]
+    assert unit.phase is not None and unit.phase.condition
+    task = stages.make_task(unit, bench, lineage)
+    assert isinstance(task, AdversarialTask) and task.discriminator.conditional is conditional
+    return task
+
+
+def test_teacher_walks_like_repeated_guided_moves(lab: Any) -> None:
+    config, bench, lineage, _ = lab
+    unet = lineage.plain_base()
+    teacher = Teacher(bench, unet, 1000 / 8, guidance=3.0)
+    x_t, t, condition = bench.inputs((999, 124), "test")
+    with torch.no_grad():
+        walked = teacher.walk(x_t, t, condition, 2)
+        for _ in range(2):
+            then = schedule.next_timesteps(t, 125)
+            zero = {key: torch.zeros_like(value) for key, value in condition.items()}
+            without = call_unet(unet, x_t, t.clamp(min=0), zero, 32)
+            output = without + 3.0 * (call_unet(unet, x_t, t.clamp(min=0), condition, 32) - without)
+            x_t = prediction.move(x_t, output, t, then, bench.alphas_cumprod, "epsilon")
+            t = then
+    torch.testing.assert_close(walked, x_t, rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_are_pure_noise_at_the_last_timestep_and_repeat_by_key(lab: Any) -> None:
+    _, bench, _, _ = lab
+    x_t, t, _ = bench.inputs((999,), 7, "a")
+    again, _, _ = bench.inputs((999,), 7, "a")
+    other, _, _ = bench.inputs((999,), 8, "a")
+    assert t.tolist() == [999] * 4
+    assert torch.equal(x_t, again) and not torch.equal(x_t, other)
+    assert abs(x_t.mean().item()) < 0.15 and abs(x_t.std().item() - 1) < 0.1
+
+
+def test_neither_step_moves_the_other_network(lab: Any) -> None:
+    task = _adversarial(lab)
+    student, d = _weights(task.student.unet), _weights(task.discriminator)
+    task.discriminator_step(0)
+    assert _same(student, _weights(task.student.unet)) and not _same(d, _weights(task.discriminator))
+    d = _weights(task.discriminator)
+    task.d_optimizer.zero_grad(set_to_none=True)
+    task.student_step(0)
+    assert _same(d, _weights(task.discriminator)) and not _same(student, _weights(task.student.unet))
+    assert all(p.grad is None for p in task.discriminator.parameters())
+    assert all(p.requires_grad for p in task.discriminator.parameters())
+
+
+def test_a_lora_phase_trains_the_lora_alone(lab: Any) -> None:
+    task = _adversarial(lab)
+    before = _weights(task.student.unet)
+    task.step(4)
+    moved = {key for key, value in _weights(task.student.unet).items() if not torch.equal(value, before[key])}
+    assert moved and all("lora_" in key for key in moved)
+
+
+def test_the_discriminator_warms_up_alone(lab: Any) -> None:
+    task = _adversarial(lab)
+    assert "g_loss" not in task.step(0)
+    assert "g_loss" in task.step(4)
+
+
+def test_discriminator_features_are_the_unets_mid_block(lab: Any) -> None:
+    task = _adversarial(lab)
+    _, bench, lineage, _ = lab
+    unet = lineage.plain_base()
+    caught: list[torch.Tensor] = []
+    unet.mid_block.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    x_t, t, condition = bench.inputs((499, 124), "features")
+    t = torch.where(t == 124, -1, t)  # the clean latent, shown as timestep 0
+    assert (t == -1).any() and (t == 499).any()
+    with torch.no_grad():
+        call_unet(unet, x_t, t.clamp(min=0), condition, 32)
+        features = task.discriminator.features(x_t, t, condition)
+        logits = task.discriminator.judge(features, features)
+    torch.testing.assert_close(features, caught[0], rtol=1e-4, atol=1e-4)
+    assert logits.shape == (4,)
+    with pytest.raises(ValueError, match="features_t is None"):
+        task.discriminator.judge(features, None)
+
+
+def test_renoising_is_shared_by_real_and_fake_and_weighted(lab: Any) -> None:
+    _, bench, lineage, _ = lab
+    task = _adversarial(lab)
+    phase = lineage.units[-1].phase
+    assert phase is not None
+    task.phase = phase
+    zeros, then = torch.zeros(4, *bench.data.shape), torch.full((4,), -1)
+    first, t_first = task._renoise(zeros, then, 3, "d")
+    second, t_second = task._renoise(zeros, then, 3, "d")
+    assert torch.equal(first, second) and torch.equal(t_first, t_second)
+    drawn = torch.cat([task._renoise(zeros, then, index)[1] for index in range(150)])
+    assert set(drawn.tolist()) <= {10, 250, 500, 750}
+    assert abs((drawn == 10).float().mean().item() - 5 / 8) < 0.08
+
+
+def test_conversion_regresses_on_the_frozen_networks_x0(lab: Any) -> None:
+    config, bench, lineage, folder = lab
+    for unit in lineage.units[:5]:
+        if unit.trains == "lora":
+            unit.folder(folder).mkdir()
+            lineage.write_student(unit, lineage.student_of(lineage.units[0]))
+    unit = next(unit for unit in lineage.units if unit.convert)
+    task = stages.make_task(unit, bench, lineage)
+    assert isinstance(task, RegressionTask) and task.student.prediction_type == "sample"
+    x_t, t, condition = bench.inputs(task.student.timesteps, "x0")
+    wanted = task._target_x0(x_t, t, condition)
+    with torch.no_grad():
+        epsilon = call_unet(task.teacher.unet, x_t, t, condition, 32)
+    alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, t, 4)
+    torch.testing.assert_close(wanted, (x_t - sigma * epsilon) / alpha)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(lab: Any, index: int, tmp_path: Path) -> None:
+    config, bench, lineage, folder = lab
+    if index:
+        _adversarial(lab)
+    unit = lineage.units[index]
+    results = []
+    for parts in ((16,), (8, 16)):
+        place = tmp_path / f"resume-{len(parts)}"
+        for total in parts:
+            task = stages.make_task(unit, bench, lineage)
+            assert fit(task, config, total, place, resume=True, label="test")
+        newest = checkpoint.latest(place)
+        assert newest is not None
+        tensors = {}
+        for path in sorted(newest.glob("*.safetensors")):
+            tensors |= {f"{path.stem}/{key}": value for key, value in load_file(path).items()}
+        results.append((tensors, [json.loads(x)["images"] for x in (place / "metrics.jsonl").read_text().splitlines()]))
+    (whole, lines), (halves, lines_2) = results
+    assert lines == lines_2 == [4, 8, 12, 16]
+    assert whole.keys() == halves.keys() and _same(whole, halves)
+
+
+def test_all_stages_run_chain_and_export(lightning_recipe: Path, cache: Path, teacher_folder: Path) -> None:
+    out = run(lightning_recipe, [])
+    folder = cache / "runs" / "distil"
+    lines = folder.joinpath("chain.jsonl").read_text().splitlines()
+    units = [json.loads(line) for line in lines]
+    assert [unit["unit"].split("-", 1)[1] for unit in units] == [
+        "32-step-mse",
+        "8-step-lora-d",
+        "8-step-lora-d-prime",
+        "8-step-full-d-prime",
+        "4-step-lora-d-prime",
+        "1-step-convert",
+        "1-step-full-d",
+        "1-step-full-d-prime",
+    ]
+    for before, after in zip(lines, units[1:], strict=False):
+        assert after["previous"] == hashlib.sha256(before.encode()).hexdigest()
+    for unit in units:
+        for name, digest in unit["sha256"].items():
+            assert hashlib.sha256((folder / unit["unit"] / name).read_bytes()).hexdigest() == digest
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(out, torch_dtype=torch.float32)
+    assert pipe.scheduler.config.prediction_type == "sample"
+    image = pipe("red square", num_inference_steps=1, guidance_scale=0, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+    base = UNet2DConditionModel.from_pretrained(out / "unet_base", torch_dtype=torch.float32)
+    stock = UNet2DConditionModel.from_pretrained(teacher_folder / "unet", torch_dtype=torch.float32)
+    assert _same(_weights(stock.half().float()), _weights(base)), "the base UNet is the teacher's, untouched"
+    lora = read_lora(out / "toy_8step_lora.safetensors", base)
+    assert lora.metadata["sdxl_fast.num_inference_steps"] == "8"
+    before = _weights(base)
+    merge_lora(base, lora)
+    assert not _same(before, _weights(base))
+    assert sorted(path.name for path in out.glob("*_lora.safetensors")) == [
+        "toy_4step_lora.safetensors",
+        "toy_8step_lora.safetensors",
+    ]
+
+    finished = folder.joinpath("chain.jsonl").read_text()
+    run(lightning_recipe, [], resume="latest")
+    assert folder.joinpath("chain.jsonl").read_text() == finished, "a finished unit is not run again"
+    with pytest.raises(ValueError, match="already holds a run; pass --resume latest"):
+        run(lightning_recipe, [])
