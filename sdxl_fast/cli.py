@@ -103,11 +103,14 @@ def env() -> None:
 
 
 @data_app.command("emoji")
-def data_emoji(out: Annotated[Path, typer.Option(help="Folder to create.")]) -> None:
+def data_emoji(
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
+    packages: Annotated[Path | None, typer.Option(help="Folder with the archives of `npm pack`; else fetched.")] = None,
+) -> None:
     """Build the image-caption set of the embedded pipeline: Fluent 3D and Noto emoji."""
     from .data import emoji
 
-    emoji.build(out)
+    emoji.build(out, packages=packages)
 
 
 @app.command()

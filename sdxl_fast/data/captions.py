@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import replacing
 from ..random import generator
 from .render import render
 
@@ -85,9 +86,8 @@ def latent_set(
                 latents = file.get_tensor("latents")
     if latents is None:
         latents = draw_latents(vae, art, size, draws, scale_range, seed, "draws")
-        writing = path.with_name(f".{path.name}")
-        save_file({"latents": latents}, writing, metadata=settings)
-        writing.rename(path)
+        with replacing(path) as writing:
+            save_file({"latents": latents}, writing, metadata=settings)
     index_of = {category: len(names) + index for index, category in enumerate(categories)}
     category_of = torch.tensor([index_of[row["category"]] for row in rows])
     return LatentSet(latents, names + categories, category_of)

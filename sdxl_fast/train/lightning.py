@@ -14,6 +14,7 @@ from .. import ops
 from ..data.captions import LatentSet
 from ..diffusion import prediction, sampling, schedule
 from ..diffusion.prediction import PredictionType
+from ..files import replacing
 from ..models.discriminators import LightningDiscriminator
 from ..random import generator, image_seeds
 from . import losses
@@ -21,7 +22,7 @@ from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
 from .teacher import call_unet, preview_prompts
 from .trainer import Task, make_optimizer, optimize
-from .vae import save_picture, to_sheet
+from .vae import to_sheet
 
 LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
 Condition = dict[str, Tensor]
@@ -155,7 +156,9 @@ class StudentTask(Task):
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
         )
-        save_picture(to_sheet(bench.vae.decode(latents / bench.vae.config.scaling_factor).sample, 12), path)
+        pictures = bench.vae.decode(latents / bench.vae.config.scaling_factor).sample
+        with replacing(path) as writing:
+            to_sheet(pictures, 12).save(writing, format="PNG")
 
     def preview(self, path: Path) -> None:
         self.with_average(lambda: self._sheet(path))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..data.captions import LatentSet, latent_set
 from ..diffusion import prediction, sampling, schedule
+from ..files import replacing
 from ..models.conditioning import time_ids, tokenize
 from ..models.config import build_text_encoders, build_unet, scheduler_arguments
 from ..models.tokenizer import save_tokenizer, train_tokenizer
@@ -21,7 +22,7 @@ from ..random import generator, image_seeds
 from .checkpoint import Average
 from .config import DataConfig, TeacherConfig
 from .trainer import Task, make_optimizer, optimize, run_folder
-from .vae import art_of, save_picture, to_sheet
+from .vae import art_of, to_sheet
 
 PREVIEW_PROMPTS = (
     "red apple sailboat tiger cactus hamburger guitar rocket butterfly "
@@ -139,7 +140,8 @@ class TeacherTask(Task):
             predict, start, schedule.trailing_timesteps(32), prediction_type=self.config.prediction_type
         )
         pictures = self.vae.decode(latents / self.vae.config.scaling_factor).sample
-        save_picture(to_sheet(pictures, 12), path)
+        with replacing(path) as writing:
+            to_sheet(pictures, 12).save(writing, format="PNG")
 
     def export(self, folder: Path) -> None:
         unet, conditioner = self._averaged()

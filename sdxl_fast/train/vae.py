@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..data import emoji
 from ..data.render import load_art, render
+from ..files import replacing
 from ..models.discriminators import PatchDiscriminator
 from ..models.feature_nets import EfficientNetLite0, perceptual_distance
 from ..random import generator
@@ -39,14 +40,6 @@ def to_sheet(pictures: Tensor, columns: int) -> Image.Image:
     sheet[:count] = pixels
     sheet = sheet.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
     return Image.fromarray(sheet.reshape(rows * height, columns * width, 3).numpy())
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Writes a PNG under a temporary name and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writing = path.with_name(f".{path.name}")
-    picture.save(writing, format="PNG")
-    writing.rename(path)
 
 
 class VaeTask(Task):
@@ -134,7 +127,8 @@ class VaeTask(Task):
         vae = self._averaged()
         decoded = vae.decode(vae.encode(pictures).latent_dist.mode()).sample
         pairs = torch.stack([pictures, decoded], dim=1).flatten(0, 1)
-        save_picture(to_sheet(pairs, 16), path)
+        with replacing(path) as writing:
+            to_sheet(pairs, 16).save(writing, format="PNG")
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:

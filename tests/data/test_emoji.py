@@ -107,13 +107,13 @@ def test_a_damaged_archive_is_refused_and_leaves_nothing(packages: Path, tmp_pat
 
 def test_missing_npm_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="npm is not on PATH.*--packages DIR"):
+    with pytest.raises(DataError, match=r"npm is not on PATH.*--packages DIR"):
         emoji.build(tmp_path / "set")
 
 
 def test_a_folder_that_is_something_else_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "mine.txt").write_text("keep")
-    with pytest.raises(DataError, match="holds no metadata.jsonl"):
+    with pytest.raises(DataError, match="holds no metadata"):
         emoji.build(tmp_path / "set")
     assert (tmp_path / "set" / "mine.txt").read_text() == "keep"

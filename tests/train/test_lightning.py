@@ -40,7 +40,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def _adversarial(lab: Any, conditional: bool = True) -> AdversarialTask:
-    config, bench, lineage, folder = lab
+    _config, bench, lineage, folder = lab
     first, units = stages.make_task(lineage.units[0], bench, lineage), lineage.units
     lineage.units[0].folder(folder).mkdir()
     lineage.write_student(units[0], first.student.unet)
@@ -52,7 +52,7 @@ def _adversarial(lab: Any, conditional: bool = True) -> AdversarialTask:
 
 
 def test_teacher_walks_like_repeated_guided_moves(lab: Any) -> None:
-    config, bench, lineage, _ = lab
+    _config, bench, lineage, _ = lab
     unet = lineage.plain_base()
     teacher = Teacher(bench, unet, 1000 / 8, guidance=3.0)
     x_t, t, condition = bench.inputs((999, 124), "test")
@@ -140,7 +140,7 @@ def test_renoising_is_shared_by_real_and_fake_and_weighted(lab: Any) -> None:
 
 
 def test_conversion_regresses_on_the_frozen_networks_x0(lab: Any) -> None:
-    config, bench, lineage, folder = lab
+    _config, bench, lineage, folder = lab
     for unit in lineage.units[:5]:
         if unit.trains == "lora":
             unit.folder(folder).mkdir()
@@ -158,7 +158,7 @@ def test_conversion_regresses_on_the_frozen_networks_x0(lab: Any) -> None:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(lab: Any, index: int, tmp_path: Path) -> None:
-    config, bench, lineage, folder = lab
+    config, bench, lineage, _folder = lab
     if index:
         _adversarial(lab)
     unit = lineage.units[index]
