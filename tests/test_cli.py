@@ -157,11 +157,11 @@ def test_the_other_commands_pass_their_arguments_on(
 
     calls: list[Any] = []
     monkeypatch.setattr(train, "run", lambda *args, **kwargs: calls.append((args, kwargs)))
-    monkeypatch.setattr(emoji, "build", lambda out: calls.append(out))
-    assert _run(capsys, "data", "emoji", "--out", tmp_path)[0] == 0
+    monkeypatch.setattr(emoji, "build", lambda out, *, packages: calls.append((out, packages)))
+    assert _run(capsys, "data", "emoji", "--out", tmp_path, "--packages", "here")[0] == 0
     arguments = ["train", "vae.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "latest", "--dry-run"]
     assert _run(capsys, *arguments)[0] == 0
-    assert calls == [tmp_path, (("vae.yaml", ["a.b=1", "c=2"]), {"resume": "latest", "dry_run": True})]
+    assert calls == [(tmp_path, Path("here")), (("vae.yaml", ["a.b=1", "c=2"]), {"resume": "latest", "dry_run": True})]
 
 
 def test_eval_measures_every_step_count_of_the_model(
