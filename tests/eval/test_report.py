@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -205,12 +206,16 @@ def test_teacher_is_stock_diffusers(toy_folder: Path) -> None:
     assert (teacher(["cat"], [7]) - stock).abs().max() < 2 / 255
 
 
-def test_reconstruction_is_stock_diffusers(toy_folder: Path) -> None:
+def test_reconstruction_is_stock_diffusers(toy_folder: Path, tmp_path: Path) -> None:
+    """Also where the VAE scales its latents, as SDXL's does: encoder and decoder must undo one another."""
     from diffusers import AutoencoderKL
 
+    shutil.copytree(toy_folder / "vae", tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.13025}))
     side = sources.native_size(toy_folder)
     images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    vae = AutoencoderKL.from_pretrained(toy_folder, subfolder="vae")
+    vae = AutoencoderKL.from_pretrained(tmp_path, subfolder="vae")
     with torch.no_grad():
         stock = (vae(images * 2 - 1).sample / 2 + 0.5).clamp(0, 1)
-    assert torch.allclose(sources.Reconstruction(toy_folder)(images), stock, atol=1e-5)
+    assert torch.allclose(sources.Reconstruction(tmp_path)(images), stock, atol=1e-5)
