@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from sdxl_fast.diffusion.prediction import PredictionType
 from sdxl_fast.errors import DataError
 from sdxl_fast.models import loading
 from sdxl_fast.models.conditioning import encode_prompts, time_ids
+from sdxl_fast.models.lora import read_lora
 
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
 """(prompts, one seed each) to pictures, float [N, 3, H, W] in 0..1."""
@@ -33,7 +35,7 @@ class Teacher:
         folder: diffusers SDXL folder; its `unet_base` if there is one, else its `unet`.
         guidance_scale: u + scale (c - u), where u has both embeddings zeroed.
         num_steps: trailing steps.
-        prediction_type: of the base UNet.
+        prediction_type: of the base UNet; None is what the LoRAs on it say, or the scheduler of a folder without it.
         device: where it runs, in float32.
 
     Raises:
@@ -46,7 +48,7 @@ class Teacher:
         *,
         guidance_scale: float,
         num_steps: int = 32,
-        prediction_type: PredictionType = "epsilon",
+        prediction_type: PredictionType | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.parts = loading.load(Path(folder), dtype=torch.float32, device=device)
@@ -57,8 +59,15 @@ class Teacher:
             )
             self.unet = base.to(device).eval().requires_grad_(False)
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
-        self.prediction_type: PredictionType = prediction_type
+        self.prediction_type: PredictionType = prediction_type or self._declared_prediction_type()
         self.device = torch.device(device)
+
+    def _declared_prediction_type(self) -> PredictionType:
+        declared: Any = self.parts.scheduler.get("prediction_type", "epsilon")
+        if self.unet is not self.parts.unet:
+            loras = [read_lora(path, self.unet).prediction_type for path in self.parts.few_step_loras.values()]
+            declared = next(filter(None, loras), "epsilon")
+        return cast(PredictionType, declared)
 
     @property
     def label(self) -> str:

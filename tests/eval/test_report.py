@@ -21,6 +21,7 @@ from sdxl_fast.eval import report, sources, tables
 from sdxl_fast.eval.dataset import Questions, emoji_questions
 from sdxl_fast.eval.sheets import to_pil
 from sdxl_fast.eval.tables import REAL, RECONSTRUCTIONS, TEACHER
+from sdxl_fast.testing.toy import toy_pipeline
 
 COUNT = 120
 
@@ -204,6 +205,14 @@ def test_teacher_is_stock_diffusers(toy_folder: Path) -> None:
     latents = pure_noise((pipe.unet.config.in_channels, side, side), torch.tensor([7]))
     stock = pipe("cat", num_inference_steps=3, guidance_scale=4.0, latents=latents, output_type="pt").images
     assert (teacher(["cat"], [7]) - stock).abs().max() < 2 / 255
+
+
+def test_teacher_knows_what_its_base_predicts(toy_folder: Path, tmp_path: Path) -> None:
+    """The folder's scheduler speaks of the student; the LoRAs speak of the base they belong to."""
+    assert json.loads((toy_folder / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == "sample"
+    assert sources.Teacher(toy_folder, guidance_scale=1.0).prediction_type == "epsilon"
+    plain = toy_pipeline(tmp_path / "v", prediction_type="v_prediction", few_steps=())
+    assert sources.Teacher(plain, guidance_scale=1.0).prediction_type == "v_prediction"
 
 
 def test_reconstruction_is_stock_diffusers(toy_folder: Path, tmp_path: Path) -> None:
