@@ -28,12 +28,15 @@
 
 extern "C" {
 
-int32_t sdxl_fast_abi(void) { return SDXL_FAST_ABI; }
+int32_t sdxl_fast_abi(void) {
+    return SDXL_FAST_ABI;
+}
 
 const char* sdxl_fast_build_info(void) {
-    return "{\"version\": \"" SDXL_FAST_VERSION "\", \"abi\": " SDXL_TEXT(SDXL_FAST_ABI) ", \"compiler\": \"" SDXL_COMPILER
-           "\", \"cuda\": " SDXL_CUDA_JSON ", \"cuda_archs\": [" SDXL_FAST_CUDA_ARCHS_JSON
-           "], \"isas\": [" SDXL_FAST_ISAS_JSON "]}";
+    return "{\"version\": \"" SDXL_FAST_VERSION
+           "\", \"abi\": " SDXL_TEXT(SDXL_FAST_ABI) ", \"compiler\": \"" SDXL_COMPILER "\", \"cuda\": " SDXL_CUDA_JSON
+                                                    ", \"cuda_archs\": [" SDXL_FAST_CUDA_ARCHS_JSON
+                                                    "], \"isas\": [" SDXL_FAST_ISAS_JSON "]}";
 }
 
 const char* sdxl_fast_status_text(int32_t status) {

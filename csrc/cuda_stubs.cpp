@@ -17,7 +17,9 @@ int32_t sdxl_fast_group_norm_silu_bwd_cuda(const void*, const void*, const void*
     return SDXL_FAST_NO_CUDA;
 }
 
-int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t, int64_t, int64_t, int64_t, int32_t, int32_t) { return 0; }
+int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t, int64_t, int64_t, int64_t, int32_t, int32_t) {
+    return 0;
+}
 
 int32_t sdxl_fast_geglu_fwd_cuda(const void*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
@@ -28,8 +30,8 @@ int32_t sdxl_fast_geglu_bwd_cuda(const void*, const void*, void*, int64_t, int64
 }
 
 int32_t sdxl_fast_forward_diffusion_fwd_cuda(const void*, const void*, const int64_t*, const int64_t*, const void*,
-                                             void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
-                                             int32_t, int32_t, void*) {
+                                             void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                                             int64_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }
 

@@ -7,6 +7,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "macros.h"
+
 namespace sdxl_fast {
 
 struct BF16 {
@@ -17,27 +19,29 @@ struct F16 {
     uint16_t bits;
 };
 
-inline uint32_t float_bits(float value) {
+SDXL_HD uint32_t float_bits(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof(bits));
     return bits;
 }
 
-inline float float_from_bits(uint32_t bits) {
+SDXL_HD float float_from_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof(value));
     return value;
 }
 
-inline float bf16_to_float(BF16 value) { return float_from_bits(static_cast<uint32_t>(value.bits) << 16); }
+SDXL_HD float bf16_to_float(BF16 value) {
+    return float_from_bits(static_cast<uint32_t>(value.bits) << 16);
+}
 
-inline BF16 float_to_bf16(float value) {
+SDXL_HD BF16 float_to_bf16(float value) {
     const uint32_t bits = float_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};  // quiet the NaN
     return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
 }
 
-inline float f16_to_float(F16 value) {
+SDXL_HD float f16_to_float(F16 value) {
     const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
     const uint32_t magnitude = value.bits & 0x7fffu;
     if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
@@ -48,7 +52,7 @@ inline float f16_to_float(F16 value) {
     return float_from_bits(sign | ((magnitude << 13) + ((127u - 15u) << 23)));
 }
 
-inline F16 float_to_f16(float value) {
+SDXL_HD F16 float_to_f16(float value) {
     const uint32_t bits = float_bits(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;

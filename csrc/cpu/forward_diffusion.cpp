@@ -1,51 +1,152 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cmath>
-#include <type_traits>
-#include "element.h"
-#include "common/philox.h"
-#include "sdxl_fast.h"
-using namespace sdxl_fast;
-extern "C" {
-int32_t sdxl_fast_forward_diffusion_fwd_cpu(const void* x0v, const void* ab, const int64_t* ts, const int64_t* seeds, const void* nin, void* xtv, void* nout,
-    int64_t n, int64_t c, int64_t h, int64_t w, int64_t T_, int64_t stream, int64_t pure, int32_t layout, int32_t dtype, int32_t) {
-    if (n < 0 || c < 0 || h < 0 || w < 0) return SDXL_FAST_INVALID_ARGUMENT;
-    const int64_t hw = h * w, per = c * hw;
-    if (n * per == 0) return SDXL_FAST_OK;
-    if ((seeds == nullptr) == (nin == nullptr)) return SDXL_FAST_INVALID_ARGUMENT;
-    return with_dtype(dtype, [&](auto* tag) { (void)tag;
-        using T = std::remove_pointer_t<decltype(tag)>;
-        using A = typename ComputeOf<T>::type;
-        const T* x0 = static_cast<const T*>(x0v); T* xt = static_cast<T*>(xtv);
-        for (int64_t b = 0; b < n; ++b) {
-            const bool ok = ts[b] >= 0 && ts[b] < T_;
-            const A a = ok ? static_cast<const A*>(ab)[ts[b]] : A(NAN);
-            const A p = std::sqrt(a), q = std::sqrt(A(1) - a);
-            for (int64_t k = 0; k < per; ++k) {
-                const int64_t i = layout == 0 ? (k % c) * hw + k / c : k;
-                T noise;
-                if (nin) noise = static_cast<const T*>(nin)[b * per + k];
-                else {
-                    const auto r = philox4x32_10(uint32_t(seeds[b]), uint32_t(uint64_t(seeds[b]) >> 32), uint64_t(i) >> 2, uint64_t(stream));
-                    const int e = i & 2;
-                    const A rad = std::sqrt(A(-2) * std::log(A(philox_u1(r.w[e])))), ang = A(6.283185307179586) * A(philox_u2(r.w[e + 1]));
-                    from_compute(A(rad * ((i & 1) ? std::sin(ang) : std::cos(ang))), noise);
-                    static_cast<T*>(nout)[b * per + k] = noise;
-                }
-                if (ts[b] == pure) xt[b * per + k] = noise;
-                else from_compute(A(p * to_compute(x0[b * per + k]) + q * to_compute(noise)), xt[b * per + k]);
+//
+// forward_diffusion: x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) noise, with the counter-based noise of common/philox.h.
+// A chunk is a run of pixels of a sample: the noise of each channel's run is drawn into a buffer on the stack in
+// logical order, put into memory order, rounded to the element type and mixed in. Reads x0, writes x_t and the noise.
+#include "kernels.h"
+#include "loops.h"
+#include "normal.h"
+
+namespace sdxl_fast {
+namespace SDXL_FAST_ISA {
+namespace {
+
+constexpr int64_t kDrawPixels = 256;  // pixels of one channel drawn together
+constexpr int64_t kChunk = 8192;      // elements in an item of work, about
+
+// What a timestep does to its sample: x_t = signal * x0 + sigma * noise, or the noise alone.
+template <class A>
+struct Mix {
+    A signal, sigma;
+    bool pure;
+};
+
+template <class A>
+Mix<A> mix_of(const void* alphas_cumprod, int64_t timestep, int64_t num_timesteps, int64_t pure_noise_at) {
+    if (timestep == pure_noise_at) return {A(0), A(1), true};
+    if (timestep < 0 || timestep >= num_timesteps) return {A(NAN), A(NAN), false};
+    const A ab = static_cast<const A*>(alphas_cumprod)[timestep];
+    if constexpr (sizeof(A) == sizeof(double)) {
+        return {__builtin_sqrt(ab), __builtin_sqrt(A(1) - ab), false};
+    } else {
+        return {__builtin_sqrtf(ab), __builtin_sqrtf(A(1) - ab), false};
+    }
+}
+
+// x_t from stored noise: the noise was rounded to T before it is used.
+template <class T>
+void blend(const T* x0, const T* noise, T* x_t, int64_t count, Mix<typename VecOf<T>::Type::Scalar> mix) {
+    using V = typename VecOf<T>::Type;
+    if (mix.pure) {
+        memcpy(x_t, noise, static_cast<size_t>(count) * sizeof(T));
+        return;
+    }
+    const V signal(mix.signal), sigma(mix.sigma);
+    int64_t i = 0;
+    for (; i + V::W <= count; i += V::W) store(x_t + i, fma(signal, load(x0 + i), sigma * load(noise + i)));
+    if (i < count) {
+        const int64_t rest = count - i;
+        store_some(x_t + i, fma(signal, load_some(x0 + i, rest), sigma * load_some(noise + i, rest)), rest);
+    }
+}
+
+template <class T>
+struct Diffusion {
+    using V = typename VecOf<T>::Type;
+    using A = typename V::Scalar;
+    const DiffusionForward& call;
+    const T* x0;
+    const T* given;
+    T *x_t, *drawn;
+
+    explicit Diffusion(const DiffusionForward& c)
+        : call(c),
+          x0(static_cast<const T*>(c.x0)),
+          given(static_cast<const T*>(c.noise_in)),
+          x_t(static_cast<T*>(c.x_t)),
+          drawn(static_cast<T*>(c.noise_out)) {}
+
+    Mix<A> mix(int64_t sample) const {
+        return mix_of<A>(call.alphas_cumprod, call.timesteps[sample], call.num_timesteps, call.pure_noise_at);
+    }
+
+    // Elements [begin, end) of a sample in memory order, when that is the logical order or no noise is drawn.
+    void straight(int64_t sample, int64_t begin, int64_t end) const {
+        const int64_t base = sample * call.c * call.hw;
+        if (given != nullptr) {
+            blend(x0 + base + begin, given + base + begin, x_t + base + begin, end - begin, mix(sample));
+            return;
+        }
+        A buffer[kDrawPixels + kDrawSlack];
+        for (int64_t at = begin; at < end; at += kDrawPixels) {
+            const int64_t count = smaller(kDrawPixels, end - at);
+            const A* const normals = draw(call.seeds[sample], call.draw_stream, at, count, buffer);
+            for (int64_t i = 0; i < count; ++i) put(drawn + base + at + i, normals[i]);
+        }
+        blend(x0 + base + begin, drawn + base + begin, x_t + base + begin, end - begin, mix(sample));
+    }
+
+    // Pixels [begin, end) of an NHWC sample, noise drawn.
+    void interleaved(int64_t sample, int64_t begin, int64_t end) const {
+        const int64_t c = call.c, base = sample * c * call.hw;
+        A buffer[kDrawPixels + kDrawSlack];
+        for (int64_t pixel = begin; pixel < end; pixel += kDrawPixels) {
+            const int64_t count = smaller(kDrawPixels, end - pixel);
+            T* const to = drawn + base + pixel * c;
+            for (int64_t channel = 0; channel < c; ++channel) {
+                const int64_t first = channel * call.hw + pixel;
+                const A* const normals = draw(call.seeds[sample], call.draw_stream, first, count, buffer);
+                for (int64_t i = 0; i < count; ++i) put(to + i * c + channel, normals[i]);
             }
         }
-    }) ? SDXL_FAST_OK : SDXL_FAST_UNSUPPORTED_DTYPE;
+        const int64_t at = base + begin * c;
+        blend(x0 + at, drawn + at, x_t + at, (end - begin) * c, mix(sample));
+    }
+
+    void run() const {
+        const int64_t elements = call.c * call.hw;
+        const int32_t threads = threads_for(call.n * elements, call.num_threads);
+        const bool pixels = call.nhwc && given == nullptr && call.c > 1;
+        // Whole Philox blocks per item, so that no block is computed twice.
+        const int64_t units = pixels ? call.hw : elements;
+        const int64_t size = pixels ? larger(kChunk / call.c & ~int64_t{3}, 64) : kChunk;
+        const int64_t items = chunks_of(units, size);
+        parallel(call.n * items, threads, [&](int64_t i) {
+            const int64_t begin = i % items * size, end = smaller(begin + size, units);
+            if (pixels) {
+                interleaved(i / items, begin, end);
+            } else {
+                straight(i / items, begin, end);
+            }
+        });
+    }
+};
+
+}  // namespace
+
+void forward_diffusion_fwd(const DiffusionForward& call) {
+    with_dtype(call.dtype, [&](auto tag) { Diffusion<typename decltype(tag)::Type>(call).run(); });
 }
-int32_t sdxl_fast_forward_diffusion_bwd_cpu(const void* dv, const void* ab, const int64_t* ts, void* ov, int64_t n, int64_t per, int64_t T_, int64_t pure, int32_t dtype, int32_t) {
-    return with_dtype(dtype, [&](auto* tag) { (void)tag;
-        using T = std::remove_pointer_t<decltype(tag)>;
-        using A = typename ComputeOf<T>::type;
-        for (int64_t b = 0; b < n; ++b) {
-            const bool ok = ts[b] >= 0 && ts[b] < T_;
-            const A p = ts[b] == pure ? A(0) : std::sqrt(ok ? static_cast<const A*>(ab)[ts[b]] : A(NAN));
-            for (int64_t k = b * per; k < (b + 1) * per; ++k) from_compute(A(p * to_compute(static_cast<const T*>(dv)[k])), static_cast<T*>(ov)[k]);
-        }
-    }) ? SDXL_FAST_OK : SDXL_FAST_UNSUPPORTED_DTYPE;
+
+void forward_diffusion_bwd(const DiffusionBackward& call) {
+    with_dtype(call.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::Type;
+        using V = typename VecOf<T>::Type;
+        const int64_t items = chunks_of(call.elements, kChunk);
+        parallel(call.n * items, threads_for(call.n * call.elements, call.num_threads), [&](int64_t item) {
+            const int64_t sample = item / items, begin = item % items * kChunk;
+            const int64_t count = smaller(kChunk, call.elements - begin);
+            const V signal(mix_of<typename V::Scalar>(call.alphas_cumprod, call.timesteps[sample], call.num_timesteps,
+                                                      call.pure_noise_at)
+                               .signal);
+            const T* const from = static_cast<const T*>(call.dx_t) + sample * call.elements + begin;
+            T* const to = static_cast<T*>(call.dx0) + sample * call.elements + begin;
+            int64_t i = 0;
+            for (; i + V::W <= count; i += V::W) store(to + i, signal * load(from + i));
+            if (i < count) store_some(to + i, signal * load_some(from + i, count - i), count - i);
+        });
+    });
 }
-}
+
+}  // namespace SDXL_FAST_ISA
+}  // namespace sdxl_fast

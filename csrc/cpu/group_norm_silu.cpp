@@ -1,82 +1,153 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cmath>
-#include <type_traits>
-#include <vector>
-#include "element.h"
-#include "common/math.h"
-#include "sdxl_fast.h"
-using namespace sdxl_fast;
-extern "C" {
-int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t, int64_t, int64_t, int64_t, int32_t, int32_t) { return 64; }
-}
+//
+// group_norm_silu: y = act(GroupNorm(x + shift)), forward.
+//   1. each chunk of a sample leaves mean and sum of squared deviations per lane (group_norm_lanes.h)
+//   2. per group, the records are merged in double; what a lane needs for the output goes into a table
+//   3. each chunk is normalised and activated
+// Traffic: x twice, y once. A wave of samples that fits the cache goes through all steps together, and step 3 walks
+// the chunks backwards, so that it starts on what step 1 read last. Nothing is added to memory that another thread
+// writes, so the result is the same on every run and for any number of threads.
+#include "group_norm_lanes.h"
+#include "group_norm_plan.h"
+#include "group_norm_span.h"
+
+namespace sdxl_fast {
+namespace SDXL_FAST_ISA {
 namespace {
-struct View {
-    int64_t c, hw; bool nhwc;
-    int64_t at(int64_t n, int64_t ch, int64_t p) const { return nhwc ? (n * hw + p) * c + ch : (n * c + ch) * hw + p; }
+
+template <class T>
+struct Forward {
+    using A = Acc<T>;
+    const GroupNormForward& call;
+    const GroupNormPlan plan;
+    const T* x;
+    T* y;
+    A *records, *tables;
+
+    explicit Forward(const GroupNormForward& c)
+        : call(c),
+          plan(plan_group_norm(c.shape)),
+          x(static_cast<const T*>(c.x)),
+          y(static_cast<T*>(c.y)),
+          records(static_cast<A*>(c.workspace)),
+          tables(records + c.shape.n * plan.chunks * kForwardRecord * plan.padded) {}
+
+    A* record(int64_t sample, int64_t chunk) const {
+        return records + (sample * plan.chunks + chunk) * kForwardRecord * plan.padded;
+    }
+    A* table(int64_t sample) const { return tables + sample * kForwardTables * plan.padded; }
+
+    void moments(int64_t sample, int64_t item) const {
+        const T* const from = x + sample * plan.sample();
+        if (plan.shape.nhwc) {
+            A* const r = record(sample, item);
+            lane_moments(from + item * plan.chunk_rows * plan.lanes, plan.count(item), plan.lanes, plan.lanes, r,
+                         r + plan.padded);
+            return;
+        }
+        each_span(plan, item, [&](int64_t channel, int64_t chunk, int64_t offset, int64_t count) {
+            A* const r = record(sample, chunk);
+            span_moments(from + offset, count, r[channel], r[plan.padded + channel]);
+        });
+    }
+
+    // Mean and rstd of one group, and the table entries of its lanes.
+    void finish(int64_t sample, int64_t group) const {
+        const int64_t c = plan.shape.c, p = plan.padded, first = group * plan.per_group;
+        const double values = static_cast<double>(larger(plan.per_group * plan.shape.hw, 1));
+        A* const centre = table(sample);  // holds the shifts of the channels until the mean is known
+        for (int64_t k = first; k < first + plan.per_group; ++k) {
+            centre[k] = static_cast<A>(parameter(call.shift, call.dtype, sample * c + k, 0.0));
+        }
+        double sum = 0, m2 = 0;
+        each_record(sample, first, [&](const A* r, const A* shift, double count) {
+            double part = 0;
+            for (int64_t k = 0; k < plan.per_group; ++k)
+                part += static_cast<double>(r[k]) + static_cast<double>(shift[k]);
+            sum += count * part;
+        });
+        const double mean = sum / values;
+        each_record(sample, first, [&](const A* r, const A* shift, double count) {
+            for (int64_t k = 0; k < plan.per_group; ++k) {
+                const double delta = static_cast<double>(r[k]) + static_cast<double>(shift[k]) - mean;
+                m2 += static_cast<double>(r[p + k]) + count * delta * delta;
+            }
+        });
+        const double rstd = 1.0 / __builtin_sqrt(m2 / values + call.eps);
+        static_cast<A*>(call.mean)[sample * plan.shape.groups + group] = static_cast<A>(mean);
+        static_cast<A*>(call.rstd)[sample * plan.shape.groups + group] = static_cast<A>(rstd);
+        for (int64_t k = first; k < first + plan.per_group; ++k) {
+            const double from = mean - static_cast<double>(centre[k]);
+            const double scale = rstd * parameter(call.weight, call.param_dtype, k, 1.0);
+            double bias = parameter(call.bias, call.param_dtype, k, 0.0);
+            if (kFoldedCentre<T>) bias -= from * scale;
+            for (int64_t lane = k; lane < plan.lanes; lane += c) {
+                centre[lane] = static_cast<A>(from);
+                centre[p + lane] = static_cast<A>(scale);
+                centre[2 * p + lane] = static_cast<A>(bias);
+            }
+        }
+    }
+
+    template <bool silu_on, bool streaming>
+    void apply(int64_t sample, int64_t item) const {
+        const T* const from = x + sample * plan.sample();
+        T* const to = y + sample * plan.sample();
+        const A* const t = table(sample);
+        if (plan.shape.nhwc) {
+            const int64_t offset = item * plan.chunk_rows * plan.lanes;
+            lane_apply<T, silu_on, false, streaming>(from + offset, to + offset, plan.count(item), plan.lanes,
+                                                     plan.lanes, {t, t + plan.padded, t + 2 * plan.padded});
+        } else {
+            each_span(plan, item, [&](int64_t channel, int64_t, int64_t offset, int64_t count) {
+                const A* const own = t + channel;
+                lane_apply<T, silu_on, true, streaming>(from + offset, to + offset, 1, count, count,
+                                                        {own, own + plan.padded, own + 2 * plan.padded});
+            });
+        }
+        if (streaming) stream_fence();
+    }
+
+    template <bool silu_on, bool streaming>
+    void run() const {
+        const Wave wave(plan, sizeof(T), call.num_threads);
+        for (int64_t begin = 0; begin < plan.shape.n; begin += wave.samples) {
+            const int64_t samples = smaller(wave.samples, plan.shape.n - begin), items = plan.items();
+            parallel(samples * items, wave.threads, [&](int64_t i) { moments(begin + i / items, i % items); });
+            parallel(samples * plan.shape.groups, wave.threads_for_groups,
+                     [&](int64_t i) { finish(begin + i / plan.shape.groups, i % plan.shape.groups); });
+            parallel(samples * items, wave.threads, [&](int64_t i) {
+                const int64_t last = samples * items - 1 - i;
+                apply<silu_on, streaming>(begin + last / items, last % items);
+            });
+        }
+    }
+
+    // f(records, shifts, count) for each run of a group's channels, the first of which is `first`.
+    template <class F>
+    void each_record(int64_t sample, int64_t first, F&& f) const {
+        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+            const double count = static_cast<double>(plan.count(chunk));
+            const A* const r = record(sample, chunk);
+            for (int64_t lane = first; lane < plan.lanes; lane += plan.shape.c)
+                f(r + lane, table(sample) + first, count);
+        }
+    }
 };
-template <class A> A param(const void* p, int64_t i, int32_t param_dtype, A fallback) {
-    if (!p) return fallback;
-    A r = 0;
-    with_dtype(param_dtype, [&](auto* tag) { (void)tag; r = A(to_compute(static_cast<const std::remove_pointer_t<decltype(tag)>*>(p)[i])); });
-    return r;
+
+}  // namespace
+
+void group_norm_silu_fwd(const GroupNormForward& call) {
+    with_dtype(call.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::Type;
+        const Forward<T> forward(call);
+        with_bool(call.silu, [&](auto silu_on) {
+            with_bool(may_stream<T>(forward.plan, call.y), [&](auto streaming) {
+                forward.template run<decltype(silu_on)::value, decltype(streaming)::value>();
+            });
+        });
+    });
 }
-void put(void* p, int64_t i, int32_t param_dtype, double v) {
-    with_dtype(param_dtype, [&](auto* tag) { (void)tag; using T = std::remove_pointer_t<decltype(tag)>; from_compute(typename ComputeOf<T>::type(v), static_cast<T*>(p)[i]); });
-}
-}
-extern "C" {
-int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* xv, const void* w, const void* b, const void* sh, void* yv, void* mean, void* rstd, void*,
-    int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout, int32_t act, int32_t dtype, int32_t pd, int32_t) {
-    if (n < 0 || c < 0 || hw < 0 || groups <= 0 || c % groups) return SDXL_FAST_INVALID_ARGUMENT;
-    return with_dtype(dtype, [&](auto* tag) { (void)tag;
-        using T = std::remove_pointer_t<decltype(tag)>; using A = typename ComputeOf<T>::type;
-        const View v{c, hw, layout == 0}; const int64_t cg = c / groups; const T* x = static_cast<const T*>(xv); T* y = static_cast<T*>(yv);
-        for (int64_t i = 0; i < n; ++i) for (int64_t g = 0; g < groups; ++g) {
-            double s = 0, q = 0; const double m = double(cg * hw);
-            auto val = [&](int64_t ch, int64_t p) { return double(to_compute(x[v.at(i, ch, p)])) + param<double>(sh, i * c + ch, dtype, 0.0); };
-            for (int64_t ch = g * cg; ch < (g + 1) * cg; ++ch) for (int64_t p = 0; p < hw; ++p) s += val(ch, p);
-            const double mu = m ? s / m : 0;
-            for (int64_t ch = g * cg; ch < (g + 1) * cg; ++ch) for (int64_t p = 0; p < hw; ++p) { const double d = val(ch, p) - mu; q += d * d; }
-            const double r = 1 / std::sqrt((m ? q / m : 0) + eps);
-            static_cast<A*>(mean)[i * groups + g] = A(mu); static_cast<A*>(rstd)[i * groups + g] = A(r);
-            for (int64_t ch = g * cg; ch < (g + 1) * cg; ++ch) for (int64_t p = 0; p < hw; ++p) {
-                const A z = A((val(ch, p) - mu) * r) * param<A>(w, ch, pd, A(1)) + param<A>(b, ch, pd, A(0));
-                from_compute(A(act ? silu(z) : z), y[v.at(i, ch, p)]);
-            }
-        }
-    }) ? SDXL_FAST_OK : SDXL_FAST_UNSUPPORTED_DTYPE;
-}
-int32_t sdxl_fast_group_norm_silu_bwd_cpu(const void* dyv, const void* xv, const void* w, const void* b, const void* sh, const void* mean, const void* rstd,
-    void* dxv, void* dw, void* db, void* dsh, void*, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t layout, int32_t act, int32_t dtype, int32_t pd, int32_t) {
-    if (n < 0 || c < 0 || hw < 0 || groups <= 0 || c % groups) return SDXL_FAST_INVALID_ARGUMENT;
-    return with_dtype(dtype, [&](auto* tag) { (void)tag;
-        using T = std::remove_pointer_t<decltype(tag)>; using A = typename ComputeOf<T>::type;
-        const View v{c, hw, layout == 0}; const int64_t cg = c / groups; const T *x = static_cast<const T*>(xv), *dy = static_cast<const T*>(dyv); T* dx = static_cast<T*>(dxv);
-        std::vector<double> sw(c, 0.0), sb(c, 0.0);
-        for (int64_t i = 0; i < n; ++i) for (int64_t g = 0; g < groups; ++g) {
-            const double mu = static_cast<const A*>(mean)[i * groups + g], r = static_cast<const A*>(rstd)[i * groups + g];
-            double c1 = 0, c2 = 0; const double m = double(cg * hw);
-            auto hat = [&](int64_t ch, int64_t p) { return (double(to_compute(x[v.at(i, ch, p)])) + param<double>(sh, i * c + ch, dtype, 0.0) - mu) * r; };
-            auto grad = [&](int64_t ch, int64_t p) {
-                const double z = hat(ch, p) * param<double>(w, ch, pd, 1.0) + param<double>(b, ch, pd, 0.0);
-                return double(to_compute(dy[v.at(i, ch, p)])) * (act ? silu_derivative(z) : 1.0);
-            };
-            for (int64_t ch = g * cg; ch < (g + 1) * cg; ++ch) for (int64_t p = 0; p < hw; ++p) {
-                const double d = grad(ch, p), xh = hat(ch, p), wt = param<double>(w, ch, pd, 1.0);
-                sw[ch] += d * xh; sb[ch] += d; c1 += d * wt; c2 += d * wt * xh;
-            }
-            c1 /= m; c2 /= m;
-            for (int64_t ch = g * cg; ch < (g + 1) * cg; ++ch) {
-                double total = 0;
-                for (int64_t p = 0; p < hw; ++p) {
-                    const double d = r * (grad(ch, p) * param<double>(w, ch, pd, 1.0) - c1 - hat(ch, p) * c2);
-                    total += d;
-                    if (dx) from_compute(A(d), dx[v.at(i, ch, p)]);
-                }
-                if (dsh) put(dsh, i * c + ch, dtype, total);
-            }
-        }
-        for (int64_t ch = 0; ch < c; ++ch) { if (dw) put(dw, ch, pd, sw[ch]); if (db) put(db, ch, pd, sb[ch]); }
-    }) ? SDXL_FAST_OK : SDXL_FAST_UNSUPPORTED_DTYPE;
-}
-}
+
+}  // namespace SDXL_FAST_ISA
+}  // namespace sdxl_fast

@@ -5,7 +5,8 @@
  * Contract of every sdxl_fast_<op>_<fwd|bwd>_<cpu|cuda> function
  *   - const pointers first, then written pointers, sizes, scalars, codes, and last `stream` (a cudaStream_t) or
  *     `num_threads` (how many threads may work on the call; the numbers never depend on it);
- *   - returns a status (below), never throws, never allocates device memory, never synchronises, legal in graph capture;
+ *   - returns a status (below), never throws, never allocates device memory, never synchronises, legal in graph
+ * capture;
  *   - "or null" pointers may be null, all others must be valid unless a size is zero; no alignment beyond that of the
  *     element type is required; outputs must not overlap inputs;
  *   - a size of zero is fine: status 0, and every output that has elements is defined.
@@ -52,7 +53,8 @@ SDXL_FAST_API int32_t sdxl_fast_abi(void);
 SDXL_FAST_API const char* sdxl_fast_build_info(void);
 /* Vector path in use: "baseline", "avx2", "avx512" or "avx512_bf16". */
 SDXL_FAST_API const char* sdxl_fast_cpu_isa(void);
-/* Forces a path (a test's tool; "auto" goes back to the best). SDXL_FAST_INVALID_ARGUMENT if this CPU or build lacks it. */
+/* Forces a path (a test's tool; "auto" goes back to the best). SDXL_FAST_INVALID_ARGUMENT if this CPU or build lacks
+ * it. */
 SDXL_FAST_API int32_t sdxl_fast_set_cpu_isa(const char* name);
 /* Where the threads of the C++ backend come from: "openmp" (the runtime already in the process) or "pool". */
 SDXL_FAST_API const char* sdxl_fast_cpu_threading(void);
@@ -71,25 +73,33 @@ SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t n, int64_t
 SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t n, int64_t c, int64_t hw, int64_t groups,
                                                                int32_t layout, int32_t backward);
 
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cpu(
-    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null, void* y, void* mean,
-    void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout,
-    int32_t activation, int32_t dtype, int32_t param_dtype, int32_t num_threads);
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(
-    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null, void* y, void* mean,
-    void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout,
-    int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* weight_or_null,
+                                                        const void* bias_or_null, const void* shift_or_null, void* y,
+                                                        void* mean, void* rstd, void* workspace, int64_t n, int64_t c,
+                                                        int64_t hw, int64_t groups, double eps, int32_t layout,
+                                                        int32_t activation, int32_t dtype, int32_t param_dtype,
+                                                        int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* weight_or_null,
+                                                         const void* bias_or_null, const void* shift_or_null, void* y,
+                                                         void* mean, void* rstd, void* workspace, int64_t n, int64_t c,
+                                                         int64_t hw, int64_t groups, double eps, int32_t layout,
+                                                         int32_t activation, int32_t dtype, int32_t param_dtype,
+                                                         void* stream);
 
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cpu(
-    const void* dy, const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
-    const void* mean, const void* rstd, void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
-    void* dshift_or_null, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t layout,
-    int32_t activation, int32_t dtype, int32_t param_dtype, int32_t num_threads);
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cuda(
-    const void* dy, const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
-    const void* mean, const void* rstd, void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
-    void* dshift_or_null, void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t layout,
-    int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cpu(const void* dy, const void* x, const void* weight_or_null,
+                                                        const void* bias_or_null, const void* shift_or_null,
+                                                        const void* mean, const void* rstd, void* dx_or_null,
+                                                        void* dweight_or_null, void* dbias_or_null,
+                                                        void* dshift_or_null, void* workspace, int64_t n, int64_t c,
+                                                        int64_t hw, int64_t groups, int32_t layout, int32_t activation,
+                                                        int32_t dtype, int32_t param_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cuda(const void* dy, const void* x, const void* weight_or_null,
+                                                         const void* bias_or_null, const void* shift_or_null,
+                                                         const void* mean, const void* rstd, void* dx_or_null,
+                                                         void* dweight_or_null, void* dbias_or_null,
+                                                         void* dshift_or_null, void* workspace, int64_t n, int64_t c,
+                                                         int64_t hw, int64_t groups, int32_t layout, int32_t activation,
+                                                         int32_t dtype, int32_t param_dtype, void* stream);
 
 /* ---- geglu: y = value * GELU(gate) ----
  * x, dx: [rows, 2*cols], value = the first cols of a row, gate = the rest; y, dy: [rows, cols]. */
@@ -109,11 +119,13 @@ SDXL_FAST_API int32_t sdxl_fast_geglu_bwd_cuda(const void* dy, const void* x, vo
  * noise_out receives the drawn noise (rounded to `dtype`, and used so); with noise_in, noise_out must be null.
  * The draw: common/philox.h. A timestep outside [0, num_timesteps) makes that sample NaN. */
 
-SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_fwd_cpu(
-    const void* x0, const void* alphas_cumprod, const int64_t* timesteps, const int64_t* seeds_or_null,
-    const void* noise_in_or_null, void* x_t, void* noise_out_or_null, int64_t n, int64_t c, int64_t h, int64_t w,
-    int64_t num_timesteps, int64_t draw_stream, int64_t pure_noise_at, int32_t layout, int32_t dtype,
-    int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_fwd_cpu(const void* x0, const void* alphas_cumprod,
+                                                          const int64_t* timesteps, const int64_t* seeds_or_null,
+                                                          const void* noise_in_or_null, void* x_t,
+                                                          void* noise_out_or_null, int64_t n, int64_t c, int64_t h,
+                                                          int64_t w, int64_t num_timesteps, int64_t draw_stream,
+                                                          int64_t pure_noise_at, int32_t layout, int32_t dtype,
+                                                          int32_t num_threads);
 SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_fwd_cuda(
     const void* x0, const void* alphas_cumprod, const int64_t* timesteps, const int64_t* seeds_or_null,
     const void* noise_in_or_null, void* x_t, void* noise_out_or_null, int64_t n, int64_t c, int64_t h, int64_t w,

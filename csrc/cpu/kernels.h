@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What dispatch.cpp and the kernel files agree on: one table of functions per instruction set. The signatures are
+// those of the C ABI, which dispatch.cpp has checked the arguments for.
+#pragma once
+
+#include <stdint.h>
+
+#include "sdxl_fast.h"
+
+namespace sdxl_fast {
+
+struct GroupNormShape {
+    int64_t n, c, hw, groups;
+    bool nhwc;
+};
+
+struct GroupNormForward {
+    const void *x, *weight, *bias, *shift;
+    void *y, *mean, *rstd, *workspace;
+    GroupNormShape shape;
+    double eps;
+    bool silu;
+    int32_t dtype, param_dtype, num_threads;
+};
+
+struct GroupNormBackward {
+    const void *dy, *x, *weight, *bias, *shift, *mean, *rstd;
+    void *dx, *dweight, *dbias, *dshift, *workspace;
+    GroupNormShape shape;
+    bool silu;
+    int32_t dtype, param_dtype, num_threads;
+};
+
+struct GegluCall {
+    const void *dy, *x;
+    void* out;
+    int64_t rows, cols;
+    bool tanh;
+    int32_t dtype, num_threads;
+};
+
+struct DiffusionForward {
+    const void *x0, *alphas_cumprod;
+    const int64_t *timesteps, *seeds;
+    const void* noise_in;
+    void *x_t, *noise_out;
+    int64_t n, c, hw, num_timesteps, draw_stream, pure_noise_at;
+    bool nhwc;
+    int32_t dtype, num_threads;
+};
+
+struct DiffusionBackward {
+    const void *dx_t, *alphas_cumprod;
+    const int64_t* timesteps;
+    void* dx0;
+    int64_t n, elements, num_timesteps, pure_noise_at;
+    int32_t dtype, num_threads;
+};
+
+// Declares the kernels compiled for one instruction set.
+#define SDXL_FAST_DECLARE_KERNELS(isa)                         \
+    namespace isa {                                            \
+    void group_norm_silu_fwd(const GroupNormForward& call);    \
+    void group_norm_silu_bwd(const GroupNormBackward& call);   \
+    void geglu_fwd(const GegluCall& call);                     \
+    void geglu_bwd(const GegluCall& call);                     \
+    void forward_diffusion_fwd(const DiffusionForward& call);  \
+    void forward_diffusion_bwd(const DiffusionBackward& call); \
+    }
+
+SDXL_FAST_DECLARE_KERNELS(baseline)
+SDXL_FAST_DECLARE_KERNELS(avx2)
+SDXL_FAST_DECLARE_KERNELS(avx512)
+SDXL_FAST_DECLARE_KERNELS(avx512_bf16)
+
+// Bytes of scratch for group_norm_silu, enough for every dtype.
+int64_t group_norm_silu_workspace(const GroupNormShape& shape, bool backward);
+
+}  // namespace sdxl_fast
