@@ -49,8 +49,8 @@ OPTIMIZER = {"lr": 1e-3}
 PHASE: dict[str, Any] = {"condition": True, "trains": "lora", "images": 8}
 
 
-@pytest.fixture
-def lightning_recipe(pictures: Path, teacher_folder: Path, cache: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def lightning_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every kind of unit once: MSE, LoRA with D, LoRA with D', full with D', conversion, re-noised D and D'."""
     few = {"loss": "adversarial"}
     relaxed = {**PHASE, "condition": False}
@@ -108,6 +108,6 @@ def lightning_recipe(pictures: Path, teacher_folder: Path, cache: Path, tmp_path
             },
         ],
     }
-    path = tmp_path / "distil.yaml"
+    path = tmp_path_factory.mktemp("recipe") / "distil.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path

@@ -21,14 +21,19 @@ from sdxl_fast.train.teacher import call_unet
 from sdxl_fast.train.trainer import fit, run
 
 
-@pytest.fixture
-def lab(lightning_recipe: Path, tmp_path: Path) -> tuple[LightningConfig, stages.Bench, stages.Lineage, Path]:
+@pytest.fixture(scope="module")
+def bench(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Bench:
+    """Shared by the tests: units copy the base before they change anything."""
     config = load_recipe(lightning_recipe)
     assert isinstance(config, LightningConfig)
+    return stages.make_bench(config, tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture
+def lab(bench: stages.Bench, tmp_path: Path) -> tuple[LightningConfig, stages.Bench, stages.Lineage, Path]:
     folder = tmp_path / "run"
     folder.mkdir()
-    bench = stages.make_bench(config, folder)
-    return config, bench, stages.Lineage(bench, folder), folder
+    return bench.config, bench, stages.Lineage(bench, folder), folder
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
