@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Kernels of the forward of group_norm_silu: moments of every chunk, then merge and apply. See group_norm_silu.cu.
+#pragma once
+
+#include "group_norm_device.cuh"
+
+namespace sdxl_fast {
+namespace cuda {
+
+// Mean and sum of squared deviations over `items` parts, by a whole warp in two passes; part(i, count, mean, m2) yields
+// them. Every lane ends with the result.
+template <class Part>
+__device__ __forceinline__ MeanM2 warp_merge(unsigned items, float total, Part part) {
+    float count, mean, m2, sum = 0.0f, squares = 0.0f;
+    for (unsigned i = threadIdx.x % 32; i < items; i += 32) {
+        part(i, count, mean, m2);
+        sum += count * mean;
+    }
+    const float merged = warp_sum(sum) / total;
+    for (unsigned i = threadIdx.x % 32; i < items; i += 32) {
+        part(i, count, mean, m2);
+        squares += m2 + count * (mean - merged) * (mean - merged);
+    }
+    return {merged, warp_sum(squares)};
+}
+
+template <class T, bool NHWC, int VEC>
+__global__ void __launch_bounds__(kGroupNormThreads, 2)
+    group_norm_silu_moments_kernel(const T* __restrict__ x, MeanM2* __restrict__ partials, GroupNormProblem p) {
+    constexpr int kChannels = NHWC ? VEC : 1;
+    const Place at = place_of<NHWC, VEC, false>(p);
+    float shift[kChannels], count = 0.0f, mean[VEC] = {}, m2[VEC] = {};
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i)
+        shift[i] = at.active ? load_param(p.shift, p.dtype, at.sample * p.c + at.channel + i, 0.0f) : 0.0f;
+
+    // Welford's update on every element of the vector by itself: safe however large the mean, and VEC chains to
+    // overlap.
+    for_each_vector<4, VEC>(at, x, [&](int64_t, const Vec<T, VEC>& v) {
+        count += 1.0f;
+        const float share = 1.0f / count;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            const float value = to_float(v.at[i]) + shift[NHWC ? i : 0];
+            const float delta = value - mean[i];
+            mean[i] += delta * share;
+            m2[i] += delta * (value - mean[i]);
+        }
+    });
+
+    MeanM2* out = partials + (at.sample * p.g.chunks + at.chunk_index) * p.g.entries;
+    if (!NHWC) {
+        if (!at.active) return;  // the whole warp
+        const MeanM2 merged = warp_merge(32, static_cast<float>(at.rows), [&](unsigned, float& n, float& m, float& s) {
+            float sum = 0.0f, squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) sum += mean[i];
+            m = sum / VEC;
+#pragma unroll
+            for (int i = 0; i < VEC; ++i) squares += m2[i] + count * (mean[i] - m) * (mean[i] - m);
+            n = count * VEC;
+            s = squares;
+        });
+        if (at.lane == 0) out[at.channel] = merged;
+        return;
+    }
+
+    __shared__ float s_mean[kGroupNormThreads * VEC], s_m2[kGroupNormThreads * VEC];
+    const unsigned width = static_cast<unsigned>(p.g.tx) * VEC;
+    if (at.active) {
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            s_mean[at.line * width + at.lane * VEC + i] = mean[i];
+            s_m2[at.line * width + at.lane * VEC + i] = m2[i];
+        }
+    }
+    __syncthreads();
+    const unsigned lines = static_cast<unsigned>(p.g.ty), rows = static_cast<unsigned>(at.rows);
+    for (unsigned e = threadIdx.x / 32; e < at.num_entries; e += blockDim.x / 32) {
+        const int64_t entry = at.first_entry + e;
+        const unsigned begin = static_cast<unsigned>(entry_channel(p.g, entry) - at.first_channel);
+        const unsigned channels = static_cast<unsigned>(entry_width(p.g, entry % p.g.subs));
+        const float total = static_cast<float>(rows) * channels;
+        const MeanM2 merged = warp_merge(lines * channels, total, [&](unsigned i, float& n, float& m, float& s) {
+            const unsigned line = i / channels, slot = line * width + begin + i % channels;
+            n = line < rows ? static_cast<float>((rows - line + lines - 1) / lines) : 0.0f;
+            m = s_mean[slot];
+            s = s_m2[slot];
+        });
+        if (threadIdx.x % 32 == 0) out[entry] = merged;
+    }
+}
+
+// Statistics of one group from the moments of its chunks and entries, by a whole warp.
+__device__ __forceinline__ MeanRstd merged_stats(const MeanM2* __restrict__ partials, const GroupNormProblem& p,
+                                                 int64_t sample, int64_t group, float eps) {
+    const GroupNormGeometry& g = p.g;
+    const unsigned subs = static_cast<unsigned>(g.subs);
+    const MeanM2* of_group = partials + sample * g.chunks * g.entries + group * g.subs;
+    const float total = static_cast<float>(g.group_channels) * static_cast<float>(p.hw);
+    const MeanM2 merged =
+        warp_merge(static_cast<unsigned>(g.chunks) * subs, total, [&](unsigned i, float& n, float& m, float& s) {
+            const int64_t chunk = i / subs, sub = i % subs;
+            const MeanM2 one = of_group[chunk * g.entries + sub];
+            n = static_cast<float>(smaller(g.chunk, p.hw - chunk * g.chunk)) * static_cast<float>(entry_width(g, sub));
+            m = one.mean;
+            s = one.m2;
+        });
+    return {merged.mean, 1.0f / sqrtf(merged.m2 / total + eps)};
+}
+
+template <class T, bool NHWC, int VEC, bool SILU>
+__global__ void __launch_bounds__(kGroupNormThreads, 2)
+    group_norm_silu_apply_kernel(const T* __restrict__ x, const MeanM2* __restrict__ partials, T* __restrict__ y,
+                                 float* __restrict__ mean, float* __restrict__ rstd, float eps, GroupNormProblem p) {
+    constexpr int kChannels = NHWC ? VEC : 1;
+    __shared__ MeanRstd s_stats[NHWC ? kGroupNormLanes * VEC : 1];
+    const Place at = place_of<NHWC, VEC, true>(p);
+
+    // Every block merges the chunks of its own groups (a few thousand values out of L2), which saves a launch between
+    // the two passes; the first block of a group also reports them.
+    const int64_t first_group = at.first_channel / p.g.group_channels;
+    const unsigned groups = static_cast<unsigned>((at.end_channel - 1) / p.g.group_channels - first_group + 1);
+    const bool reports = NHWC ? at.chunk_index == 0 && at.first_entry % p.g.subs == 0 : blockIdx.x % p.g.tiles == 0;
+    for (unsigned i = threadIdx.x / 32; i < groups; i += blockDim.x / 32) {
+        const MeanRstd stats = merged_stats(partials, p, at.sample, first_group + i, eps);
+        if (threadIdx.x % 32 == 0) {
+            s_stats[i] = stats;
+            if (reports) {
+                mean[at.sample * p.groups + first_group + i] = stats.mean;
+                rstd[at.sample * p.groups + first_group + i] = stats.rstd;
+            }
+        }
+    }
+    __syncthreads();
+    if (!at.active) return;
+
+    const Factors<kChannels> f =
+        factors_of<kChannels>(p, at, [&](int64_t group) { return s_stats[group - first_group]; });
+    for_each_vector<4, VEC>(at, x, [&](int64_t offset, const Vec<T, VEC>& v) {
+        Vec<T, VEC> out;
+#pragma unroll
+        for (int i = 0; i < VEC; ++i) {
+            const int k = NHWC ? i : 0;
+            out.at[i] = from_float<T>(activate<T, SILU>((to_float(v.at[i]) + f.center[k]) * f.scale[k] + f.bias[k]));
+        }
+        store<VEC>(y + offset, out);
+    });
+}
+
+}  // namespace cuda
+}  // namespace sdxl_fast
