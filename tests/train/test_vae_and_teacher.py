@@ -1,0 +1,136 @@
+"""The two runs before distillation: they learn, they export what stock diffusers reads, and they resume bitwise."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+
+from sdxl_fast.models.config import TOY
+from sdxl_fast.train import checkpoint
+from sdxl_fast.train.trainer import run
+
+pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+
+
+def _write(path: Path, tree: dict[str, Any]) -> Path:
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def vae_recipe(pictures: Path, cache: Path, tmp_path: Path) -> Path:
+    model = {key: list(v) if isinstance(v, tuple) else v for key, v in TOY.vae_arguments().items()}
+    common = {"kind": "vae", "run": "vae", "batch": 4, "images": 16, "precision": "fp32", "checkpoint_every": 8}
+    data = {"folder": str(pictures), "resolution": 32, "art_size": 64}
+    rest = {"model": model, "data": data, "optimizer": {"lr": 1e-3}, "perceptual": 0.1, "log_every": 4}
+    return _write(tmp_path / "vae.yaml", {**common, **rest})
+
+
+@pytest.fixture
+def teacher_recipe(vae_recipe: Path, pictures: Path, tmp_path: Path) -> Path:
+    run(vae_recipe, [])
+    data = {"folder": str(pictures), "resolution": 32, "art_size": 64}
+    tree = {
+        **{"kind": "teacher", "run": "teacher", "vae": "vae", "batch": 4, "images": 16, "precision": "fp32"},
+        **{"data": data, "draws": 2, "vocabulary": 560, "optimizer": {"lr": 1e-3}, "log_every": 4},
+        **{"checkpoint_every": 8, "prediction_type": "v_prediction"},
+        "pipeline": yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(TOY)))),
+    }
+    return _write(tmp_path / "teacher.yaml", tree)
+
+
+def _plain(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return list(tree) if isinstance(tree, tuple) else tree
+
+
+def test_exported_latents_have_unit_statistics(vae_recipe: Path) -> None:
+    out = run(vae_recipe, [])
+    vae = AutoencoderKL.from_pretrained(out)
+    assert vae.config.scaling_factor == 1.0
+    from sdxl_fast.train.config import load_recipe
+    from sdxl_fast.train.vae import VaeTask
+
+    task = VaeTask(load_recipe(vae_recipe))  # type: ignore[arg-type]
+    with torch.no_grad():
+        latents = vae.encode(task._pictures(256, "test")).latent_dist.mode()
+    assert latents.mean((0, 2, 3)).abs().max() < 0.15
+    assert (latents.std((0, 2, 3)) - 1).abs().max() < 0.15
+
+
+def test_normalising_the_latents_does_not_change_the_pictures() -> None:
+    from sdxl_fast.models.config import build_vae
+    from sdxl_fast.train.vae import normalise_latents
+
+    torch.manual_seed(0)
+    vae = build_vae(TOY).eval()
+    with torch.no_grad():
+        vae.quant_conv.bias += 0.7
+        pictures = torch.randn(8, 3, 32, 32).clamp(-1, 1)
+        before = vae.encode(pictures).latent_dist
+        picture, std = vae.decode(before.mode()).sample, before.std
+        normalise_latents(vae, pictures)
+        after = vae.encode(pictures).latent_dist
+        torch.testing.assert_close(vae.decode(after.mode()).sample, picture, rtol=1e-3, atol=1e-4)
+        ratio = (std / after.std).mean((0, 2, 3))
+    torch.testing.assert_close(ratio, before.mode().std((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_decoder_trains_alone_and_adversarially(vae_recipe: Path, cache: Path) -> None:
+    first = AutoencoderKL.from_pretrained(run(vae_recipe, [])).state_dict()
+    adversarial = ["adversarial=0.1", "discriminator_optimizer.lr=0.001"]
+    out = run(vae_recipe, ["run=decoder", "initial=vae", "freeze_encoder=true", *adversarial])
+    second = AutoencoderKL.from_pretrained(out).state_dict()
+    moved = {key.split(".")[0] for key in first if not torch.equal(first[key], second[key])}
+    assert moved == {"decoder", "post_quant_conv"}
+    line = (cache / "runs" / "decoder" / "metrics.jsonl").read_text().splitlines()[0]
+    assert "d_accuracy" in line
+
+
+def test_the_teacher_exports_a_pipeline_that_stock_diffusers_runs(teacher_recipe: Path) -> None:
+    out = run(teacher_recipe, [])
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    image = pipe("red square", num_inference_steps=2, guidance_scale=3.0, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_the_teacher_resumes_bitwise(teacher_recipe: Path, cache: Path) -> None:
+    run(teacher_recipe, ["run=whole"])
+    run(teacher_recipe, ["run=halves", "images=8"])
+    run(teacher_recipe, ["run=halves"], resume="latest")
+    whole, halves = (checkpoint.latest(cache / "runs" / name) for name in ("whole", "halves"))
+    assert whole is not None and halves is not None and whole.name == halves.name
+    for path in sorted(whole.glob("*.safetensors")):
+        assert path.read_bytes() == (halves / path.name).read_bytes(), path.name
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    from sdxl_fast.train.config import OptimizerConfig
+    from sdxl_fast.train.trainer import learning_rate
+
+    config = OptimizerConfig(lr=1.0, warmup=10, decay=20, final=0.1)
+    assert learning_rate(config, 4, 100) == pytest.approx(0.5)
+    assert learning_rate(config, 50, 100) == 1.0
+    assert learning_rate(config, 90, 100) == pytest.approx(0.5)
+    assert learning_rate(config, 100, 100) == pytest.approx(0.1)
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None:
+    from sdxl_fast.train.config import OptimizerConfig
+    from sdxl_fast.train.trainer import make_optimizer, optimize
+
+    layer = torch.nn.Linear(2, 1)
+    config = OptimizerConfig(lr=1.0)
+    before = layer.weight.detach().clone()
+    loss = layer(torch.tensor([[float("nan"), 1.0]])).sum()
+    with pytest.raises(FloatingPointError, match="after 40 images"):
+        optimize(make_optimizer(config, list(layer.parameters())), loss, config, 40, 100)
+    assert torch.equal(layer.weight, before)
