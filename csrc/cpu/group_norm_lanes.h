@@ -159,17 +159,25 @@ void lane_apply(const T* x, T* y, int64_t rows, int64_t lanes, int64_t stride, A
 
 // ---- backward ----
 
-// xhat = (x - centre) * rstd, z = xhat * weight + bias, g = dy * act'(z)
+// xhat = ((x + shift) - mean) * rstd, z = xhat * weight + bias, g = dy * act'(z)
+// dx = ((g * weight - mean_g) - xhat * mean_gx) * rstd
+// The order of these is that of the reference, unfused: what cancels there to zero (a group of equal elements) does so
+// here, instead of leaving a rounding error multiplied by 1 / sqrt(eps).
 template <class A>
 struct GradientTables {
-    const A *centre, *rstd, *weight, *bias;
-    const A *slope, *offset, *projection;  // dx = g * slope - offset - xhat * projection
+    const A *mean, *shift, *rstd, *weight, *bias, *mean_g, *mean_gx;
 };
 
-template <class T, bool silu_on, class V>
+template <class T, bool kOne, class V>
+inline V normalised(V x, GradientTables<Acc<T>> t, int64_t l) {
+    return ((x + entry<kOne, V>(t.shift, l)) - entry<kOne, V>(t.mean, l)) * entry<kOne, V>(t.rstd, l);
+}
+
+// M is the type whose accuracy the derivative needs: T, or float where the sums become float32 gradients.
+template <class M, bool silu_on, class V>
 inline V gradient_of(V dy, V z) {
     if constexpr (silu_on) {
-        return dy * silu_derivative<T>(z);
+        return dy * silu_derivative<M>(z);
     } else {
         (void)z;
         return dy;
@@ -177,7 +185,7 @@ inline V gradient_of(V dy, V z) {
 }
 
 // Sums over the rows of g, g * xhat and xhat, added to the three arrays.
-template <class T, bool silu_on, bool kOne>
+template <class T, class M, bool silu_on, bool kOne>
 void lane_gradient_sums(const T* dy, const T* x, int64_t rows, int64_t lanes, int64_t stride, GradientTables<Acc<T>> t,
                         Acc<T>* sum_g, Acc<T>* sum_gx, Acc<T>* sum_x) {
     using V = typename VecOf<T>::Type;
@@ -186,10 +194,9 @@ void lane_gradient_sums(const T* dy, const T* x, int64_t rows, int64_t lanes, in
             const int64_t at = r * stride + l;
             prefetch_after(x + at);
             prefetch_after(dy + at);
-            const V h =
-                (fetch<full.value>(x + at, lanes - l) - entry<kOne, V>(t.centre, l)) * entry<kOne, V>(t.rstd, l);
+            const V h = normalised<T, kOne>(fetch<full.value>(x + at, lanes - l), t, l);
             const V z = fma(h, entry<kOne, V>(t.weight, l), entry<kOne, V>(t.bias, l));
-            const V g = gradient_of<T, silu_on>(fetch<full.value>(dy + at, lanes - l), z);
+            const V g = gradient_of<M, silu_on>(fetch<full.value>(dy + at, lanes - l), z);
             store(sum_g + l, load(sum_g + l) + g);
             store(sum_gx + l, fma(g, h, load(sum_gx + l)));
             store(sum_x + l, load(sum_x + l) + h);
@@ -204,12 +211,12 @@ void lane_gradient(const T* dy, const T* x, T* dx, int64_t rows, int64_t lanes, 
     for (int64_t r = 0; r < rows; ++r) {
         each_vector<V>(lanes, [&](int64_t l, auto full) {
             const int64_t at = r * stride + l;
-            const V h =
-                (fetch<full.value>(x + at, lanes - l) - entry<kOne, V>(t.centre, l)) * entry<kOne, V>(t.rstd, l);
+            const V h = normalised<T, kOne>(fetch<full.value>(x + at, lanes - l), t, l);
             const V z = fma(h, entry<kOne, V>(t.weight, l), entry<kOne, V>(t.bias, l));
             const V g = gradient_of<T, silu_on>(fetch<full.value>(dy + at, lanes - l), z);
-            const V rest = fma(h, entry<kOne, V>(t.projection, l), entry<kOne, V>(t.offset, l));
-            write<full.value, streaming>(dx + at, fma(g, entry<kOne, V>(t.slope, l), -rest), lanes - l);
+            const V centred = g * entry<kOne, V>(t.weight, l) - entry<kOne, V>(t.mean_g, l);
+            const V gradient = fma(-h, entry<kOne, V>(t.mean_gx, l), centred) * entry<kOne, V>(t.rstd, l);
+            write<full.value, streaming>(dx + at, gradient, lanes - l);
         });
     }
 }

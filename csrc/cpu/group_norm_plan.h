@@ -62,7 +62,7 @@ SDXL_HD GroupNormPlan plan_group_norm(const GroupNormShape& shape) {
 constexpr int kForwardRecord = 2;   // mean, m2
 constexpr int kForwardTables = 3;   // centre, scale, bias
 constexpr int kBackwardRecord = 3;  // sums of g, g * xhat, xhat
-constexpr int kBackwardTables = 7;  // centre, rstd, weight, bias, slope, offset, projection
+constexpr int kBackwardTables = 7;  // mean, shift, rstd, weight, bias, mean_g, mean_gx
 constexpr int kBackwardTotals = 2;  // doubles: g, g * xhat per sample and channel
 
 }  // namespace sdxl_fast

@@ -47,30 +47,30 @@ struct Backward {
     }
     A* table(int64_t sample, int which) const { return tables + (sample * kBackwardTables + which) * plan.padded; }
 
-    // Fills in what is known before the sums: centre, rstd, weight, bias, slope.
+    // Fills in what is known before the sums: mean, shift, rstd, weight, bias.
     void prepare(int64_t sample, int64_t group) const {
         const int64_t statistic = sample * plan.shape.groups + group, first = group * plan.per_group;
         const A mean = static_cast<const A*>(call.mean)[statistic], rstd = static_cast<const A*>(call.rstd)[statistic];
-        for (int64_t channel = first; channel < first + plan.per_group; ++channel) {
-            const double shift = parameter(call.shift, call.dtype, sample * plan.shape.c + channel, 0.0);
-            const A weight = static_cast<A>(parameter(call.weight, call.param_dtype, channel, 1.0));
-            const A bias = static_cast<A>(parameter(call.bias, call.param_dtype, channel, 0.0));
-            const A values[5] = {static_cast<A>(static_cast<double>(mean) - shift), rstd, weight, bias, rstd * weight};
-            for (int64_t lane = channel; lane < plan.lanes; lane += plan.shape.c) {
-                for (int k = 0; k < 5; ++k) table(sample, k)[lane] = values[k];
+        for (int64_t k = first; k < first + plan.per_group; ++k) {
+            const double shift = parameter(call.shift, call.dtype, sample * plan.shape.c + k, 0.0);
+            const A weight = static_cast<A>(parameter(call.weight, call.param_dtype, k, 1.0));
+            const A bias = static_cast<A>(parameter(call.bias, call.param_dtype, k, 0.0));
+            const A values[5] = {mean, static_cast<A>(shift), rstd, weight, bias};
+            for (int64_t lane = k; lane < plan.lanes; lane += plan.shape.c) {
+                for (int i = 0; i < 5; ++i) table(sample, i)[lane] = values[i];
             }
         }
     }
 
-    template <bool silu_on>
+    template <class M, bool silu_on>
     void sums(int64_t sample, int64_t item) const {
         const int64_t base = sample * plan.sample();
         if (plan.shape.nhwc) {
             const int64_t at = base + item * plan.chunk_rows * plan.lanes, p = plan.padded;
             A* const r = record(sample, item);
             for (int64_t i = 0; i < kBackwardRecord * p; ++i) r[i] = A(0);
-            lane_gradient_sums<T, silu_on, false>(dy + at, x + at, plan.count(item), plan.lanes, plan.lanes,
-                                                  tables_of(sample, 0), r, r + p, r + 2 * p);
+            lane_gradient_sums<T, M, silu_on, false>(dy + at, x + at, plan.count(item), plan.lanes, plan.lanes,
+                                                     tables_of(sample, 0), r, r + p, r + 2 * p);
             return;
         }
         each_span(plan, item, [&](int64_t channel, int64_t chunk, int64_t offset, int64_t count) {
@@ -79,7 +79,8 @@ struct Backward {
             each_width(count, [&](int64_t start, int64_t rows, int64_t width) {
                 A part[kBackwardRecord][kSpanWidth + kPadLanes] = {};
                 const int64_t at = base + offset + start;
-                lane_gradient_sums<T, silu_on, true>(dy + at, x + at, rows, width, width, t, part[0], part[1], part[2]);
+                lane_gradient_sums<T, M, silu_on, true>(dy + at, x + at, rows, width, width, t, part[0], part[1],
+                                                        part[2]);
                 for (int k = 0; k < kBackwardRecord; ++k) {
                     for (int64_t l = 0; l < width; ++l) all[k] += static_cast<double>(part[k][l]);
                 }
@@ -100,20 +101,20 @@ struct Backward {
         for (int64_t channel = first; channel < end; ++channel) {
             g[channel] = channel_sum(sample, channel, 0);
             gx[channel] = channel_sum(sample, channel, 1);
-            const double weight = static_cast<double>(table(sample, 2)[channel]);
+            const double weight = static_cast<double>(table(sample, 3)[channel]);
             mean_g += weight * g[channel];
             mean_gx += weight * gx[channel];
         }
         mean_g /= values;
         mean_gx /= values;
-        const double rstd = static_cast<double>(table(sample, 1)[first]);
+        const double rstd = static_cast<double>(table(sample, 2)[first]);
         for (int64_t channel = first; channel < end; ++channel) {
             for (int64_t lane = channel; lane < plan.lanes; lane += c) {
-                table(sample, 5)[lane] = static_cast<A>(rstd * mean_g);
-                table(sample, 6)[lane] = static_cast<A>(rstd * mean_gx);
+                table(sample, 5)[lane] = static_cast<A>(mean_g);
+                table(sample, 6)[lane] = static_cast<A>(mean_gx);
             }
             if (call.dshift == nullptr) continue;
-            const double weight = static_cast<double>(table(sample, 2)[channel]);
+            const double weight = static_cast<double>(table(sample, 3)[channel]);
             const double hat = channel_sum(sample, channel, 2);
             const double sum = weight * g[channel] - static_cast<double>(plan.shape.hw) * mean_g - hat * mean_gx;
             set_parameter(call.dshift, call.dtype, sample * c + channel, rstd * sum);
@@ -166,7 +167,15 @@ struct Backward {
         for (int64_t begin = 0; begin < plan.shape.n; begin += wave.samples) {
             const int64_t samples = smaller(wave.samples, plan.shape.n - begin);
             for (int64_t i = 0; i < samples * groups; ++i) prepare(begin + i / groups, i % groups);
-            parallel(samples * items, wave.threads, [&](int64_t i) { sums<silu_on>(begin + i / items, i % items); });
+            parallel(samples * items, wave.threads, [&](int64_t i) {
+                // Float32 parameters beside two-byte elements get float32 gradients.
+                if constexpr (sizeof(T) == 2) {
+                    if (call.param_dtype == SDXL_FAST_F32) {
+                        return sums<float, silu_on>(begin + i / items, i % items);
+                    }
+                }
+                sums<T, silu_on>(begin + i / items, i % items);
+            });
             parallel(samples * groups, wave.threads_for_groups,
                      [&](int64_t i) { finish(begin + i / groups, i % groups); });
             if (dx == nullptr) continue;
