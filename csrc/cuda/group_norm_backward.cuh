@@ -42,19 +42,13 @@ __global__ void __launch_bounds__(kGroupNormThreads, 1)
 #pragma unroll
             for (int i = 0; i < VEC; ++i) {
                 const int j = NHWC ? i : 0;
-                const float centered = to_float(v.at[i]) + f.center[j];
-                const float dz = activate_grad<T, SILU>(to_float(grad.at[i]), centered * f.scale[j] + f.bias[j]);
+                const float xh = (to_float(v.at[i]) + f.center[j]) * f.rstd[j];
+                const float dz = activate_grad<T, SILU>(to_float(grad.at[i]), xh * f.weight[j] + f.bias[j]);
                 sums[0][i] += dz;
-                sums[1][i] += dz * centered;
-                sums[2][i] += centered;
+                sums[1][i] += dz * xh;
+                sums[2][i] += xh;
             }
         });
-        // xh = centered rstd: the factor is the same for the whole sum.
-#pragma unroll
-        for (int i = 0; i < VEC; ++i) {
-            sums[1][i] *= f.rstd[NHWC ? i : 0];
-            sums[2][i] *= f.rstd[NHWC ? i : 0];
-        }
     }
 
     const int64_t plane = p.n * p.g.chunks * p.c;
@@ -181,23 +175,22 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     const Place at = place_of<NHWC, VEC, true>(p);
     if (!at.active) return;
     const Factors<kChannels> f = saved_factors<kChannels>(p, at, k);
-    // dx = rstd (w dz - S1 - xh S2) = scale dz - (rstd S1) - centered (rstd^2 S2)
-    float offset_term[kChannels], slope_term[kChannels];
+    float s1[kChannels], s2[kChannels];
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
         const int64_t group = (at.channel + i) / p.g.group_channels;
         const float* of_group = k.group_sums + 2 * (at.sample * p.groups + group);
-        offset_term[i] = f.rstd[i] * of_group[0];
-        slope_term[i] = f.rstd[i] * f.rstd[i] * of_group[1];
+        s1[i] = of_group[0];
+        s2[i] = of_group[1];
     }
     for_each_pair<2, VEC>(at, dy, x, [&](int64_t offset, const Vec<T, VEC>& grad, const Vec<T, VEC>& v) {
         Vec<T, VEC> out;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             const int j = NHWC ? i : 0;
-            const float centered = to_float(v.at[i]) + f.center[j];
-            const float dz = activate_grad<T, SILU>(to_float(grad.at[i]), centered * f.scale[j] + f.bias[j]);
-            out.at[i] = from_float<T>(f.scale[j] * dz - offset_term[j] - centered * slope_term[j]);
+            const float xh = (to_float(v.at[i]) + f.center[j]) * f.rstd[j];
+            const float dz = activate_grad<T, SILU>(to_float(grad.at[i]), xh * f.weight[j] + f.bias[j]);
+            out.at[i] = from_float<T>(f.rstd[j] * (f.weight[j] * dz - s1[j] - xh * s2[j]));
         }
         store<VEC>(dx + offset, out);
     });

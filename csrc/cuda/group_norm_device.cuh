@@ -133,11 +133,11 @@ __device__ __forceinline__ void for_each_pair(const Place& at, const T* __restri
     }
 }
 
-// fp32 factors of a thread's channels; NCHW threads have one channel. With center = shift - mean and scale = rstd w,
-// z = (x + center) scale + bias: folding the mean into the bias would lose |mean| / std digits.
+// fp32 factors of a thread's channels; NCHW threads have one channel. xh = (x + center) rstd with center = shift -
+// mean: folding the mean into the bias instead would lose |mean| / std digits.
 template <int CHANNELS>
 struct Factors {
-    float center[CHANNELS], rstd[CHANNELS], scale[CHANNELS], bias[CHANNELS];
+    float center[CHANNELS], rstd[CHANNELS], weight[CHANNELS], bias[CHANNELS];
 };
 
 template <int CHANNELS, class Stats>
@@ -149,7 +149,7 @@ __device__ __forceinline__ Factors<CHANNELS> factors_of(const GroupNormProblem& 
         const MeanRstd s = stats(channel / p.g.group_channels);
         f.center[i] = load_param(p.shift, p.dtype, at.sample * p.c + channel, 0.0f) - s.mean;
         f.rstd[i] = s.rstd;
-        f.scale[i] = s.rstd * load_param(p.weight, p.param_dtype, channel, 1.0f);
+        f.weight[i] = load_param(p.weight, p.param_dtype, channel, 1.0f);
         f.bias[i] = load_param(p.bias, p.param_dtype, channel, 0.0f);
     }
     return f;

@@ -143,7 +143,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {
             const int k = NHWC ? i : 0;
-            out.at[i] = from_float<T>(activate<T, SILU>((to_float(v.at[i]) + f.center[k]) * f.scale[k] + f.bias[k]));
+            const float z = (to_float(v.at[i]) + f.center[k]) * (f.rstd[k] * f.weight[k]) + f.bias[k];
+            out.at[i] = from_float<T>(activate<T, SILU>(z));
         }
         store<VEC>(y + offset, out);
     });

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels and their launchers, run on a CPU: the same .cu files, built by the host compiler over an emulation.
+
+What this shows: indices, masks, barriers, shuffles, reductions, geometry, workspace sizes, and that the Python adapters
+pass what the C ABI expects. What only a GPU can show: speed, and the last bits of its own exp, log, sin and division.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sdxl_fast.ops import _native
+from sdxl_fast.reference import forward_diffusion as forward_diffusion_reference
+from sdxl_fast.reference import geglu as geglu_reference
+from sdxl_fast.reference import group_norm_silu as group_norm_silu_reference
+from sdxl_fast.testing.compare import Scale, assert_all, compare_all, error_scale
+
+CSRC = Path(__file__).parent.parent / "csrc"
+SOURCES = [*(CSRC / "cuda" / f"{op}.cu" for op in ("geglu", "forward_diffusion", "group_norm_silu"))]
+SOURCES.append(CSRC / "cuda" / "emulation" / "emulation.cpp")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+# The sanitizer traps signed overflow, misaligned vectors and indices outside shared arrays.
+FLAGS = (
+    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -DSDXL_FAST_CUDA_EMULATION -w "
+    "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
+)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GUARD = 0x5A
+_CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "double": ctypes.c_double}
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The emulated library, its functions typed after the C header."""
+    target = tmp_path_factory.mktemp("emulation") / "libemulation.so"
+    command = [str(COMPILER), "-x", "c++", *FLAGS.split(), *map(str, SOURCES), "-o", str(target)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    loaded = ctypes.CDLL(str(target))
+    header = (CSRC / "include" / "sdxl_fast.h").read_text()
+    for returns, name, parameters in re.findall(r"SDXL_FAST_API (\w+) (sdxl_fast_\w+_cuda)\(([^)]*)\)", header):
+        function = getattr(loaded, name)
+        function.restype = _CTYPES[returns]
+        function.argtypes = [
+            ctypes.c_void_p if "*" in parameter else _CTYPES[parameter.split()[-2]]
+            for parameter in parameters.split(",")
+        ]
+    return loaded
+
+
+@pytest.fixture
+def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """(fwd, bwd) of an op as its Python adapter makes them for "cuda", on CPU tensors full of NaN where unwritten."""
+    binding = SimpleNamespace(status_text=str)
+    for op, direction in itertools.product(("group_norm_silu", "geglu", "forward_diffusion"), ("fwd", "bwd")):
+        name = f"{op}_{direction}_cuda"
+        setattr(binding, name, getattr(library, f"sdxl_fast_{name}"))
+    binding.group_norm_silu_workspace_cuda = library.sdxl_fast_group_norm_silu_workspace_cuda
+    guards: list[torch.Tensor] = []
+
+    def scratch(size: int, like: torch.Tensor) -> torch.Tensor | None:
+        buffer = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN as floats
+        buffer[size:] = GUARD
+        guards.append(buffer[size:])
+        return buffer
+
+    monkeypatch.setattr(_native, "binding", lambda device: binding)
+    monkeypatch.setattr(_native, "scratch", scratch)
+    monkeypatch.setattr(_native, "guard", lambda device, function: function)
+    monkeypatch.setitem(_native.TAIL, "cuda", lambda x: 0)
+    library.sdxl_fast_emulation_configure(4, 0)
+    torch.use_deterministic_algorithms(True)
+    yield lambda op: importlib.import_module(f"sdxl_fast.ops.{op}")._native_kernels("cuda")
+    torch.use_deterministic_algorithms(False)
+    for guard in guards:
+        assert bool((guard == GUARD).all()), "a kernel wrote past its workspace"
+
+
+def _double(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
+
+
+Run = Callable[[Any, tuple[Any, ...]], dict[str, torch.Tensor]]
+
+
+def _check(op: str, kernel: Any, reference: Any, run: Run, draw: Callable[[int], Any], **rows: int) -> None:
+    """Compares kernel and reference on draw(0) under the bound of `sdxl_fast.testing.compare`."""
+    values = draw(0)
+    oracle = run(reference, _double(values))
+    baseline = run(reference, values)
+    scales = {name: Scale() for name in oracle}
+    for seed in range(1, 5):  # a lucky rounding in a small tensor must not decide how large PyTorch's error is
+        other = draw(seed)
+        exact, rounded = run(reference, _double(other)), run(reference, other)
+        scales = {name: scales[name] | error_scale(rounded[name], exact[name]) for name in scales}
+    got = run(kernel, values)
+    gradients = [name for name in oracle if name.startswith("d")]
+    assert_all(compare_all(got, oracle, baseline, op=op, gradients=gradients, rows=rows, scales=scales))
+
+
+# ---- group_norm_silu ----
+
+# (N, C, H, W), groups: ragged; SDXL's 320 channels; one pixel and one element; a map of several chunks; a group too
+# wide for one tile; two tiles; whole and ragged vectors that straddle groups; many samples.
+GROUP_NORM_CASES = [
+    ((3, 15, 7, 5), 5), ((1, 320, 8, 8), 32), ((2, 12, 1, 1), 3), ((1, 1, 1, 1), 1), ((1, 8, 48, 40), 2),
+    ((1, 2304, 2, 1), 1), ((1, 2560, 2, 2), 32), ((2, 40, 4, 6), 4), ((1, 1030, 3, 1), 2), ((19, 16, 2, 2), 4),
+]  # fmt: skip
+OPTIONS = [("silu", "like x", True), ("none", "float32", False), ("silu", "absent", True)]
+
+
+def _channels_last(t: torch.Tensor) -> torch.Tensor:
+    return torch.empty(t.shape, dtype=t.dtype, memory_format=torch.channels_last).copy_(t)
+
+
+def _group_norm_draw(case: Any, dtype: torch.dtype, nhwc: bool, options: Any) -> Callable[[int], tuple[Any, ...]]:
+    shape, groups = case
+    activation, params, shifted = options
+
+    def draw(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        x, dy = (torch.randn(shape, generator=generator) for _ in range(2))
+        x, dy = (2 * x + 3).to(dtype), dy.to(dtype)
+        weight, bias = torch.randn(2, shape[1], generator=generator).to(dtype if params == "like x" else torch.float32)
+        shift = torch.randn(shape[:2], generator=generator).to(dtype)
+        if nhwc:
+            x, dy = _channels_last(x), _channels_last(dy)
+        given = params != "absent"
+        return (
+            dy, x, weight.clone() if given else None, bias.clone() if given else None, shift if shifted else None,
+            groups, activation,
+        )  # fmt: skip
+
+    return draw
+
+
+def _group_norm_run(op: Any, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    dy, x, weight, bias, shift, groups, activation = values
+    fwd, bwd = op
+    y, mean, rstd = fwd(x, weight, bias, shift, groups, 1e-5, activation)
+    needs = (True, weight is not None, bias is not None, shift is not None)
+    gradients = bwd(dy, x, weight, bias, shift, mean, rstd, groups, activation, needs)
+    named = dict(zip(("dx", "dweight", "dbias", "dshift"), gradients, strict=True))
+    return {"y": y, "mean": mean, "rstd": rstd} | {name: g for name, g in named.items() if g is not None}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("case", GROUP_NORM_CASES, ids=str)
+def test_group_norm_silu(kernels: Any, case: Any, nhwc: bool, dtype: torch.dtype) -> None:
+    shape, _ = case
+    reference = (group_norm_silu_reference.fwd, group_norm_silu_reference.bwd)
+    small = shape[0] * shape[1] * shape[2] * shape[3] < 1500
+    for options in OPTIONS if small else OPTIONS[:1]:
+        draw = _group_norm_draw(case, dtype, nhwc, options)
+        rows = shape[0] * shape[2] * shape[3]
+        summed = {"dweight": rows, "dbias": rows, "dshift": shape[2] * shape[3]}
+        _check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **summed)
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+def test_group_norm_silu_does_not_depend_on_the_order_of_threads(library: Any, kernels: Any, nhwc: bool) -> None:
+    """A missing barrier would: a thread would read what another has written in one order and not in the other."""
+    values = _group_norm_draw(((2, 40, 5, 8), 4), torch.bfloat16, nhwc, OPTIONS[0])(0)
+    library.sdxl_fast_emulation_configure(16, 0)
+    forwards = _group_norm_run(kernels("group_norm_silu"), values)
+    library.sdxl_fast_emulation_configure(16, 1)
+    backwards = _group_norm_run(kernels("group_norm_silu"), values)
+    assert all(torch.equal(forwards[name], backwards[name]) for name in forwards)
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("multiprocessors", [1, 132, 300])
+def test_group_norm_silu_on_any_number_of_multiprocessors(
+    library: Any, kernels: Any, multiprocessors: int, nhwc: bool
+) -> None:
+    library.sdxl_fast_emulation_configure(multiprocessors, 0)
+    draw = _group_norm_draw(((1, 64, 24, 20), 8), torch.float32, nhwc, OPTIONS[0])
+    reference = (group_norm_silu_reference.fwd, group_norm_silu_reference.bwd)
+    rows = {"dweight": 480, "dbias": 480, "dshift": 480}
+    _check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **rows)
+
+
+def _unaligned(t: torch.Tensor) -> torch.Tensor:
+    """t at an address that is a multiple of its element size only; strides kept."""
+    copy = t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1)
+    return copy.copy_(t)
+
+
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+def test_unaligned_pointers(kernels: Any, nhwc: bool) -> None:
+    for dtype in DTYPES:
+        dy, x, *rest = _group_norm_draw(((2, 16, 4, 4), 4), dtype, nhwc, OPTIONS[0])(0)
+        aligned = _group_norm_run(kernels("group_norm_silu"), (dy, x, *rest))
+        shifted = _group_norm_run(kernels("group_norm_silu"), (_unaligned(dy), _unaligned(x), *rest))
+        for name, value in aligned.items():
+            torch.testing.assert_close(shifted[name], value, rtol=2e-2, atol=2e-2)
+        fwd, bwd = kernels("geglu")
+        gate, dgelu = torch.randn(3, 32).to(dtype), torch.randn(3, 16).to(dtype)
+        assert torch.equal(fwd(_unaligned(gate), "none"), fwd(gate, "none"))
+        assert torch.equal(bwd(_unaligned(dgelu), gate, "tanh"), bwd(dgelu, gate, "tanh"))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)), ids=str)
+def test_group_norm_silu_computes_what_is_needed(kernels: Any, needs: tuple[bool, ...]) -> None:
+    dy, x, weight, bias, shift, groups, activation = _group_norm_draw(
+        ((2, 8, 3, 4), 2), torch.float32, True, OPTIONS[0]
+    )(0)
+    fwd, bwd = kernels("group_norm_silu")
+    _, mean, rstd = fwd(x, weight, bias, shift, groups, 1e-5, activation)
+    arguments = (dy, x, weight, bias, shift, mean, rstd, groups, activation)
+    everything = bwd(*arguments, (True,) * 4)
+    for need, gradient, full in zip(needs, bwd(*arguments, needs), everything, strict=True):
+        assert torch.equal(gradient, full) if need else gradient is None
+
+
+def test_group_norm_silu_of_nothing(kernels: Any) -> None:
+    fwd, bwd = kernels("group_norm_silu")
+    for shape in ((0, 8, 4, 4), (2, 8, 0, 4)):
+        x, weight = torch.zeros(shape), torch.ones(8)
+        shift = torch.ones(shape[:2])
+        y, mean, rstd = fwd(x, weight, weight, shift, 4, 1e-5, "silu")
+        assert y.shape == x.shape and not mean.any() and not rstd.any()
+        gradients = bwd(x, x, weight, weight, shift, mean, rstd, 4, "silu", (True,) * 4)
+        assert not any(g.any() for g in gradients)
+
+
+# ---- geglu ----
+
+
+def _geglu_run(op: Any, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    fwd, bwd = op
+    dy, x, approximate = values
+    return {"y": fwd(x, approximate), "dx": bwd(dy, x, approximate)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("shape", [(5, 7, 2 * 33), (3, 2), (2, 2 * 2600), (70, 2 * 64), (1, 2 * 257)], ids=str)
+def test_geglu(kernels: Any, shape: tuple[int, ...], approximate: str, dtype: torch.dtype) -> None:
+    def draw(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        x = 3 * torch.randn(shape, generator=generator)
+        dy = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator)
+        return dy.to(dtype), x.to(dtype), approximate
+
+    _check("geglu", kernels("geglu"), (geglu_reference.fwd, geglu_reference.bwd), _geglu_run, draw)
+
+
+def _gelu_parts(gate: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """GELU and the two terms of its derivative in float64, by forms that do not cancel far from zero."""
+    if approximate == "none":
+        cdf = 0.5 * torch.special.erfc(-gate / 2**0.5)
+        return gate * cdf, cdf, gate * torch.exp(-0.5 * gate**2) / (2 * torch.pi) ** 0.5
+    slope = 2 * (2 / torch.pi) ** 0.5
+    u2 = slope * gate * (1 + 0.044715 * gate**2)
+    cdf = torch.sigmoid(u2)
+    return gate * cdf, cdf, gate * cdf * torch.sigmoid(-u2) * slope * (1 + 0.134145 * gate**2)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_geglu_in_the_tails(kernels: Any, approximate: str) -> None:
+    """Every bfloat16 gate in turn: no NaN, and the relative accuracy of the type down to the smallest results."""
+    gate = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    gate = gate[gate.isfinite() & (gate.float().abs() < 1e30)]
+    x = torch.cat((torch.ones_like(gate), gate))[None]
+    fwd, bwd = kernels("geglu")
+    dy = torch.ones_like(gate)[None]
+    y, dx = fwd(x, approximate)[0], bwd(dy, x, approximate)[0, gate.numel() :]
+    assert y.isfinite().all() and dx.isfinite().all()
+    value, cdf, density = _gelu_parts(gate.double().clamp(-50, 50), approximate)
+    value = torch.where(gate > 50, gate.double(), value)
+    # Half a unit in the last place is 2^-9, and the terms of the derivative cancel at its zero. From 1e-33 on down the
+    # argument of the exponential is so large that its own rounding shows; from 1e-38 results are subnormal.
+    inside = value.abs() > 1e-33
+    assert ((y.double() - value).abs() <= 2**-8 * value.abs())[inside].all()
+    assert ((dx.double() - cdf - density).abs() <= 2**-8 * (cdf + density).abs() + 1e-4 * (cdf + density.abs()))[
+        inside
+    ].all()
+    assert y[~inside].abs().max() <= 1e-32
+
+
+# ---- forward_diffusion ----
+
+ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
+SEEDS = torch.tensor([0, -1, 2**40 + 7])
+
+
+def _diffusion_run(op: Any, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    fwd, bwd = op
+    dx_t, x0, timesteps, seeds, stream, noise, pure = values
+    alphas_cumprod = ALPHAS_CUMPROD.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
+    x_t, used = fwd(x0, alphas_cumprod, timesteps, seeds, stream, noise, pure)
+    return {"x_t": x_t, "noise": used, "dx0": bwd(dx_t, alphas_cumprod, timesteps, pure)}
+
+
+def _diffusion_draw(shape: tuple[int, ...], dtype: torch.dtype, nhwc: bool, stream: int, given: bool) -> Any:
+    def draw(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        x0, dx_t, noise = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
+        if nhwc:
+            x0, dx_t, noise = _channels_last(x0), _channels_last(dx_t), _channels_last(noise)
+        timesteps = torch.tensor([999, 0, 500])[: shape[0]]
+        seeds = None if given else SEEDS[: shape[0]] + seed
+        return dx_t, x0, timesteps, seeds, stream, noise if given else None, 999
+
+    return draw
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (2, 3, 5, 7), (1, 8, 6, 2), (2, 16, 4, 4), (3, 1, 1, 1)], ids=str)
+def test_forward_diffusion(kernels: Any, shape: tuple[int, ...], nhwc: bool, dtype: torch.dtype) -> None:
+    reference = (forward_diffusion_reference.fwd, forward_diffusion_reference.bwd)
+    for stream, given in ((0, False), (2**33 + 5, False), (0, True)):
+        draw = _diffusion_draw(shape, dtype, nhwc, stream, given)
+        _check("forward_diffusion", kernels("forward_diffusion"), reference, _diffusion_run, draw)
+
+
+def test_noise_ignores_batch_and_memory_format(kernels: Any) -> None:
+    fwd, _ = kernels("forward_diffusion")
+    x0 = torch.randn(3, 4, 8, 8)
+    timesteps = torch.tensor([1, 2, 3])
+    together = fwd(x0, ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1]
+    assert torch.equal(together, fwd(_channels_last(x0), ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1])
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = fwd(x0[one], ALPHAS_CUMPROD, timesteps[one], SEEDS[one].clone(), 3, None, None)[1]
+        assert torch.equal(alone[0], together[i])
+    ragged = fwd(x0[:, :, :, :7].contiguous(), ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1]
+    assert torch.equal(ragged.flatten(1)[:, :200], together.flatten(1)[:, :200])  # the index alone decides
+
+
+def test_timestep_outside_the_schedule_is_nan(kernels: Any) -> None:
+    fwd, bwd = kernels("forward_diffusion")
+    x0, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([1000, 5, -1])
+    for seeds, noise in ((SEEDS, None), (None, x0.clone())):
+        x_t, _ = fwd(x0, ALPHAS_CUMPROD, timesteps, seeds, 0, noise, 1000)
+        assert x_t[0].isnan().all() and x_t[1].isfinite().all() and x_t[2].isnan().all()
+    dx0 = bwd(x0, ALPHAS_CUMPROD, timesteps, None)
+    assert dx0[0].isnan().all() and dx0[1].isfinite().all() and dx0[2].isnan().all()
+
+
+# ---- the C ABI ----
+
+
+def test_statuses(library: ctypes.CDLL) -> None:
+    x = torch.zeros(64)
+    p = x.data_ptr()
+    geglu, norm = library.sdxl_fast_geglu_fwd_cuda, library.sdxl_fast_group_norm_silu_fwd_cuda
+    diffusion = library.sdxl_fast_forward_diffusion_fwd_cuda
+    assert geglu(p, p, 0, 4, 0, 0, 0) == 0
+    assert geglu(p, p, 2, 4, 0, 1, 0) == 2  # float64
+    assert geglu(p, p, 2, 4, 2, 0, 0) == geglu(p, p, -1, 4, 0, 0, 0) == geglu(p, p, 2, 4, 0, 9, 0) == 1
+    good = [p, None, None, None, p, p, p, p, 1, 4, 4, 2, 1e-5, 0, 1, 0, 0, 0]
+
+    names = (
+        "x",
+        "weight",
+        "bias",
+        "shift",
+        "y",
+        "mean",
+        "rstd",
+        "workspace",
+        "n",
+        "c",
+        "hw",
+        "groups",
+        "eps",
+        "layout",
+    )
+    names += ("activation", "dtype", "param", "stream")
+
+    def changed(**changes: Any) -> int:
+        return int(norm(*(changes.get(name, value) for name, value in zip(names, good, strict=True))))
+
+    assert changed(n=0) == 0
+    assert (
+        changed(groups=3) == changed(groups=0) == changed(layout=2) == changed(activation=2) == changed(weight=p) == 1
+    )
+    assert changed(dtype=1, param=1) == changed(dtype=2, param=3) == 2
+    timesteps = torch.zeros(1, dtype=torch.int64)
+    t = timesteps.data_ptr()
+    neither = (p, p, t, None, None, p, None, 1, 1, 2, 2, 1, 0, -1, 1, 0, 0)
+    both = (p, p, t, t, p, p, p, 1, 1, 2, 2, 1, 0, -1, 1, 0, 0)
+    assert diffusion(*neither) == diffusion(*both) == 1
+
+
+def test_misuse_of_the_machine_is_reported(library: ctypes.CDLL) -> None:
+    """The emulation notices what would hang or crash a GPU."""
+    skipped_barrier, skipped_shuffle, ragged_block, correct = range(4)
+    misuse = library.sdxl_fast_emulation_misuse
+    assert misuse(skipped_barrier) == misuse(skipped_shuffle) == 719  # cudaErrorLaunchFailure
+    assert misuse(ragged_block) == 9  # cudaErrorInvalidConfiguration
+    assert misuse(correct) == 0
