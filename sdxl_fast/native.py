@@ -72,7 +72,7 @@ def _gpu_reason() -> str | None:
     built = build_info()["cuda_archs"]
     major, minor = torch.cuda.get_device_capability()
     if not any(_runs_on(arch, major, minor) for arch in built):
-        return f"the library was built for {', '.join(built)}, this GPU is {major}{minor}; set SDXL_FAST_CUDA_ARCHS"
+        return f"the library was built for {', '.join(built)}, this GPU is sm_{major}{minor}; rebuild here"
     return None
 
 
