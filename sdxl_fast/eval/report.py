@@ -152,7 +152,11 @@ def evaluate(
         started = time.perf_counter()
         images = _collect(source, questions, name)
         seconds = time.perf_counter() - started
-        measured[name] = {**_label(source), **judge.measure(name, images), "seconds": round(seconds, 3)}
+        measured[name] = {
+            **(_label(source) if name == TEACHER else {}),
+            **judge.measure(name, images),
+            "seconds": round(seconds, 3),
+        }
         if pictures is not None:
             pictures[name] = (images * 255.0).round().byte()
     baseline = RECONSTRUCTIONS if reconstruct is not None else REAL

@@ -177,6 +177,7 @@ def test_run_writes_the_report(picture_set: Path, toy_folder: Path, tmp_path: Pa
     assert len(files["unet/diffusion_pytorch_model.safetensors"]) == 64
     table = (tmp_path / "report.md").read_text()
     assert "| teacher, 2 steps, guidance 3 |" in table
+    assert "\n| 1 step |" in table
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.height > sheet.width / 4
 
