@@ -24,8 +24,6 @@ ROOT = Path(__file__).parent.parent
 HEADER = (ROOT / "csrc" / "include" / "sdxl_fast.h").read_text()
 PROTOTYPES = dict(re.findall(r"SDXL_FAST_API [\w ]+\*? ?(sdxl_fast_\w+)\(([^)]*)\)", HEADER))
 KERNELS = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if "SDXL_FAST_ISA" in p.read_text())
-    path.stem for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if "SDXL_FAST_ISA" in path.read_text()
-)
 
 
 def _symbols(*flags: str, path: Path) -> list[str]:
