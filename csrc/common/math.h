@@ -16,10 +16,18 @@ constexpr double kInvSqrt2Pi = 0.39894228040143267794;
 constexpr double kSqrt2OverPi = 0.79788456080286535588;
 constexpr double kGeluCubic = 0.044715;
 
-SDXL_HD float exp_of(float x) { return expf(x); }
-SDXL_HD double exp_of(double x) { return exp(x); }
-SDXL_HD float erfc_of(float x) { return erfcf(x); }
-SDXL_HD double erfc_of(double x) { return erfc(x); }
+SDXL_HD float exp_of(float x) {
+    return expf(x);
+}
+SDXL_HD double exp_of(double x) {
+    return exp(x);
+}
+SDXL_HD float erfc_of(float x) {
+    return erfcf(x);
+}
+SDXL_HD double erfc_of(double x) {
+    return erfc(x);
+}
 
 template <class T>
 SDXL_HD T sigmoid(T x) {

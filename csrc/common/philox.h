@@ -42,7 +42,11 @@ SDXL_HD PhiloxWords philox4x32_10(uint32_t key0, uint32_t key1, uint64_t block, 
 }
 
 // u1 in (0, 1] (so that its logarithm is finite) and u2 in [0, 1], as float32 values.
-SDXL_HD float philox_u1(uint32_t word) { return static_cast<float>(word) * 0x1p-32f + 0x1p-33f; }
-SDXL_HD float philox_u2(uint32_t word) { return static_cast<float>(word) * 0x1p-32f; }
+SDXL_HD float philox_u1(uint32_t word) {
+    return static_cast<float>(word) * 0x1p-32f + 0x1p-33f;
+}
+SDXL_HD float philox_u2(uint32_t word) {
+    return static_cast<float>(word) * 0x1p-32f;
+}
 
 }  // namespace sdxl_fast
