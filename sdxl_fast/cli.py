@@ -159,6 +159,26 @@ def evaluate(
     print(f"wrote {out / 'report.md'}")
 
 
+@app.command()
+def card(
+    model: Annotated[Path, typer.Argument(help="Pipeline folder that gets the card.")],
+    report: Annotated[Path, typer.Option(help="Folder that `sdxl-fast eval` wrote for it.")],
+    data: Annotated[Path, typer.Option(help="Folder made by `sdxl-fast data emoji`.")],
+    runs: Annotated[list[str], typer.Option("--run", help="TITLE=FOLDER of a training run; repeat in order.")],
+    title: Annotated[str, typer.Option(help="Heading.")],
+    notes: Annotated[Path | None, typer.Option(help="Markdown file to put under the heading.")] = None,
+) -> None:
+    """Write a pipeline's model card from its report and the runs that made it."""
+    from .eval.model_card import write_model_card
+
+    pairs = [run.partition("=") for run in runs]
+    if not all(folder for _, _, folder in pairs):
+        raise ValueError("--run is not of the form TITLE=FOLDER")
+    by_title = {heading: Path(folder) for heading, _, folder in pairs}
+    text = notes.read_text() if notes else ""
+    print(write_model_card(model, title=title, report_dir=report, data_dir=data, runs=by_title, notes=text))
+
+
 def picture_files(out: Path, texts: list[str], seeds: list[int]) -> list[Path]:
     """One file per picture: `out` itself, `out` numbered, or prompt and seed as a name in the folder `out`.
 
