@@ -11,13 +11,16 @@
 //   NCHW  an entry is one channel; a warp takes one chunk of one channel, a block kWarps of them out of one group.
 #pragma once
 
+#include <math.h>
 #include <stdint.h>
 
 namespace sdxl_fast {
 namespace cuda {
 
-constexpr int kGroupNormLanes = 256;  // most vectors across a tile
-// Threads of a block. SDXL's widths are multiples of 64 and mostly of 320: vectors across a tile are 16, 40, 80 or 160,
+// Most vectors across a tile: 640 contiguous bytes, whole lines of DRAM. Narrow tiles keep the chunks few: what the
+// second pass merges grows with their square.
+constexpr int kGroupNormLanes = 40;
+// Threads of a block. SDXL's widths are multiples of 64 and mostly of 320, their tiles 16, 30, 32 or 40 vectors wide,
 // and 320 threads hold whole rows of each. Two such blocks leave every thread 96 registers, with which nothing spills.
 constexpr int kGroupNormThreads = 320;
 constexpr int kGroupNormWarps = 8;  // warps of an NCHW block
@@ -40,13 +43,12 @@ inline int64_t group_norm_gcd(int64_t a, int64_t b) {
     return b == 0 ? a : group_norm_gcd(b, a % b);
 }
 
-// Blocks that a pass should have: one per multiprocessor while a thread has fewer than 16 vectors to walk through
-// (every block of the second pass merges all chunks of its groups, so more blocks would mean more merging than
-// reading), up to four for larger maps, where the tail of a single wave would cost more.
+// Blocks that a pass should have: one per multiprocessor while a thread has fewer than 16 vectors to walk through, two
+// (as many as are resident) for larger maps.
 inline int64_t group_norm_blocks(int64_t vectors, int64_t threads, int64_t multiprocessors) {
     const int64_t by_work = vectors / (threads * 16);
     if (by_work < multiprocessors) return multiprocessors;
-    return by_work < 4 * multiprocessors ? by_work : 4 * multiprocessors;
+    return by_work < 2 * multiprocessors ? by_work : 2 * multiprocessors;
 }
 
 // Cuts hw into about `wanted` chunks, each a multiple of `multiple`.
@@ -105,7 +107,11 @@ inline GroupNormGeometry group_norm_nhwc(int64_t n, int64_t c, int64_t hw, int64
     g.ty = static_cast<int>(lines < 1 ? 1 : (lines < hw ? lines : hw));
     g.threads = (g.tx * g.ty + 31) / 32 * 32;
     const int64_t blocks = group_norm_blocks(n * c * hw / vec, g.threads, multiprocessors);
-    group_norm_chunks(g, hw, blocks / (n * g.tiles), g.ty);
+    // Merging reads entries * chunks^2 * 8 bytes a sample: at most two fifths of a 16-bit map. At least four rows a
+    // thread.
+    const int64_t most = static_cast<int64_t>(sqrt(0.1 * static_cast<double>(c / g.entries) * static_cast<double>(hw)));
+    const int64_t wanted = blocks / (n * g.tiles);
+    group_norm_chunks(g, hw, wanted < most ? wanted : most, int64_t{4} * g.ty);
     return g;
 }
 

@@ -182,4 +182,9 @@ SDXL_FAST_API int32_t sdxl_fast_emulation_group_norm_geometry(int64_t n, int64_t
     return g.ok;
 }
 
+SDXL_FAST_API int64_t sdxl_fast_emulation_group_norm_workspace(int64_t n, int64_t c, int64_t hw, int64_t groups,
+                                                               int32_t nhwc, int32_t backward) {
+    return sdxl_fast::cuda::group_norm_workspace(n, c, hw, groups, nhwc != 0, backward != 0);
+}
+
 }  // extern "C"
