@@ -53,12 +53,15 @@ macro(sdxl_fast_add_cuda target)
       set(CMAKE_CUDA_ARCHITECTURES 90a)
     endif()
   endif()
-  set(CMAKE_CUDA_STANDARD 17)
-  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
-  set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
-  # Static: the same library opens on a machine that has no CUDA at all.
-  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   enable_language(CUDA)
+  # Properties, since the target was made before CUDA was enabled. The runtime is static: the same library opens on a
+  # machine that has no CUDA at all.
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_VISIBILITY_PRESET hidden
+    CUDA_RUNTIME_LIBRARY Static)
   find_package(CUDAToolkit REQUIRED)
 
   file(GLOB cuda_sources CONFIGURE_DEPENDS cuda/*.cu)
