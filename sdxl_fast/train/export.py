@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path
         rank = next(iter(pairs.values()))[0].shape[0]
         target = writing / lora_file_name(name, steps)
         write_lora(target, pairs, alpha=rank, num_inference_steps=steps, prediction_type=prediction_type)
+    _forget_paths(writing)
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     return folder
+
+
+def _forget_paths(folder: Path) -> None:
+    """Removes `_name_or_path`, where diffusers notes which folder of this machine a part was loaded from."""
+    for path in [*folder.glob("*.json"), *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")

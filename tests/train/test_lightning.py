@@ -205,6 +205,7 @@ def test_all_stages_run_chain_and_export(lightning_recipe: Path, cache: Path, te
         for name, digest in unit["sha256"].items():
             assert hashlib.sha256((folder / unit["unit"] / name).read_bytes()).hexdigest() == digest
 
+    assert not [path for path in out.rglob("*.json") if str(teacher_folder) in path.read_text()]
     pipe = StableDiffusionXLPipeline.from_pretrained(out, torch_dtype=torch.float32)
     assert pipe.scheduler.config.prediction_type == "sample"
     image = pipe("red square", num_inference_steps=1, guidance_scale=0, output_type="np").images
