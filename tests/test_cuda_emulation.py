@@ -366,28 +366,14 @@ def test_statuses(library: ctypes.CDLL) -> None:
     assert geglu(p, p, 0, 4, 0, 0, 0) == 0
     assert geglu(p, p, 2, 4, 0, 1, 0) == 2  # float64
     assert geglu(p, p, 2, 4, 2, 0, 0) == geglu(p, p, -1, 4, 0, 0, 0) == geglu(p, p, 2, 4, 0, 9, 0) == 1
-    good = [p, None, None, None, p, p, p, p, 1, 4, 4, 2, 1e-5, 0, 1, 0, 0, 0]
-
-    names = (
-        "x",
-        "weight",
-        "bias",
-        "shift",
-        "y",
-        "mean",
-        "rstd",
-        "workspace",
-        "n",
-        "c",
-        "hw",
-        "groups",
-        "eps",
-        "layout",
-    )
-    names += ("activation", "dtype", "param", "stream")
+    good: dict[str, Any] = {
+        "x": p, "weight": None, "bias": None, "shift": None, "y": p, "mean": p, "rstd": p, "workspace": p,
+        "n": 1, "c": 4, "hw": 4, "groups": 2, "eps": 1e-5,
+        "layout": 0, "activation": 1, "dtype": 0, "param": 0, "stream": 0,
+    }  # fmt: skip
 
     def changed(**changes: Any) -> int:
-        return int(norm(*(changes.get(name, value) for name, value in zip(names, good, strict=True))))
+        return int(norm(*{**good, **changes}.values()))
 
     assert changed(n=0) == 0
     assert (
