@@ -1,0 +1,306 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a results file to text, a markdown page and a plot: ``python -m benchmarks.report FILE.json ...``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.results import ResultsFile
+from benchmarks.roofline import attainable
+from benchmarks.suite import copy_share, fastest, verdicts
+from sdxl_fast.files import replacing
+
+Row = Mapping[str, Any]
+
+# Of the machine, in this order; the rest is in the JSON.
+_FACTS = (
+    ("device", "device"),
+    ("driver", "driver"),
+    ("cuda", "CUDA"),
+    ("power_limit", "power limit"),
+    ("host_cpu", "host CPU"),
+    ("threads", "threads"),
+    ("allocator", "allocator"),
+    ("load_of_others", "load before the run"),
+    ("torch", "torch"),
+    ("triton", "triton"),
+    ("diffusers", "diffusers"),
+    ("python", "python"),
+    ("commit", "commit"),
+    ("date", "date"),
+)
+_COLOURS = ("#1b6ca8", "#2a9d57", "#c8553d", "#8e6bbf", "#b8860b", "#7a7a7a")
+_MARKS = "osD^vP"
+
+
+def seconds_text(seconds: float) -> str:
+    """Returns a time with three digits in us, ms or s."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def rate_text(per_second: float, unit: str) -> str:
+    """Returns a rate with three digits in G or T."""
+    return f"{per_second / 1e12:.3g} T{unit}/s" if per_second >= 1e12 else f"{per_second / 1e9:.3g} G{unit}/s"
+
+
+def title(row: Row) -> str:
+    """Returns op or model, case, dtype and mode of a row."""
+    return f"{row.get('op') or row.get('model')} {row['case']} {row['dtype']} {row['mode']}"
+
+
+def cells(row: Row, name: str, ceilings: Row) -> list[str]:
+    """Returns the columns of one contestant: time, spread, bandwidth, shares of copy and matrix, times eager, gate."""
+    found = row["contestants"][name]
+    if "seconds" not in found:
+        return [f"not timed: {found.get('refused', 'cut off')}", "", "", "", "", "", ""]
+    median, rate = found["seconds"]["median"], ceilings["matrix_flops_per_s"].get(row["dtype"])
+    speedup = f"{found['speedup']['median']:.2f}x" if "speedup" in found else ""
+    return [
+        seconds_text(median),
+        f"{found['seconds']['spread']:.0%}",
+        rate_text(row["bytes"] / median, "B"),
+        f"{copy_share(row, name, ceilings):.0%}",
+        f"{row['flops'] / median / rate:.1%}" if rate else "",
+        speedup,
+        found["gate"],
+    ]
+
+
+def text(row: Row, ceilings: Row) -> str:
+    """Returns a row for the terminal, its targets below it."""
+    lines = [f"{title(row)}   ({row['sets']} input sets of {row['bytes_per_set'] / 1e6:.3g} MB)"]
+    for name in row["contestants"]:
+        time, spread, bandwidth, share, _, speedup, gate = cells(row, name, ceilings)
+        if not spread:
+            lines.append(f"  {name:22s} {time}")
+            continue
+        numbers = f"{time:>9s} ±{spread:>4s}  {bandwidth:>10s}  {share:>5s} of copy  {speedup:>7s} eager"
+        lines.append(f"  {name:22s} {numbers}  gate {gate}")
+    for what, value, reached in verdicts(row, ceilings):
+        got = "not timed" if value is None else f"{value:.2f}"
+        lines.append(f"  target: {what}: {'reached' if reached else 'NOT REACHED'} ({got})")
+    return "\n".join(lines)
+
+
+def model_text(row: Row) -> str:
+    """Returns a row of a whole model for the terminal."""
+    lines = [f"{row['model']}, {row['case']}, {row['dtype']}, {row['mode']}: {row['about']}"]
+    if "skipped" in row:
+        return f"{lines[0]}skipped: {row['skipped']}"
+    for name, found in row["contestants"].items():
+        times = (f"{s} {_stage_text(t)}" for s, t in found["stages"].items())
+        lines.append(f"  {name:22s} {found.get('refused') or '  '.join(times) + '  gate ' + found['gate']}")
+    return "\n".join(lines)
+
+
+def _stage_text(found: Row | None) -> str:
+    if found is None:
+        return ""
+    return f"not timed: {found['refused']}" if "refused" in found else seconds_text(found["median"])
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    escaped = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+    return [
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *("| " + " | ".join(row) + " |" for row in escaped),
+        "",
+    ]
+
+
+def _machine(data: Row) -> list[str]:
+    machine = data["machine"]
+    found = []
+    for key, name in _FACTS:
+        value = machine.get(key)
+        repeated = key == "host_cpu" and value == machine.get("device")
+        if value not in (None, "") and not repeated:
+            found.append((name, f"{value:.0%}" if key == "load_of_others" else str(value)))
+    ceilings = data["ceilings"]
+    if ceilings:
+        copies = ", ".join(f"{name} {rate_text(rate, 'B')}" for name, rate in ceilings["copies"].items())
+        found.append(("copy (read + written)", f"{rate_text(ceilings['copy_bytes_per_s'], 'B')} ({copies})"))
+        for dtype, rate in ceilings["matrix_flops_per_s"].items():
+            found.append((f"matrix product {dtype}", rate_text(rate, "FLOP")))
+    return _table(("", ""), found)
+
+
+def _ops(data: Row) -> list[str]:
+    lines: list[str] = []
+    head = (
+        "case",
+        "dtype",
+        "mode",
+        "contestant",
+        "time",
+        "spread",
+        "bandwidth",
+        "of copy",
+        "of matrix",
+        "times eager",
+        "gate",
+    )
+    for op in dict.fromkeys(row["op"] for row in data["rows"]):
+        rows = []
+        for row in (r for r in data["rows"] if r["op"] == op):
+            labels = [row["case"], row["dtype"], row["mode"]]
+            for name in row.get("contestants", {}):
+                rows.append([*labels, name, *cells(row, name, data["ceilings"])])
+                labels = ["", "", ""]
+            if "skipped" in row:
+                rows.append([*labels, "", f"skipped: {row['skipped']}", "", "", "", "", "", ""])
+        lines += [f"## {op}", "", *_table(head, rows)]
+    return lines
+
+
+def _targets(data: Row) -> list[str]:
+    rows = [
+        [title(row), what, "not timed" if value is None else f"{value:.2f}", "yes" if reached else "**no**"]
+        for row in data["rows"]
+        if "contestants" in row
+        for what, value, reached in verdicts(row, data["ceilings"])
+    ]
+    return ["## Targets", "", *_table(("row", "target", "measured", "reached"), rows)] if rows else []
+
+
+def _end_to_end(data: Row) -> list[str]:
+    lines: list[str] = []
+    for row in data["end_to_end"]:
+        lines += [f"## {row['model']}, {row['case']}, {row['dtype']}", "", row["about"], ""]
+        if "skipped" in row:
+            lines += [f"Skipped: {row['skipped']}", ""]
+            continue
+        stages = list(dict.fromkeys(stage for found in row["contestants"].values() for stage in found["stages"]))
+        rows = []
+        for name, found in row["contestants"].items():
+            times = [_stage_text(found["stages"].get(stage)) for stage in stages]
+            rows.append([name, *times, found.get("refused", found["gate"])])
+        lines += _table((row["mode"], *stages, "gate"), rows)
+    return lines
+
+
+def markdown(data: Row, *, plot: str | None = None) -> str:
+    """Returns the page of a results file; ``plot`` is the name of the picture beside it."""
+    lines = [f"# {data['machine'].get('device', 'unknown device')}", ""]
+    if not data["complete"]:
+        lines += ["The run was cut off; what is here was measured in full.", ""]
+    lines += _machine(data)
+    for run in data["tests"]:
+        lines += [f"`{run['case']}`: {run['outcome']}", ""]
+    lines += _targets(data)
+    lines += _end_to_end(data)
+    lines += _ops(data)
+    if plot is not None:
+        lines += [f"![Operations per second over intensity, and share of the copy bandwidth]({plot})", ""]
+    lines.append("Written by `python -m benchmarks.report`; `benchmarks/README.md` says what the columns mean.")
+    return "\n".join(lines) + "\n"
+
+
+def _timed(data: Row) -> list[Row]:
+    return [r for r in data["rows"] if any("seconds" in c for c in r.get("contestants", {}).values())]
+
+
+def _series(rows: Sequence[Row]) -> dict[str, list[tuple[Row, str]]]:
+    """Returns by contestant the rows it was timed in, with its name there; of a peer's two layouts the faster."""
+    found: dict[str, list[tuple[Row, str]]] = {}
+    for row in rows:
+        for family in dict.fromkeys(name.partition(" ")[0] for name in row["contestants"]):
+            name = fastest(row, family)
+            if name is not None:
+                found.setdefault(family, []).append((row, name))
+    return found
+
+
+def _draw_roofline(axes: Any, series: Mapping[str, list[tuple[Row, str]]], ceilings: Row) -> None:
+    bandwidth, rates = ceilings["copy_bytes_per_s"], ceilings["matrix_flops_per_s"]
+    points = [row["flops"] / row["bytes"] for listed in series.values() for row, _ in listed]
+    low, high = min(points) / 2, max(4 * max(rates.values()) / bandwidth, 2 * max(points))
+    steps = [low * (high / low) ** (i / 200) for i in range(201)]
+    for dtype, rate in rates.items():
+        axes.plot(steps, [attainable(x, bandwidth, rate) for x in steps], color="#444444", linewidth=1)
+        axes.annotate(f"matrix product, {dtype}", (high, rate), ha="right", va="bottom", fontsize=8, color="#444444")
+    for i, (family, listed) in enumerate(series.items()):
+        x = [row["flops"] / row["bytes"] for row, _ in listed]
+        y = [row["flops"] / row["contestants"][name]["seconds"]["median"] for row, name in listed]
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
+        axes.scatter(x, y, s=30, alpha=0.75, linewidths=0, label=family, zorder=3, **style)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("intensity [FLOP / byte of least traffic]")
+    axes.set_ylabel("FLOP/s")
+    axes.set_title(f"roofline (slope: copy at {rate_text(bandwidth, 'B')})", fontsize=10)
+    axes.grid(True, which="major", alpha=0.25)
+    axes.legend(loc="upper left", frameon=False, fontsize=9)
+
+
+def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: Sequence[Row], ceilings: Row) -> None:
+    height = 0.8 / len(series)
+    for i, (family, listed) in enumerate(series.items()):
+        at = [rows.index(row) + (i + 0.5) * height - 0.4 for row, _ in listed]
+        shares = [100 * copy_share(row, name, ceilings) for row, name in listed]
+        bars = axes.barh(at, shares, height, color=_COLOURS[i % len(_COLOURS)], label=family)
+        axes.bar_label(bars, [f"{share:.0f}" for share in shares], padding=3, fontsize=7)
+    axes.axvline(100, color="#444444", linewidth=1)
+    axes.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlabel("percent of the copy bandwidth (least traffic / time)")
+    axes.set_title("bandwidth", fontsize=10)
+    axes.grid(True, axis="x", alpha=0.25)
+
+
+def plot(data: Row, path: Path, *, most: int = 24) -> bool:
+    """Draws the roofline and the bandwidth shares of the first ``most`` rows; False when there is nothing to draw."""
+    rows = _timed(data)
+    if not rows or not data["ceilings"]:
+        return False
+    from matplotlib.figure import Figure
+
+    listed = rows[:most]
+    figure = Figure(figsize=(15, max(5.0, 1.2 + 0.36 * len(listed))), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
+    _draw_roofline(left, _series(rows), data["ceilings"])
+    _draw_shares(right, _series(listed), listed, data["ceilings"])
+    machine = data["machine"]
+    figure.suptitle(f"{machine['device']}, {machine['date'][:10]}", fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return True
+
+
+def write(results: ResultsFile, *, with_plot: bool = True) -> list[Path]:
+    """Writes the page, and the plot, beside a results file and returns their paths."""
+    page, picture = results.path.with_suffix(".md"), results.path.with_suffix(".png")
+    drawn = with_plot and plot(results.data, picture)
+    with replacing(page) as temporary:
+        temporary.write_text(markdown(results.data, plot=picture.name if drawn else None))
+    return [page, picture] if drawn else [page]
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Returns the geometric mean of positive values, the right mean of ratios; 1 for none."""
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else 1.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes page and plot beside each results file named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=main.__doc__)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    for file in parser.parse_args(argv).files:
+        try:
+            results = ResultsFile.load(file)
+        except ValueError as error:
+            parser.error(str(error))
+        for path in write(results):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()

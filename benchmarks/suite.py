@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an op's benchmark is made of: cases, contestants, targets; and what a row of the results says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from benchmarks.gate import Subject, Values
+from benchmarks.timing import quotient
+from sdxl_fast.dispatch import use_backend
+from sdxl_fast.testing.cases import Case
+
+FORWARD, BOTH = "forward", "forward+backward"
+GATE_FAILED = "failed its gate"
+NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a backend is meant to reach on one case: times the speed of eager, and share of the copy bandwidth."""
+
+    case: str
+    dtype: str
+    speedup: float
+    copy_share: float | None = None
+    backend: str = "cpu"
+    mode: str = FORWARD
+
+
+@dataclass(frozen=True)
+class OpBench:
+    """The benchmark of one op.
+
+    Attributes:
+        subject: the public function and the names of its arguments and outputs.
+        reference: the module with the cost model, ``flops(shape)`` and ``bytes(shape, dtype)``.
+        stock: the same arguments done with stock PyTorch operations: the peer, eager and compiled.
+        make: draws the arguments of a case; the generator says on which device.
+        cpu_cases: timed on a CPU.
+        gpu_cases: timed on a GPU, the most valuable first.
+        gpu_rest: every other shape of SDXL, for when there is time.
+        dtypes: names, the most valuable first.
+        modes: forward, or both passes too.
+        images: whether tensors have a memory format; peers are then timed in both.
+        rows: over how many rows an element of an output or gradient sums, by case.
+        own: outputs that a peer draws for itself.
+        targets: what is to be reached.
+    """
+
+    subject: Subject
+    reference: ModuleType
+    stock: Callable[..., Any]
+    make: Callable[[Case, torch.dtype, torch.Generator], Values]
+    cpu_cases: tuple[Case, ...]
+    gpu_cases: tuple[Case, ...]
+    gpu_rest: tuple[Case, ...] = ()
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    modes: tuple[str, ...] = (FORWARD, BOTH)
+    images: bool = False
+    rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
+    own: tuple[str, ...] = ()
+    targets: tuple[Target, ...] = ()
+
+    @property
+    def layout(self) -> str:
+        """The memory layout our backends are timed in."""
+        return "channels_last" if self.images else "contiguous"
+
+    def cases(self, device: str, *, quick: bool = False) -> tuple[Case, ...]:
+        """Returns the first cases for a device type; ``quick`` cuts them to a size that only tries the code out."""
+        found = self.cpu_cases if device == "cpu" else self.gpu_cases
+        return tuple(_cut(case) for case in found) if quick else found
+
+
+def _cut(case: Case, longest: int = 8) -> Case:
+    """Returns the case with its maps or tokens cut to ``longest``; channels and batch stay."""
+    kept = (0, 1) if len(case.shape) == 4 else (len(case.shape) - 1,)
+    shape = tuple(size if dim in kept else min(size, longest) for dim, size in enumerate(case.shape))
+    return dataclasses.replace(case, name=f"{case.name} cut to {'x'.join(map(str, shape))}", shape=shape)
+
+
+@dataclass(frozen=True)
+class Work:
+    """One case in one dtype, a row per mode; one gate serves them all."""
+
+    bench: OpBench
+    case: Case
+    dtype: str
+    modes: tuple[str, ...]
+
+    def key(self, mode: str) -> dict[str, str]:
+        """Returns the entries that tell its row from others."""
+        return {"op": self.bench.subject.op, "case": self.case.name, "dtype": self.dtype, "mode": mode}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        compile: whether torch.compile takes part; compiling takes seconds per row on a CPU, and up to half a minute
+            per row with max-autotune on a GPU.
+        rounds: samples of each contestant.
+        budget_s: seconds after which no further round of a row starts.
+        sets: input sets to rotate; None for as many as exceed the cache twice.
+        faults: contestants that crashed the GPU in an earlier process, as ``ContextLostError`` has them.
+    """
+
+    device: str
+    compile: bool = False
+    rounds: int = 11
+    budget_s: float = 5.0
+    sets: int | None = None
+    faults: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Something to time: ``call`` takes the op's arguments, tensors in ``layout``."""
+
+    name: str
+    layout: str
+    call: Callable[..., Any]
+    backend: str | None = None
+
+
+def works(bench: OpBench, cases: tuple[Case, ...], *, modes: tuple[str, ...] | None = None) -> Iterator[Work]:
+    """Yields what to measure for ``cases``: the first dtype of all cases first."""
+    for dtype, case in itertools.product(bench.dtypes, cases):
+        yield Work(bench, case, dtype, modes or bench.modes)
+
+
+def contestants(bench: OpBench, device: str, *, compile: bool) -> list[Contestant]:
+    """Returns our backends for the device, stock PyTorch in each memory layout, and that compiled if asked for."""
+    found = []
+    for backend in NATIVE[device]:
+
+        def ours(backend: str = backend, **values: Any) -> Any:
+            with use_backend(backend):
+                return bench.subject.public(**values)
+
+        found.append(Contestant(backend, bench.layout, ours, backend))
+    calls = {"eager": bench.stock}
+    if compile:
+        mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
+        calls["compile"] = torch.compile(bench.stock, mode=mode, dynamic=False)
+    for name, call in calls.items():
+        for layout in LAYOUTS if bench.images else ("contiguous",):
+            found.append(Contestant(f"{name} {layout}" if bench.images else name, layout, call))
+    return found
+
+
+def place(values: Values, layout: str) -> Values:
+    """Returns ``values`` with every [N,C,H,W] tensor in the memory layout."""
+    return {
+        name: v.contiguous(memory_format=LAYOUTS[layout]) if isinstance(v, torch.Tensor) and v.ndim == 4 else v
+        for name, v in values.items()
+    }
+
+
+def fastest(row: Mapping[str, Any], prefix: str) -> str | None:
+    """Returns the fastest timed contestant whose name begins with ``prefix``, or None."""
+    timed = {
+        n: c["seconds"]["median"] for n, c in row["contestants"].items() if "seconds" in c and n.startswith(prefix)
+    }
+    return min(timed, key=timed.__getitem__) if timed else None
+
+
+def with_ratios(row: dict[str, Any], targets: tuple[Target, ...]) -> dict[str, Any]:
+    """Adds to every timed contestant how many times as fast as eager it is, and to the row its targets."""
+    eager = fastest(row, "eager")
+    for found in row["contestants"].values():
+        if eager is not None and "samples" in found:
+            found["speedup"] = quotient(row["contestants"][eager]["samples"], found["samples"]).as_dict()
+    row["baseline"] = eager
+    key = (row["case"], row["dtype"], row["mode"])
+    row["targets"] = [dataclasses.asdict(t) for t in targets if (t.case, t.dtype, t.mode) == key]
+    return row
+
+
+def copy_share(row: Mapping[str, Any], name: str, ceilings: Mapping[str, Any]) -> float:
+    """Returns the bandwidth of a timed contestant, by the op's least traffic, relative to the machine's copy."""
+    seconds: float = row["contestants"][name]["seconds"]["median"]
+    return row["bytes"] / seconds / float(ceilings["copy_bytes_per_s"])
+
+
+def verdicts(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[tuple[str, float | None, bool]]:
+    """Returns for every target of a row what it asks, what was reached (None when not timed), and whether it was."""
+    found: list[tuple[str, float | None, bool]] = []
+    for target in row["targets"]:
+        contestant = row["contestants"].get(target["backend"], {})
+        timed = "seconds" in contestant
+        speedup = contestant["speedup"]["median"] if "speedup" in contestant else None
+        what = f"{target['backend']} at least {target['speedup']:g} times eager"
+        found.append((what, speedup, speedup is not None and speedup >= target["speedup"]))
+        if target["copy_share"] is not None:
+            share = copy_share(row, target["backend"], ceilings) if timed else None
+            what = f"{target['backend']} at least {target['copy_share']:.0%} of copy bandwidth"
+            found.append((what, share, share is not None and share >= target["copy_share"]))
+    return found
