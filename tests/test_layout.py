@@ -5,12 +5,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings there
 
 from sdxl_fast import ops
 from sdxl_fast.dispatch import matrix_markdown, registry
@@ -237,6 +243,43 @@ def test_functions_are_short():
             if _code_lines(node) > (DEVICE_FUNCTION_LINES if device else FUNCTION_LINES) and name not in OVER_BUDGET:
                 long.append(f"{name}: {_code_lines(node)} lines")
     assert not long, "\n".join(long)
+
+
+# ---- requirements ----
+
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}
+
+
+def _requirements() -> tuple[set[str], set[str]]:
+    """What pyproject.toml requires always and what only with an extra, by the names they are imported by."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+    def names(lines: list[str]) -> set[str]:
+        plain = (re.match(r"[\w.-]+", line)[0].lower() for line in lines)
+        return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in plain}
+
+    extras = project["optional-dependencies"]
+    return names(project["dependencies"]), names([line for extra in extras.values() for line in extra])
+
+
+def _imported_elsewhere() -> set[str]:
+    """Top-level modules that installed code imports anywhere, the standard library's and its own aside."""
+    found = set()
+    for path, _, _ in _sources():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+                found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"sdxl_fast"}
+
+
+def test_requirements_are_what_the_package_imports():
+    always, extra = _requirements()
+    imported = _imported_elsewhere()
+    assert not always - imported, "required and never imported"
+    # The shared suite in sdxl_fast.testing runs under pytest, which whoever uses it has.
+    assert not imported - always - extra, "imported and nowhere required"
 
 
 # ---- README ----
