@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +38,21 @@ class LatentSet:
         """A batch that is a function of `key`: latents float32 [count, C, h, w] and caption indices [count]."""
         draw = generator(*key)
         names, draws = self.latents.shape[:2]
-        name = torch.randint(names, (count,), generator=draw)
-        which = torch.randint(draws, (count,), generator=draw)
-        by_category = torch.rand(count, generator=draw) < category_share
+        device = self.latents.device
+        name = torch.randint(names, (count,), generator=draw).to(device)
+        which = torch.randint(draws, (count,), generator=draw).to(device)
+        by_category = (torch.rand(count, generator=draw) < category_share).to(device)
         return self.latents[name, which].float(), torch.where(by_category, self.category_of[name], name)
+
+
+def encoder_digest(vae: Any) -> str:
+    """SHA-256 of what makes the VAE's latents; decoders may differ."""
+    digest = hashlib.sha256()
+    for part in (vae.encoder, vae.quant_conv):
+        for name, value in sorted(part.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -52,7 +64,7 @@ def draw_latents(
     for index, cutout in enumerate(art):
         cutouts = cutout.expand(draws, -1, -1, -1)
         pictures = render(cutouts, size, generator(*key, index), scale_range=scale_range)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(art.device.type, torch.bfloat16):
             latents = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist.mode()
         rows.append((latents * vae.config.scaling_factor).to(torch.bfloat16))
     return torch.stack(rows).contiguous()
@@ -78,16 +90,17 @@ def latent_set(
         "scale": str(scale_range),
         "seed": str(seed),
         "names": "\n".join(names),
+        "encoder": encoder_digest(vae),
     }
     latents = None
     if path.is_file():
         with safe_open(path, "pt") as file:
             if file.metadata() == settings:
-                latents = file.get_tensor("latents")
+                latents = file.get_tensor("latents").to(art.device)
     if latents is None:
         latents = draw_latents(vae, art, size, draws, scale_range, seed, "draws")
         with replacing(path) as writing:
             save_file({"latents": latents}, writing, metadata=settings)
     index_of = {category: len(names) + index for index, category in enumerate(categories)}
-    category_of = torch.tensor([index_of[row["category"]] for row in rows])
+    category_of = torch.tensor([index_of[row["category"]] for row in rows], device=art.device)
     return LatentSet(latents, names + categories, category_of)

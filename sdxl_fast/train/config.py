@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -60,11 +61,22 @@ class RunConfig(Config):
     batch: int = Field(gt=0)
     images: int = Field(gt=0, description="training length")
     precision: Literal["fp32", "bf16"] = "bf16"
+    device: str = Field("auto", description="auto is the GPU where there is one; else a torch device")
     checkpoint_every: int = Field(20_000, gt=0, description="images between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(1_000, gt=0, description="images between metric lines")
     ema_half_life: float = Field(5_000, gt=0, description="images")
     fuse: bool = Field(True, description="run the networks on this package's fused modules")
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where the run computes."""
+        automatic = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.device(automatic if self.device == "auto" else self.device)
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 mixed precision when the recipe asks for it."""
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
 
 class VaeConfig(RunConfig):

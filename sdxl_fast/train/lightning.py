@@ -49,21 +49,26 @@ class Bench:
         """The UNet's text conditions of these captions."""
         return {key: rows[captions] for key, rows in self.conditions.items()}
 
-    def autocast(self) -> torch.autocast:
-        """bfloat16 mixed precision when the recipe asks for it."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.config.precision == "bf16")
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.alphas_cumprod.device
+
+    def seeds(self, *key: int | str) -> Tensor:
+        """One noise seed per sample of a batch."""
+        return image_seeds(self.config.batch, self.config.seed, *key).to(self.device)
 
     def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
         """A batch that is a function of `key`: x_t (pure noise at the last timestep, §3.5), t, and the text."""
         config = self.config
         latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
         choice = torch.randint(len(timesteps), (config.batch,), generator=generator(config.seed, *key, "timesteps"))
-        t = torch.tensor(timesteps)[choice]
+        t = torch.tensor(timesteps)[choice].to(self.device)
         x_t, _ = ops.forward_diffusion(
             latents.contiguous(memory_format=torch.channels_last),
             alphas_cumprod=self.alphas_cumprod,
             timesteps=t,
-            seeds=image_seeds(config.batch, config.seed, *key),
+            seeds=self.seeds(*key),
             stream=sampling.STREAM_TRAIN,
             pure_noise_at=LAST,
         )
@@ -92,7 +97,7 @@ class Teacher:
         )
         for _ in range(count):
             then = schedule.next_timesteps(t, self.stride)
-            with bench.autocast():
+            with bench.config.autocast():
                 output = predict(x_t, t)
             x_t = prediction.move(x_t, output, t, then, bench.alphas_cumprod, bench.prediction_type)
             t = then
@@ -118,7 +123,7 @@ class Student:
         """One student move: x̂_{t-ns} in float32, and t - ns."""
         bench = self.bench
         then = schedule.next_timesteps(t, self.stride)
-        with bench.autocast():
+        with bench.config.autocast():
             output = call_unet(self.unet, x_t, t, condition, bench.size)
         return prediction.move(x_t, output, t, then, bench.alphas_cumprod, self.prediction_type), then
 
@@ -147,9 +152,9 @@ class StudentTask(Task):
     def _sheet(self, path: Path) -> None:
         student, bench = self.student, self.bench
         captions = bench.data.captions
-        rows = torch.tensor([captions.index(p) for p in preview_prompts(captions) for _ in range(2)])
-        condition = bench.condition(rows)
-        start = sampling.pure_noise(bench.data.shape, image_seeds(len(rows), "preview"))
+        chosen = [captions.index(p) for p in preview_prompts(captions) for _ in range(2)]
+        condition = bench.condition(torch.tensor(chosen, device=bench.device))
+        start = sampling.pure_noise(bench.data.shape, image_seeds(len(chosen), "preview").to(bench.device))
         latents = sampling.sample(
             lambda x, t: call_unet(student.unet, x, t, condition, bench.size),
             start,
@@ -185,7 +190,7 @@ class RegressionTask(StudentTask):
 
     def _target_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         bench = self.bench
-        with torch.no_grad(), bench.autocast():
+        with torch.no_grad(), bench.config.autocast():
             output = call_unet(self.teacher.unet, x_t, t, condition, bench.size)
         return prediction.to_x0(output, x_t, t, bench.alphas_cumprod, bench.prediction_type)
 
@@ -193,7 +198,7 @@ class RegressionTask(StudentTask):
         x_t, t, condition = self.bench.inputs(self.student.timesteps, images, "regression")
         if self.convert:
             wanted = self._target_x0(x_t, t, condition)
-            with self.bench.autocast():
+            with self.bench.config.autocast():
                 moved = call_unet(self.student.unet, x_t, t, condition, self.bench.size)
         else:
             wanted = self.teacher.walk(x_t, t, condition, self.substeps)
@@ -229,15 +234,15 @@ class AdversarialTask(StudentTask):
         """Noises x̂0 to t* for the discriminator; the same key gives the same t* and ε* (§3.7.2, eq. 25)."""
         if not self.phase.renoise:
             return x, then
-        config, count = self.bench.config, len(x)
+        seed, count = self.bench.config.seed, len(x)
         weights = torch.tensor(self.phase.renoise_weights or [1.0] * len(self.phase.renoise))
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator(config.seed, *key, "renoise"))
-        t_star = torch.tensor(self.phase.renoise)[choice]
+        choice = torch.multinomial(weights, count, replacement=True, generator=generator(seed, *key, "renoise"))
+        t_star = torch.tensor(self.phase.renoise)[choice].to(x.device)
         noised, _ = ops.forward_diffusion(
             x,
             alphas_cumprod=self.bench.alphas_cumprod,
             timesteps=t_star,
-            seeds=image_seeds(count, config.seed, *key),
+            seeds=self.bench.seeds(*key),
             stream=sampling.STREAM_RENOISE,
         )
         return noised, t_star
@@ -255,7 +260,7 @@ class AdversarialTask(StudentTask):
         if d.conditional:
             parts, times = [*parts, x_t], [*times, t]
         text = {name: torch.cat([value] * len(parts)) for name, value in condition.items()}
-        with self.bench.autocast():
+        with self.bench.config.autocast():
             features = d.features(torch.cat(parts), torch.cat(times), text).chunk(len(parts))
             feature_t = features[2] if d.conditional else None
             real_logits = d.judge(features[0], feature_t)
@@ -273,7 +278,7 @@ class AdversarialTask(StudentTask):
         d.requires_grad_(False)
         fake, then = self.student.move(x_t, t, condition)
         fake, t_star = self._renoise(fake, then, *key)
-        with self.bench.autocast():
+        with self.bench.config.autocast():
             feature_t = d.features(x_t, t, condition) if d.conditional else None
             logits = d.judge(d.features(fake, t_star, condition), feature_t)
         loss = losses.non_saturating_generator(logits)

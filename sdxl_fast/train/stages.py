@@ -158,7 +158,7 @@ class Lineage:
             conditional=phase.condition,
             side=self.base.config.sample_size // 2**levels,
             head_channels=self.config.head_channels,
-        )
+        ).to(self.config.torch_device)
         before = self.units[unit.index - 1] if unit.index else None
         if before is not None and before.stage is unit.stage and before.phase is not None:
             kept = load_file(before.folder(self.run) / "discriminator.safetensors")
@@ -217,7 +217,7 @@ def load_teacher(config: LightningConfig) -> Any:
 
 def make_bench(config: LightningConfig, run: Path) -> Bench:
     """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
-    pipe = load_teacher(config)
+    pipe = load_teacher(config).to(config.torch_device)
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
     source = run_folder(config.teacher)
     cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
@@ -234,7 +234,7 @@ def make_bench(config: LightningConfig, run: Path) -> Bench:
         data=data,
         conditions={"prompt_embeds": embeds, "pooled": pooled},
         prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
-        alphas_cumprod=schedule.alphas_cumprod(),
+        alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device),
     )
 
 
@@ -322,4 +322,4 @@ def _export(config: LightningConfig, lineage: Lineage, run: Path) -> None:
     student.load_state_dict(load_file(last.folder(run) / "student.safetensors"))
     loras = {u.stage.steps: u.folder(run) / "student.safetensors" for u in lineage.units if u.trains == "lora"}
     few = {steps: path for steps, path in loras.items() if steps in (2, 4, 8)}
-    export_pipeline(run / "export", load_teacher(config), student, few, name=config.export_name)
+    export_pipeline(run / "export", load_teacher(config), student.cpu(), few, name=config.export_name)

@@ -62,8 +62,9 @@ def call_unet(unet: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[s
 
 
 def latents_of(data: DataConfig, path: Path, vae: Any, draws: int, seed: int) -> LatentSet:
-    """The latent set of the training split, made once and kept at `path`."""
+    """The latent set of the training split on the VAE's device, made once and kept at `path`."""
     art, rows = art_of(data)
+    art = art.to(vae.device)
     return latent_set(path, vae, art, rows, size=data.resolution, draws=draws, scale_range=data.scale_range, seed=seed)
 
 
@@ -72,40 +73,42 @@ class TeacherTask(Task):
 
     def __init__(self, config: TeacherConfig, folder: Path) -> None:
         self.config, self.batch = config, config.batch
+        self.device = device = config.torch_device
         self.vae: Any = AutoencoderKL.from_pretrained(run_folder(config.vae) / "export")
-        self.vae.to(memory_format=torch.channels_last).requires_grad_(False)
+        self.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.data = latents_of(config.data, folder / "latents.safetensors", self.vae, config.draws, config.seed)
         size = config.data.resolution
         torch.manual_seed(config.seed)
         self.tokenizer = train_tokenizer(
             self.data.captions, vocab_size=config.vocabulary, max_tokens=config.pipeline.max_tokens
         )
-        self.ids = tokenize(self.tokenizer, self.data.captions)
-        self.unet = build_unet(config.pipeline).to(memory_format=torch.channels_last)
-        self.conditioner = Conditioner(*build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer), size)
+        self.ids = tokenize(self.tokenizer, self.data.captions).to(device)
+        self.unet = build_unet(config.pipeline).to(device, memory_format=torch.channels_last)
+        towers = build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer)
+        self.conditioner = Conditioner(*towers, size).to(device)
         if config.fuse:
             fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
         self.optimizer = make_optimizer(config.optimizer, list(self.networks.parameters()))
         self.average = Average(self.networks, config.ema_half_life)
-        self.alphas_cumprod = schedule.alphas_cumprod()
+        self.alphas_cumprod = schedule.alphas_cumprod().to(device)
         self.parts = {"networks": self.networks, "optimizer": self.optimizer, "average": self.average}
 
     def step(self, images: int) -> dict[str, float]:
         config, count = self.config, self.batch
         latents, captions = self.data.batch(count, config.data.category_share, config.seed, images, "batch")
         draw = generator(config.seed, images, "step")
-        timesteps = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (count,), generator=draw)
-        keep = (torch.rand(count, generator=draw) >= config.caption_dropout).float()
+        timesteps = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (count,), generator=draw).to(self.device)
+        keep = (torch.rand(count, generator=draw) >= config.caption_dropout).float().to(self.device)
         latents = latents.contiguous(memory_format=torch.channels_last)
         x_t, noise = ops.forward_diffusion(
             latents,
             alphas_cumprod=self.alphas_cumprod,
             timesteps=timesteps,
-            seeds=image_seeds(count, config.seed, images),
+            seeds=image_seeds(count, config.seed, images).to(self.device),
             stream=sampling.STREAM_TRAIN,
         )
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with config.autocast():
             condition = self.conditioner(self.ids[captions])
             condition = {key: value * keep.reshape(-1, *[1] * (value.ndim - 1)) for key, value in condition.items()}
             output = call_unet(self.unet, x_t, timesteps, condition, config.data.resolution)
@@ -121,21 +124,21 @@ class TeacherTask(Task):
             *build_text_encoders(self.config.pipeline, self.tokenizer, self.tokenizer), self.config.data.resolution
         )
         self.average.copy_to(nn.ModuleDict({"unet": unet, "conditioner": conditioner}))
-        return unet.eval(), conditioner.eval()
+        return unet.to(self.device).eval(), conditioner.to(self.device).eval()
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         prompts = [prompt for prompt in preview_prompts(self.data.captions) for _ in range(2)]
         unet, conditioner = self._averaged()
         size = self.config.data.resolution
-        condition = conditioner(tokenize(self.tokenizer, prompts))
+        condition = conditioner(tokenize(self.tokenizer, prompts).to(self.device))
         predict = sampling.guided(
             lambda x, t, c: call_unet(unet, x, t, c, size),
             condition,
             {key: torch.zeros_like(value) for key, value in condition.items()},
             self.config.preview_guidance,
         )
-        start = sampling.pure_noise(self.data.shape, image_seeds(len(prompts), "preview"))
+        start = sampling.pure_noise(self.data.shape, image_seeds(len(prompts), "preview").to(self.device))
         latents = sampling.sample(
             predict, start, schedule.trailing_timesteps(32), prediction_type=self.config.prediction_type
         )

@@ -15,6 +15,7 @@ from ..data.render import load_art, render
 from ..files import replacing
 from ..models.discriminators import PatchDiscriminator
 from ..models.feature_nets import EfficientNetLite0, perceptual_distance
+from ..nn import fuse
 from ..random import generator
 from . import losses
 from .checkpoint import Average
@@ -35,7 +36,7 @@ def to_sheet(pictures: Tensor, columns: int) -> Image.Image:
     """Pictures [N, 3, H, W] in -1..1 side by side, row by row."""
     count, _, height, width = pictures.shape
     rows = -(-count // columns)
-    pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    pixels = ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu()
     sheet = torch.full((rows * columns, 3, height, width), 255, dtype=torch.uint8)
     sheet[:count] = pixels
     sheet = sheet.reshape(rows, columns, 3, height, width).permute(0, 3, 1, 4, 2)
@@ -49,7 +50,7 @@ class VaeTask(Task):
         self.config, self.batch = config, config.batch
         torch.manual_seed(config.seed)
         vae: Any = AutoencoderKL(**config.model)
-        self.vae = vae.to(memory_format=torch.channels_last)
+        self.vae = vae.to(config.torch_device, memory_format=torch.channels_last)
         if config.initial:
             source: Any = AutoencoderKL.from_pretrained(run_folder(config.initial) / "export")
             self.vae.load_state_dict(source.state_dict())
@@ -57,8 +58,10 @@ class VaeTask(Task):
         if config.freeze_encoder:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)
-        self.features = EfficientNetLite0()
-        self.art, _ = art_of(config.data)
+        if config.fuse:
+            fuse(self.vae)
+        self.features = EfficientNetLite0().to(config.torch_device)
+        self.art = art_of(config.data)[0].to(config.torch_device)
         self.trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(config.optimizer, self.trained)
         self.average = Average(self.vae, config.ema_half_life)
@@ -66,14 +69,14 @@ class VaeTask(Task):
         if config.adversarial:
             if config.discriminator_optimizer is None:
                 raise ValueError("adversarial is on, but discriminator_optimizer is missing; give its lr")
-            self.discriminator = PatchDiscriminator()
+            self.discriminator = PatchDiscriminator().to(config.torch_device)
             self.d_config = config.discriminator_optimizer
             self.d_optimizer = make_optimizer(self.d_config, list(self.discriminator.parameters()))
             self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
 
     def _pictures(self, count: int, *key: int | str) -> Tensor:
         draw = generator(self.config.seed, *key)
-        chosen = torch.randint(len(self.art), (count,), generator=draw)
+        chosen = torch.randint(len(self.art), (count,), generator=draw).to(self.art.device)
         data = self.config.data
         pictures = render(self.art[chosen], data.resolution, draw, scale_range=data.scale_range)
         return pictures.contiguous(memory_format=torch.channels_last)
@@ -84,12 +87,13 @@ class VaeTask(Task):
             posterior = self.vae.encode(pictures).latent_dist
         if self.config.freeze_encoder:
             return posterior.mode(), torch.zeros(())
-        return posterior.sample(generator(self.config.seed, images, "posterior")), posterior.kl().float().mean()
+        noise = generator(self.config.seed, images, "posterior")
+        return posterior.sample(noise), posterior.kl().float().mean()
 
     def step(self, images: int) -> dict[str, float]:
         config = self.config
         pictures = self._pictures(self.batch, images, "vae")
-        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+        with config.autocast():
             latents, kl = self._encode(pictures, images)
             decoded = self.vae.decode(latents).sample
             with torch.no_grad():
@@ -119,7 +123,7 @@ class VaeTask(Task):
         averaged: Any = AutoencoderKL.from_config(self.vae.config)
         averaged.load_state_dict(self.vae.state_dict())
         self.average.copy_to(averaged)
-        return averaged.eval()
+        return averaged.to(self.config.torch_device).eval()
 
     @torch.no_grad()
     def preview(self, path: Path) -> None:

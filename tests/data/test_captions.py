@@ -45,3 +45,23 @@ def test_latents_are_made_once_and_again_when_the_settings_differ(tmp_path: Path
     again = latent_set(path, vae, art, rows, draws=2, **settings)  # type: ignore[arg-type]
     assert path.stat().st_mtime_ns == written and torch.equal(first.latents, again.latents)
     assert latent_set(path, vae, art, rows, draws=3, **settings).latents.shape[1] == 3  # type: ignore[arg-type]
+
+
+def test_latents_are_kept_for_another_decoder_and_made_again_for_another_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = build_vae(TOY)
+    art = torch.full((1, 4, 64, 64), 255, dtype=torch.uint8)
+    path = tmp_path / "latents.safetensors"
+
+    def latents() -> torch.Tensor:
+        rows = [{"name": "x", "category": "k"}]
+        return latent_set(path, vae, art, rows, size=32, draws=1, scale_range=(0.8, 0.9), seed=0).latents
+
+    first = latents()
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.mul_(2)
+    written = path.stat().st_mtime_ns
+    assert torch.equal(first, latents()) and path.stat().st_mtime_ns == written
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(2)
+    assert not torch.equal(first, latents())
