@@ -59,19 +59,10 @@ struct Forward {
         for (int64_t k = first; k < first + plan.per_group; ++k) {
             centre[k] = static_cast<A>(parameter(call.shift, call.dtype, sample * c + k, 0.0));
         }
-        double sum = 0, m2 = 0;
-        each_record(sample, first, [&](const A* r, const A* shift, double count) {
-            double part = 0;
-            for (int64_t k = 0; k < plan.per_group; ++k)
-                part += static_cast<double>(r[k]) + static_cast<double>(shift[k]);
-            sum += count * part;
-        });
-        const double mean = sum / values;
-        each_record(sample, first, [&](const A* r, const A* shift, double count) {
-            for (int64_t k = 0; k < plan.per_group; ++k) {
-                const double delta = static_cast<double>(r[k]) + static_cast<double>(shift[k]) - mean;
-                m2 += static_cast<double>(r[p + k]) + count * delta * delta;
-            }
+        const double mean =
+            total(sample, group, [](double count, double value, double) { return count * value; }) / values;
+        const double m2 = total(sample, group, [=](double count, double value, double square) {
+            return square + count * (value - mean) * (value - mean);
         });
         const double rstd = 1.0 / __builtin_sqrt(m2 / values + call.eps);
         static_cast<A*>(call.mean)[sample * plan.shape.groups + group] = static_cast<A>(mean);
@@ -123,15 +114,30 @@ struct Forward {
         }
     }
 
-    // f(records, shifts, count) for each run of a group's channels, the first of which is `first`.
+    // Sum over the records of a group of f(count, mean after the shift, sum of squared deviations). It goes over the
+    // chunks for some channels at a time, side by side, so that the compiler can take them as vectors.
     template <class F>
-    void each_record(int64_t sample, int64_t first, F&& f) const {
-        for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
-            const double count = static_cast<double>(plan.count(chunk));
-            const A* const r = record(sample, chunk);
-            for (int64_t lane = first; lane < plan.lanes; lane += plan.shape.c)
-                f(r + lane, table(sample) + first, count);
+    double total(int64_t sample, int64_t group, F&& f) const {
+        constexpr int64_t kChannels = 64;
+        const int64_t end = (group + 1) * plan.per_group;
+        double sum = 0;
+        for (int64_t first = group * plan.per_group; first < end; first += kChannels) {
+            const int64_t channels = smaller(kChannels, end - first);
+            const A* const shift = table(sample) + first;
+            double part[kChannels] = {};
+            for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+                const double count = static_cast<double>(plan.count(chunk));
+                for (int64_t lane = first; lane < plan.lanes; lane += plan.shape.c) {
+                    const A *const mean = record(sample, chunk) + lane, *const square = mean + plan.padded;
+                    for (int64_t k = 0; k < channels; ++k) {
+                        part[k] += f(count, static_cast<double>(mean[k]) + static_cast<double>(shift[k]),
+                                     static_cast<double>(square[k]));
+                    }
+                }
+            }
+            for (int64_t k = 0; k < channels; ++k) sum += part[k];
         }
+        return sum;
     }
 };
 
