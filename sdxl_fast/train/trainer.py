@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from ..eval.plots import plot_losses
 from . import checkpoint
 from .config import LightningConfig, OptimizerConfig, RunConfig, TeacherConfig, VaeConfig, cache_folder, load_recipe
 
@@ -89,7 +90,8 @@ class _StopRequest:
 def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool, label: str) -> bool:
     """Trains `task` to `total` images in `folder`, from its newest checkpoint if `resume`; False when asked to stop.
 
-    Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` a checkpoint and a sheet.
+    Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` and at the end
+    a checkpoint, a contact sheet and the loss curves are written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     images = _restore(task, folder) if resume else 0
@@ -118,12 +120,20 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
                 sums.clear()
                 started, logged = time.perf_counter(), images
             if images // config.checkpoint_every > (images - task.batch) // config.checkpoint_every:
-                checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
-                task.preview(folder / f"sheet-{images:09d}.png")
-    checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
-    if images >= total:
-        task.preview(folder / f"sheet-{images:09d}.png")
-    return images >= total
+                _save(task, folder, images, config.keep_checkpoints)
+    if images < total:  # asked to stop: soon
+        checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
+        return False
+    _save(task, folder, images, config.keep_checkpoints)
+    return True
+
+
+def _save(task: Task, folder: Path, images: int, keep: int) -> None:
+    """A checkpoint, its contact sheet, and the loss curves up to it."""
+    checkpoint.save(folder, task.parts, {"images": images}, keep=keep)
+    task.preview(folder / f"sheet-{images:09d}.png")
+    if (folder / "metrics.jsonl").stat().st_size:
+        plot_losses(folder / "metrics.jsonl", folder / "losses.png", title=folder.name)
 
 
 def _restore(task: Task, folder: Path) -> int:

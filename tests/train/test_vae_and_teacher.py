@@ -134,3 +134,17 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None
     with pytest.raises(FloatingPointError, match="after 40 images"):
         optimize(make_optimizer(config, list(layer.parameters())), loss, config, 40, 100)
     assert torch.equal(layer.weight, before)
+
+
+def test_a_run_leaves_its_recipe_metrics_curves_and_sheets(vae_recipe: Path, cache: Path) -> None:
+    from PIL import Image
+
+    run(vae_recipe, [])
+    folder = cache / "runs" / "vae"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        *("checkpoint-000000008", "checkpoint-000000016", "export", "losses.png", "metrics.jsonl", "recipe.yaml"),
+        *("sheet-000000008.png", "sheet-000000016.png"),
+    ]
+    for name in ("losses.png", "sheet-000000016.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 16, f"{name} is blank"
