@@ -87,6 +87,15 @@ def test_every_source_compiles_as_in_the_table(name: str, arch: str) -> None:
     _assert_as_committed(CUDA / name, arch)
 
 
+def test_a_kernel_is_found_behind_any_hash() -> None:
+    """nvcc puts the hash of the file's path before the name; here its digits name lengths of their own."""
+    for digits in ("00000000", "40c2", "9a1", "3"):
+        mangled = f"_ZN42_GLOBAL__N__{digits}_8_geglu_cu_671422ae16geglu_fwd_kernelIfLi4EEEvPKT_PS1_ll"
+        assert tool._plain_name(mangled, tool.declared_kernels()) == "geglu_fwd_kernel"
+    with pytest.raises(ValueError, match="no declared kernel"):
+        tool._plain_name("_Z12other_kernelv", tool.declared_kernels())
+
+
 @needs_nvcc
 def test_a_spill_and_a_warning_are_seen(tmp_path: Path) -> None:
     spilling = tmp_path / "spilling.cu"

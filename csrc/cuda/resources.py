@@ -49,21 +49,22 @@ def sources() -> list[Path]:
     return sorted(HERE.glob("*.cu"))
 
 
-def declared_kernels() -> set[str]:
-    """Names of all __global__ functions in the sources."""
-    text = "".join(path.read_text() for path in (*sources(), *HERE.glob("*.cuh")))
+def declared_kernels(files: Iterable[Path] | None = None) -> set[str]:
+    """Names of all __global__ functions in some files and the headers here; by default in all sources."""
+    text = "".join(path.read_text() for path in (*(files or sources()), *HERE.glob("*.cuh")))
     return set(re.findall(r"__global__[^;{]*?\b(\w+_kernel)\s*\(", text))
 
 
-def _plain_name(mangled: str) -> str:
-    """The function's own name in a mangled one: the length-prefixed component that ends in _kernel."""
-    for match in re.finditer(r"\d+", mangled):
-        # Digits of the namespace before it may stand directly in front: try every suffix of the number.
-        for start in range(match.start(), match.end()):
-            component = mangled[match.end() : match.end() + int(mangled[start : match.end()])]
-            if re.fullmatch(r"[a-z]\w*_kernel", component):
-                return component
-    raise ValueError(f"no kernel name in {mangled}")
+def _plain_name(mangled: str, declared: Iterable[str]) -> str:
+    """The declared kernel that a mangled name stands for.
+
+    Mangling writes a name behind its length. Reading numbers from the left would go wrong: nvcc names an anonymous
+    namespace after a hash of the path, whose digits can be anything.
+    """
+    found = [name for name in declared if f"{len(name)}{name}" in mangled]
+    if len(found) != 1:
+        raise ValueError(f"{mangled} is {' or '.join(sorted(found)) or 'no declared kernel'}")
+    return found[0]
 
 
 def compile_source(source: Path, arch: str, nvcc: str = "nvcc") -> list[Kernel]:
@@ -74,12 +75,12 @@ def compile_source(source: Path, arch: str, nvcc: str = "nvcc") -> list[Kernel]:
         run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode != 0:
         raise RuntimeError(f"{' '.join(command)}\n{run.stdout}{run.stderr}")
-    kernels = []
+    kernels, declared = [], declared_kernels([source])
     for entry in _ENTRY.finditer(run.stdout + run.stderr):
         shared = re.search(r"(\d+) bytes smem", entry["rest"])
         spills = int(entry["stores"]) + int(entry["loads"])
         size = int(shared[1]) if shared else 0
-        kernels.append(Kernel(_plain_name(entry["name"]), arch, int(entry["registers"]), spills, size))
+        kernels.append(Kernel(_plain_name(entry["name"], declared), arch, int(entry["registers"]), spills, size))
     return kernels
 
 
