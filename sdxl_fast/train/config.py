@@ -101,6 +101,7 @@ class TeacherConfig(RunConfig):
     kind: Literal["teacher"]
     data: DataConfig = DataConfig()
     vae: str = Field(description="run or folder of the VAE")
+    initial: str | None = Field(None, description="run or pipeline folder whose weights to start from")
     draws: int = Field(128, ge=1, description="random pictures per name whose latents are computed beforehand")
     vocabulary: int = Field(1024, ge=514, le=4096)
     pipeline: PipelineConfig = Field(description="shapes of the networks; the VAE's must be those of `vae`")

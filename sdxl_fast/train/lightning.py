@@ -29,6 +29,14 @@ Condition = dict[str, Tensor]
 
 
 @dataclass
+class Renoise:
+    """To what levels a batch is noised for the discriminator, and by whose noise (§3.7.2, eq. 25)."""
+
+    timesteps: Tensor
+    seeds: Tensor
+
+
+@dataclass
 class Bench:
     """What all stages of a run share: data, text conditions, schedule, and the frozen base model."""
 
@@ -74,6 +82,39 @@ class Bench:
         )
         return x_t, t, self.condition(captions)
 
+    def move(
+        self,
+        x_t: Tensor,
+        output: Tensor,
+        levels: tuple[Tensor, Tensor],
+        prediction_type: PredictionType,
+        renoise: Renoise | None = None,
+    ) -> Tensor:
+        """One deterministic move between two levels, the result noised anew if told so, in x_t's dtype."""
+        moved = ops.ddim_move(
+            x_t,
+            output,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=levels[0],
+            next_timesteps=levels[1],
+            prediction_type=prediction_type,
+            renoise_timesteps=None if renoise is None else renoise.timesteps,
+            seeds=None if renoise is None else renoise.seeds,
+            stream=sampling.STREAM_RENOISE,
+        )
+        return moved if isinstance(moved, Tensor) else moved[1]
+
+    def renoised(self, x: Tensor, renoise: Renoise) -> Tensor:
+        """A clean latent, or what stands for one, noised to the levels of `renoise`."""
+        noised, _ = ops.forward_diffusion(
+            x,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=renoise.timesteps,
+            seeds=renoise.seeds,
+            stream=sampling.STREAM_RENOISE,
+        )
+        return noised
+
 
 @dataclass
 class Teacher:
@@ -99,7 +140,7 @@ class Teacher:
             then = schedule.next_timesteps(t, self.stride)
             with bench.config.autocast():
                 output = predict(x_t, t)
-            x_t = prediction.move(x_t, output, t, then, bench.alphas_cumprod, bench.prediction_type)
+            x_t = bench.move(x_t, output, (t, then), bench.prediction_type)
             t = then
         return x_t
 
@@ -119,13 +160,16 @@ class Student:
         """Training timesteps per move."""
         return schedule.NUM_TRAIN_TIMESTEPS / self.steps
 
-    def move(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """One student move: x̂_{t-ns} in float32, and t - ns."""
+    def move(
+        self, x_t: Tensor, t: Tensor, condition: Condition, renoise: Renoise | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One student move: x̂_{t-ns} in float32, and t - ns; with `renoise` that noised to t*, and t*."""
         bench = self.bench
         then = schedule.next_timesteps(t, self.stride)
         with bench.config.autocast():
             output = call_unet(self.unet, x_t, t, condition, bench.size)
-        return prediction.move(x_t, output, t, then, bench.alphas_cumprod, self.prediction_type), then
+        moved = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
+        return moved, then if renoise is None else renoise.timesteps
 
 
 class StudentTask(Task):
@@ -230,33 +274,26 @@ class AdversarialTask(StudentTask):
         self.d_optimizer = make_optimizer(self.d_config, list(discriminator.parameters()))
         self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_optimizer}
 
-    def _renoise(self, x: Tensor, then: Tensor, *key: int | str) -> tuple[Tensor, Tensor]:
-        """Noises x̂0 to t* for the discriminator; the same key gives the same t* and ε* (§3.7.2, eq. 25)."""
+    def _renoise(self, *key: int | str) -> Renoise | None:
+        """What the discriminator's inputs are noised with; the same key gives the same t* and ε*."""
         if not self.phase.renoise:
-            return x, then
-        seed, count = self.bench.config.seed, len(x)
+            return None
         weights = torch.tensor(self.phase.renoise_weights or [1.0] * len(self.phase.renoise))
-        choice = torch.multinomial(weights, count, replacement=True, generator=generator(seed, *key, "renoise"))
-        t_star = torch.tensor(self.phase.renoise)[choice].to(x.device)
-        noised, _ = ops.forward_diffusion(
-            x,
-            alphas_cumprod=self.bench.alphas_cumprod,
-            timesteps=t_star,
-            seeds=self.bench.seeds(*key),
-            stream=sampling.STREAM_RENOISE,
-        )
-        return noised, t_star
+        random = generator(self.bench.config.seed, *key, "renoise")
+        choice = torch.multinomial(weights, self.batch, replacement=True, generator=random)
+        t_star = torch.tensor(self.phase.renoise)[choice].to(self.bench.device)
+        return Renoise(t_star, self.bench.seeds(*key))
 
     def discriminator_step(self, images: int) -> dict[str, float]:
         """Real: the teacher's x_{t-ns}; fake: the student's. The condition (x_t, c) passes through D once for both."""
         key = (images, "discriminator")
         x_t, t, condition = self.bench.inputs(self.student.timesteps, *key)
         with torch.no_grad():
+            renoise = self._renoise(*key)
             real = self.teacher.walk(x_t, t, condition, self.substeps)
-            fake, then = self.student.move(x_t, t, condition)
-            real, t_star = self._renoise(real, then, *key)
-            fake, _ = self._renoise(fake, then, *key)
-        d, parts, times = self.discriminator, [real, fake], [t_star, t_star]
+            real = real if renoise is None else self.bench.renoised(real, renoise)
+            fake, level = self.student.move(x_t, t, condition, renoise)
+        d, parts, times = self.discriminator, [real, fake], [level, level]
         if d.conditional:
             parts, times = [*parts, x_t], [*times, t]
         text = {name: torch.cat([value] * len(parts)) for name, value in condition.items()}
@@ -276,11 +313,10 @@ class AdversarialTask(StudentTask):
         x_t, t, condition = self.bench.inputs(self.student.timesteps, *key)
         d = self.discriminator
         d.requires_grad_(False)
-        fake, then = self.student.move(x_t, t, condition)
-        fake, t_star = self._renoise(fake, then, *key)
+        fake, level = self.student.move(x_t, t, condition, self._renoise(*key))
         with self.bench.config.autocast():
             feature_t = d.features(x_t, t, condition) if d.conditional else None
-            logits = d.judge(d.features(fake, t_star, condition), feature_t)
+            logits = d.judge(d.features(fake, level, condition), feature_t)
         loss = losses.non_saturating_generator(logits)
         norm = optimize(self.optimizer, loss, self.optimizer_config, images, self.total)
         d.requires_grad_(True)

@@ -34,7 +34,7 @@ from .config import AdversarialPhase, LightningConfig, StageConfig
 from .export import export_pipeline
 from .lightning import AdversarialTask, Bench, RegressionTask, Student, StudentTask, Teacher
 from .teacher import latents_of
-from .trainer import fit, run_folder
+from .trainer import export_of, fit, run_folder
 
 BASE = "base"
 BASE_STEPS = 128
@@ -201,16 +201,11 @@ def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         module.lora_B[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_B.weight"] / module.scaling[ADAPTER])
 
 
-def _export_of(name: str) -> Path:
-    folder = run_folder(name)
-    return folder / "export" if (folder / "export").is_dir() else folder
-
-
 def load_teacher(config: LightningConfig) -> Any:
     """The teacher's pipeline, with the recipe's own VAE if it names one."""
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(_export_of(config.teacher), use_safetensors=True)
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(export_of(config.teacher), use_safetensors=True)
     if config.vae is not None:
-        vae: Any = AutoencoderKL.from_pretrained(_export_of(config.vae), use_safetensors=True)
+        vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae), use_safetensors=True)
         pipe.register_modules(vae=vae)
     return pipe
 

@@ -21,7 +21,7 @@ from ..nn import fuse
 from ..random import generator, image_seeds
 from .checkpoint import Average
 from .config import DataConfig, TeacherConfig
-from .trainer import Task, make_optimizer, optimize, run_folder
+from .trainer import Task, export_of, make_optimizer, optimize
 from .vae import art_of, to_sheet
 
 PREVIEW_PROMPTS = (
@@ -74,7 +74,7 @@ class TeacherTask(Task):
     def __init__(self, config: TeacherConfig, folder: Path) -> None:
         self.config, self.batch = config, config.batch
         self.device = device = config.torch_device
-        self.vae: Any = AutoencoderKL.from_pretrained(run_folder(config.vae) / "export")
+        self.vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae))
         self.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.data = latents_of(config.data, folder / "latents.safetensors", self.vae, config.draws, config.seed)
         size = config.data.resolution
@@ -86,6 +86,8 @@ class TeacherTask(Task):
         self.unet = build_unet(config.pipeline).to(device, memory_format=torch.channels_last)
         towers = build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer)
         self.conditioner = Conditioner(*towers, size).to(device)
+        if config.initial:
+            self._start_from(export_of(config.initial))
         if config.fuse:
             fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
@@ -93,6 +95,14 @@ class TeacherTask(Task):
         self.average = Average(self.networks, config.ema_half_life)
         self.alphas_cumprod = schedule.alphas_cumprod().to(device)
         self.parts = {"networks": self.networks, "optimizer": self.optimizer, "average": self.average}
+
+    def _start_from(self, folder: Path) -> None:
+        pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
+        if not torch.equal(tokenize(pipe.tokenizer, self.data.captions), self.ids.cpu()):
+            raise ValueError(f"initial: the tokenizer in {folder} reads this data's captions differently")
+        self.unet.load_state_dict(pipe.unet.state_dict())
+        self.conditioner.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+        self.conditioner.text_encoder_2.load_state_dict(pipe.text_encoder_2.state_dict())
 
     def step(self, images: int) -> dict[str, float]:
         config, count = self.config, self.batch

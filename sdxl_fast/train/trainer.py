@@ -154,6 +154,12 @@ def run_folder(name: str) -> Path:
     return Path(name) if Path(name).is_dir() else cache_folder() / "runs" / name
 
 
+def export_of(name: str) -> Path:
+    """What a run exported, by the run's name or folder; a folder without `export` is taken as an export itself."""
+    folder = run_folder(name)
+    return folder / "export" if (folder / "export").is_dir() else folder
+
+
 def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, dry_run: bool = False) -> Path:
     """Runs a recipe and returns the folder of its exported result.
 

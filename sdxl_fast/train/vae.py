@@ -20,7 +20,7 @@ from ..random import generator
 from . import losses
 from .checkpoint import Average
 from .config import DataConfig, VaeConfig, cache_folder
-from .trainer import Task, make_optimizer, optimize, run_folder
+from .trainer import Task, export_of, make_optimizer, optimize
 
 
 def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
@@ -52,7 +52,7 @@ class VaeTask(Task):
         vae: Any = AutoencoderKL(**config.model)
         self.vae = vae.to(config.torch_device, memory_format=torch.channels_last)
         if config.initial:
-            source: Any = AutoencoderKL.from_pretrained(run_folder(config.initial) / "export")
+            source: Any = AutoencoderKL.from_pretrained(export_of(config.initial))
             self.vae.load_state_dict(source.state_dict())
             self.vae.register_to_config(scaling_factor=source.config.scaling_factor)
         if config.freeze_encoder:

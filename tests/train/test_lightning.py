@@ -68,7 +68,10 @@ def test_teacher_walks_like_repeated_guided_moves(lab: Any) -> None:
             zero = {key: torch.zeros_like(value) for key, value in condition.items()}
             without = call_unet(unet, x_t, t.clamp(min=0), zero, 32)
             output = without + 3.0 * (call_unet(unet, x_t, t.clamp(min=0), condition, 32) - without)
-            x_t = prediction.move(x_t, output, t, then, bench.alphas_cumprod, "epsilon")
+            x0 = prediction.to_x0(output, x_t, t, bench.alphas_cumprod, "epsilon")
+            alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, then, 4)
+            moved = alpha * x0 + sigma * prediction.to_epsilon(output, x_t, t, bench.alphas_cumprod, "epsilon")
+            x_t = torch.where((t == then)[:, None, None, None], x_t, moved)
             t = then
     torch.testing.assert_close(walked, x_t, rtol=1e-4, atol=1e-4)
 

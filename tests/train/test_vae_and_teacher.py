@@ -112,6 +112,18 @@ def test_the_teacher_resumes_bitwise(teacher_recipe: Path, cache: Path) -> None:
         assert path.read_bytes() == (halves / path.name).read_bytes(), path.name
 
 
+def test_a_teacher_starts_from_another_ones_weights(teacher_recipe: Path, cache: Path) -> None:
+    first = StableDiffusionXLPipeline.from_pretrained(run(teacher_recipe, []))
+    still = ["optimizer.lr=1.0e-30", "images=4"]
+    second = StableDiffusionXLPipeline.from_pretrained(
+        run(teacher_recipe, ["run=second", "initial=teacher", "seed=1", *still])
+    )
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        expected = getattr(first, part).state_dict()
+        for name, value in getattr(second, part).state_dict().items():
+            torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{part}.{name}: {m}")
+
+
 def test_the_learning_rate_warms_up_and_decays() -> None:
     from sdxl_fast.train.config import OptimizerConfig
     from sdxl_fast.train.trainer import learning_rate
