@@ -121,7 +121,7 @@ def test_a_teacher_starts_from_another_ones_weights(teacher_recipe: Path, cache:
     for part in ("unet", "text_encoder", "text_encoder_2"):
         expected = getattr(first, part).state_dict()
         for name, value in getattr(second, part).state_dict().items():
-            torch.testing.assert_close(value, expected[name], msg=lambda m, name=name: f"{part}.{name}: {m}")
+            torch.testing.assert_close(value, expected[name])
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
