@@ -137,15 +137,20 @@ class StageConfig(Config):
     phases: tuple[AdversarialPhase, ...] = ()
 
 
-class LightningConfig(RunConfig):
-    """SDXL-Lightning's progressive adversarial distillation: stage after stage, one run (§2-3, §3.6)."""
+class DistillationConfig(RunConfig):
+    """What every distillation starts from."""
 
-    kind: Literal["lightning"]
     teacher: str = Field(description="run or folder of the teacher")
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
-    images: int = Field(0, description="ignored: each stage and phase has its own length")
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
+
+
+class LightningConfig(DistillationConfig):
+    """SDXL-Lightning's progressive adversarial distillation: stage after stage, one run (§2-3, §3.6)."""
+
+    kind: Literal["lightning"]
+    images: int = Field(0, description="ignored: each stage and phase has its own length")
     guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
     export_name: str = Field("lightning", description="stem of the exported LoRA files")
     lora_rank: int = Field(64, ge=1)

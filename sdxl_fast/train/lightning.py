@@ -5,122 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..data.captions import LatentSet
 from ..diffusion import prediction, sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..files import replacing
 from ..models.discriminators import LightningDiscriminator
 from ..random import generator, image_seeds
 from . import losses
+from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
 from .teacher import call_unet, preview_prompts
 from .trainer import Task, make_optimizer, optimize
 from .vae import to_sheet
 
-LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
-Condition = dict[str, Tensor]
-
-
-@dataclass
-class Renoise:
-    """To what levels a batch is noised for the discriminator, and by whose noise (§3.7.2, eq. 25)."""
-
-    timesteps: Tensor
-    seeds: Tensor
-
-
-@dataclass
-class Bench:
-    """What all stages of a run share: data, text conditions, schedule, and the frozen base model."""
-
-    config: LightningConfig
-    base: nn.Module
-    vae: Any
-    data: LatentSet
-    conditions: Condition  # one row per caption
-    prediction_type: PredictionType
-    alphas_cumprod: Tensor
-
-    @property
-    def size(self) -> int:
-        """Side of the training pictures in pixels."""
-        return self.config.data.resolution
-
-    def condition(self, captions: Tensor) -> Condition:
-        """The UNet's text conditions of these captions."""
-        return {key: rows[captions] for key, rows in self.conditions.items()}
-
-    @property
-    def device(self) -> torch.device:
-        """Where all of it lies."""
-        return self.alphas_cumprod.device
-
-    def seeds(self, *key: int | str) -> Tensor:
-        """One noise seed per sample of a batch."""
-        return image_seeds(self.config.batch, self.config.seed, *key).to(self.device)
-
-    def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
-        """A batch that is a function of `key`: x_t (pure noise at the last timestep, §3.5), t, and the text."""
-        config = self.config
-        latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
-        choice = torch.randint(len(timesteps), (config.batch,), generator=generator(config.seed, *key, "timesteps"))
-        t = torch.tensor(timesteps)[choice].to(self.device)
-        x_t, _ = ops.forward_diffusion(
-            latents.contiguous(memory_format=torch.channels_last),
-            alphas_cumprod=self.alphas_cumprod,
-            timesteps=t,
-            seeds=self.seeds(*key),
-            stream=sampling.STREAM_TRAIN,
-            pure_noise_at=LAST,
-        )
-        return x_t, t, self.condition(captions)
-
-    def move(
-        self,
-        x_t: Tensor,
-        output: Tensor,
-        levels: tuple[Tensor, Tensor],
-        prediction_type: PredictionType,
-        renoise: Renoise | None = None,
-    ) -> Tensor:
-        """One deterministic move between two levels, the result noised anew if told so, in x_t's dtype."""
-        moved = ops.ddim_move(
-            x_t,
-            output,
-            alphas_cumprod=self.alphas_cumprod,
-            timesteps=levels[0],
-            next_timesteps=levels[1],
-            prediction_type=prediction_type,
-            renoise_timesteps=None if renoise is None else renoise.timesteps,
-            seeds=None if renoise is None else renoise.seeds,
-            stream=sampling.STREAM_RENOISE,
-        )
-        return moved if isinstance(moved, Tensor) else moved[1]
-
-    def renoised(self, x: Tensor, renoise: Renoise) -> Tensor:
-        """A clean latent, or what stands for one, noised to the levels of `renoise`."""
-        noised, _ = ops.forward_diffusion(
-            x,
-            alphas_cumprod=self.alphas_cumprod,
-            timesteps=renoise.timesteps,
-            seeds=renoise.seeds,
-            stream=sampling.STREAM_RENOISE,
-        )
-        return noised
-
 
 @dataclass
 class Teacher:
     """A frozen network and the stride it walks with; `guidance` 1 is none."""
 
-    bench: Bench
+    bench: Bench[LightningConfig]
     unet: nn.Module
     stride: float
     guidance: float = 1.0
@@ -149,7 +56,7 @@ class Teacher:
 class Student:
     """The network that learns, what its output means, and the grid and stride it moves on."""
 
-    bench: Bench
+    bench: Bench[LightningConfig]
     unet: nn.Module
     prediction_type: PredictionType
     steps: int

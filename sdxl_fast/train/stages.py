@@ -16,25 +16,23 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
-from ..models.conditioning import encode_prompts
 from ..models.discriminators import LightningDiscriminator, UNetEncoder
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
+from .bench import Bench, load_teacher, make_bench
 from .config import AdversarialPhase, LightningConfig, StageConfig
 from .export import export_pipeline
-from .lightning import AdversarialTask, Bench, RegressionTask, Student, StudentTask, Teacher
-from .teacher import latents_of
-from .trainer import export_of, fit, run_folder
+from .lightning import AdversarialTask, RegressionTask, Student, StudentTask, Teacher
+from .trainer import fit
 
 BASE = "base"
 BASE_STEPS = 128
@@ -86,7 +84,7 @@ def units_of(config: LightningConfig) -> list[Unit]:
 class Lineage:
     """Reads and writes what the units leave behind for one another."""
 
-    def __init__(self, bench: Bench, run: Path) -> None:
+    def __init__(self, bench: Bench[LightningConfig], run: Path) -> None:
         self.config, self.run, self.prediction_type = bench.config, run, bench.prediction_type
         self.base: Any = bench.base
         self.units = units_of(bench.config)
@@ -201,39 +199,7 @@ def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         module.lora_B[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_B.weight"] / module.scaling[ADAPTER])
 
 
-def load_teacher(config: LightningConfig) -> Any:
-    """The teacher's pipeline, with the recipe's own VAE if it names one."""
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(export_of(config.teacher), use_safetensors=True)
-    if config.vae is not None:
-        vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae), use_safetensors=True)
-        pipe.register_modules(vae=vae)
-    return pipe
-
-
-def make_bench(config: LightningConfig, run: Path) -> Bench:
-    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
-    pipe = load_teacher(config).to(config.torch_device)
-    vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    source = run_folder(config.teacher)
-    cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
-    data = latents_of(config.data, cache, vae, config.draws, config.seed)
-    with torch.no_grad():
-        embeds, pooled = encode_prompts(
-            data.captions, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
-        )
-    base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
-    return Bench(
-        config=config,
-        base=base,
-        vae=vae,
-        data=data,
-        conditions={"prompt_embeds": embeds, "pooled": pooled},
-        prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
-        alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device),
-    )
-
-
-def make_task(unit: Unit, bench: Bench, lineage: Lineage) -> StudentTask:
+def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> StudentTask:
     """The unit's networks, assembled from what came before it."""
     config, stage = bench.config, unit.stage
     unet, teacher_steps = lineage.teacher_of(unit)

@@ -22,7 +22,7 @@ from sdxl_fast.train.trainer import fit, run
 
 
 @pytest.fixture(scope="module")
-def bench(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Bench:
+def bench(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> stages.Bench[LightningConfig]:
     """Shared by the tests: units copy the base before they change anything."""
     config = load_recipe(lightning_recipe)
     assert isinstance(config, LightningConfig)
@@ -30,7 +30,7 @@ def bench(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 @pytest.fixture
-def lab(bench: stages.Bench, tmp_path: Path) -> tuple[LightningConfig, stages.Bench, stages.Lineage, Path]:
+def lab(bench: stages.Bench[LightningConfig], tmp_path: Path) -> tuple[LightningConfig, stages.Bench[LightningConfig], stages.Lineage, Path]:
     folder = tmp_path / "run"
     folder.mkdir()
     return bench.config, bench, stages.Lineage(bench, folder), folder
@@ -138,11 +138,13 @@ def test_renoising_is_shared_by_real_and_fake_and_weighted(lab: Any) -> None:
     phase = lineage.units[-1].phase
     assert phase is not None
     task.phase = phase
-    zeros, then = torch.zeros(4, *bench.data.shape), torch.full((4,), -1)
-    first, t_first = task._renoise(zeros, then, 3, "d")
-    second, t_second = task._renoise(zeros, then, 3, "d")
-    assert torch.equal(first, second) and torch.equal(t_first, t_second)
-    drawn = torch.cat([task._renoise(zeros, then, index)[1] for index in range(150)])
+    renoise = task._renoise(3, "d")
+    again = task._renoise(3, "d")
+    assert torch.equal(renoise.timesteps, again.timesteps) and torch.equal(renoise.seeds, again.seeds)
+    zeros, t = torch.zeros(4, *bench.data.shape), torch.full((4,), 249)
+    moved_and_noised = bench.move(zeros, zeros, (t, t), "epsilon", renoise)
+    torch.testing.assert_close(moved_and_noised, bench.renoised(zeros, renoise))
+    drawn = torch.cat([task._renoise(index).timesteps for index in range(150)])
     assert set(drawn.tolist()) <= {10, 250, 500, 750}
     assert abs((drawn == 10).float().mean().item() - 5 / 8) < 0.08
 

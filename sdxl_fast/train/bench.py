@@ -1,0 +1,145 @@
+"""What every distillation works on: the frozen base with its text conditions, the latents, and noised batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from .. import ops
+from ..data.captions import LatentSet
+from ..diffusion import sampling, schedule
+from ..diffusion.prediction import PredictionType
+from ..models.conditioning import encode_prompts
+from ..random import generator, image_seeds
+from .config import DistillationConfig
+from .teacher import latents_of
+from .trainer import export_of, run_folder
+
+LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
+Condition = dict[str, Tensor]
+C = TypeVar("C", bound=DistillationConfig)
+
+
+@dataclass
+class Renoise:
+    """To what levels a batch is noised for the discriminator, and by whose noise (§3.7.2, eq. 25)."""
+
+    timesteps: Tensor
+    seeds: Tensor
+
+
+@dataclass
+class Bench(Generic[C]):
+    """What all stages of a run share: data, text conditions, schedule, and the frozen base model."""
+
+    config: C
+    base: nn.Module
+    vae: Any
+    data: LatentSet
+    conditions: Condition  # one row per caption
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor
+
+    @property
+    def size(self) -> int:
+        """Side of the training pictures in pixels."""
+        return self.config.data.resolution
+
+    def condition(self, captions: Tensor) -> Condition:
+        """The UNet's text conditions of these captions."""
+        return {key: rows[captions] for key, rows in self.conditions.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Where all of it lies."""
+        return self.alphas_cumprod.device
+
+    def seeds(self, *key: int | str) -> Tensor:
+        """One noise seed per sample of a batch."""
+        return image_seeds(self.config.batch, self.config.seed, *key).to(self.device)
+
+    def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
+        """A batch that is a function of `key`: x_t (pure noise at the last timestep, §3.5), t, and the text."""
+        config = self.config
+        latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
+        choice = torch.randint(len(timesteps), (config.batch,), generator=generator(config.seed, *key, "timesteps"))
+        t = torch.tensor(timesteps)[choice].to(self.device)
+        x_t, _ = ops.forward_diffusion(
+            latents.contiguous(memory_format=torch.channels_last),
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=t,
+            seeds=self.seeds(*key),
+            stream=sampling.STREAM_TRAIN,
+            pure_noise_at=LAST,
+        )
+        return x_t, t, self.condition(captions)
+
+    def move(
+        self,
+        x_t: Tensor,
+        output: Tensor,
+        levels: tuple[Tensor, Tensor],
+        prediction_type: PredictionType,
+        renoise: Renoise | None = None,
+    ) -> Tensor:
+        """One deterministic move between two levels, the result noised anew if told so, in x_t's dtype."""
+        moved = ops.ddim_move(
+            x_t,
+            output,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=levels[0],
+            next_timesteps=levels[1],
+            prediction_type=prediction_type,
+            renoise_timesteps=None if renoise is None else renoise.timesteps,
+            seeds=None if renoise is None else renoise.seeds,
+            stream=sampling.STREAM_RENOISE,
+        )
+        return moved if isinstance(moved, Tensor) else moved[1]
+
+    def renoised(self, x: Tensor, renoise: Renoise) -> Tensor:
+        """A clean latent, or what stands for one, noised to the levels of `renoise`."""
+        noised, _ = ops.forward_diffusion(
+            x,
+            alphas_cumprod=self.alphas_cumprod,
+            timesteps=renoise.timesteps,
+            seeds=renoise.seeds,
+            stream=sampling.STREAM_RENOISE,
+        )
+        return noised
+
+
+def load_teacher(config: DistillationConfig) -> Any:
+    """The teacher's pipeline, with the recipe's own VAE if it names one."""
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(export_of(config.teacher), use_safetensors=True)
+    if config.vae is not None:
+        vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae), use_safetensors=True)
+        pipe.register_modules(vae=vae)
+    return pipe
+
+
+def make_bench(config: C, run: Path) -> Bench[C]:
+    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
+    pipe = load_teacher(config).to(config.torch_device)
+    vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
+    source = run_folder(config.teacher)
+    cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
+    data = latents_of(config.data, cache, vae, config.draws, config.seed)
+    with torch.no_grad():
+        embeds, pooled = encode_prompts(
+            data.captions, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
+        )
+    base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    return Bench(
+        config=config,
+        base=base,
+        vae=vae,
+        data=data,
+        conditions={"prompt_embeds": embeds, "pooled": pooled},
+        prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
+        alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device),
+    )
