@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import machine, report, roofline
 from benchmarks.measure import measure, one_line
-from benchmarks.results import ResultsFile, empty
+from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED, OpBench, Options, Work, verdicts, works
 from benchmarks.timing import Clock, clock_for
 
@@ -80,21 +80,10 @@ def start(folder: Path | None, device: str, clock: Clock, *, quick: bool) -> Res
     facts = machine.facts(device)
     say(describe(facts))
     name = machine.slug(facts) + ("_quick" if quick else "")
-    results = ResultsFile.create(folder, name, facts) if folder is not None else _Unwritten.of(facts)
+    results = ResultsFile.create(folder, name, facts)
     results.set("ceilings", roofline.measure(device, clock, quick=quick))
     say(ceilings_text(results.data["ceilings"]) + "\n")
     return results
-
-
-class _Unwritten(ResultsFile):
-    """Results that are only shown."""
-
-    @classmethod
-    def of(cls, facts: dict[str, Any]) -> _Unwritten:
-        return cls(Path(), empty(facts))
-
-    def save(self) -> None:
-        pass
 
 
 def run_rows(
@@ -169,7 +158,7 @@ def finish(results: ResultsFile, *, complete: bool = True, tell: Say = say) -> i
     """Prints the summary, writes page and plot, and returns the exit status: 1 when a gate failed."""
     results.set("complete", complete)
     tell(summary(results))
-    if results.path.name:
+    if results.path is not None:
         for path in (results.path, *report.write(results)):
             tell(f"wrote {path}")
     wrong = failures(results)

@@ -14,11 +14,9 @@ import torch
 
 from benchmarks import command, machine
 from benchmarks.e2e.bench_one_step import Request, run
-from benchmarks.ops import bench_forward_diffusion, bench_geglu, bench_group_norm_silu
+from benchmarks.ops import benches
 from benchmarks.suite import works
 from benchmarks.timing import clock_for
-
-BENCHES = (bench_group_norm_silu.BENCH, bench_geglu.BENCH, bench_forward_diffusion.BENCH)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     clock = clock_for("cpu", quick=arguments.quick)
     out = arguments.out or Path("benchmarks/results")
     results = command.start(out, "cpu", clock, quick=arguments.quick)
-    for bench in BENCHES:
+    for bench in benches():
         command.run_rows(works(bench, bench.cases("cpu", quick=arguments.quick)), options, clock, results)
     request = Request(arguments.model, "float32", rounds=options.rounds, budget_s=4 * options.budget_s)
     run([request], "cpu", clock, results)

@@ -52,6 +52,13 @@ def allocator() -> str:
     return "system default: page faults of fresh outputs are part of CPU timings"
 
 
+def priority() -> str:
+    """Returns how the system schedules this process: under a real-time policy nothing else runs on its processors."""
+    policies = {getattr(os, f"SCHED_{name}", None): name for name in ("FIFO", "RR")}
+    policy = os.sched_getscheduler(0) if hasattr(os, "sched_getscheduler") else None
+    return f"real-time ({policies[policy]})" if policy in policies and policy is not None else "normal"
+
+
 def processors() -> int:
     """Returns how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -159,6 +166,7 @@ def facts(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "allocator": allocator(),
+        "priority": priority(),
         "load_of_others": other_load(),
         "platform": platform.platform(),
         "python": platform.python_version(),

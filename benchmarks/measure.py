@@ -178,7 +178,7 @@ def measure(
             fault = next((f for f in options.faults if f == {**f, **_fault_key(work, contestant.name)}), None)
             if fault is not None:
                 raise LookupError(f"its kernel crashed the GPU: {fault['reason']}")
-            judged[contestant.name] = {"gate": prepared.judge(contestant)}
+            judged[contestant.name] = {"gate": prepared.judge(contestant), "layout": contestant.layout}
     prepared.close_gate()
     for mode in work.modes:
         row = {**_header(work, mode, prepared), "clock": clock.name, "compile": options.compile}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ResultsFile
-from benchmarks.roofline import attainable
 from benchmarks.suite import copy_share, fastest, verdicts
 from sdxl_fast.files import replacing
 
@@ -25,6 +24,7 @@ _FACTS = (
     ("host_cpu", "host CPU"),
     ("threads", "threads"),
     ("allocator", "allocator"),
+    ("priority", "priority"),
     ("load_of_others", "load before the run"),
     ("torch", "torch"),
     ("triton", "triton"),
@@ -34,7 +34,6 @@ _FACTS = (
     ("date", "date"),
 )
 _COLOURS = ("#1b6ca8", "#2a9d57", "#c8553d", "#8e6bbf", "#b8860b", "#7a7a7a")
-_MARKS = "osD^vP"
 
 
 def seconds_text(seconds: float) -> str:
@@ -56,19 +55,19 @@ def title(row: Row) -> str:
 
 
 def cells(row: Row, name: str, ceilings: Row) -> list[str]:
-    """Returns the columns of one contestant: time, spread, bandwidth, shares of copy and matrix, times eager, gate."""
+    """Returns the columns of one contestant, those of the table below that come after its name."""
     found = row["contestants"][name]
     if "seconds" not in found:
-        return [f"not timed: {found.get('refused', 'cut off')}", "", "", "", "", "", ""]
+        return [f"not timed: {found.get('refused', 'cut off')}", *[""] * 7]
     median, rate = found["seconds"]["median"], ceilings["matrix_flops_per_s"].get(row["dtype"])
-    speedup = f"{found['speedup']['median']:.2f}x" if "speedup" in found else ""
+    speedups = (f"{found[s]['median']:.2f}x" if s in found else "" for s in ("speedup", "same_layout"))
     return [
         seconds_text(median),
         f"{found['seconds']['spread']:.0%}",
         rate_text(row["bytes"] / median, "B"),
         f"{copy_share(row, name, ceilings):.0%}",
         f"{row['flops'] / median / rate:.1%}" if rate else "",
-        speedup,
+        *speedups,
         found["gate"],
     ]
 
@@ -77,7 +76,7 @@ def text(row: Row, ceilings: Row) -> str:
     """Returns a row for the terminal, its targets below it."""
     lines = [f"{title(row)}   ({row['sets']} input sets of {row['bytes_per_set'] / 1e6:.3g} MB)"]
     for name in row["contestants"]:
-        time, spread, bandwidth, share, _, speedup, gate = cells(row, name, ceilings)
+        time, spread, bandwidth, share, _, speedup, _, gate = cells(row, name, ceilings)
         if not spread:
             lines.append(f"  {name:22s} {time}")
             continue
@@ -146,6 +145,7 @@ def _ops(data: Row) -> list[str]:
         "of copy",
         "of matrix",
         "times eager",
+        "same layout",
         "gate",
     )
     for op in dict.fromkeys(row["op"] for row in data["rows"]):
@@ -156,7 +156,7 @@ def _ops(data: Row) -> list[str]:
                 rows.append([*labels, name, *cells(row, name, data["ceilings"])])
                 labels = ["", "", ""]
             if "skipped" in row:
-                rows.append([*labels, "", f"skipped: {row['skipped']}", "", "", "", "", "", ""])
+                rows.append([*labels, "", f"skipped: {row['skipped']}", *[""] * 7])
         lines += [f"## {op}", "", *_table(head, rows)]
     return lines
 
@@ -199,7 +199,7 @@ def markdown(data: Row, *, plot: str | None = None) -> str:
     lines += _end_to_end(data)
     lines += _ops(data)
     if plot is not None:
-        lines += [f"![Operations per second over intensity, and share of the copy bandwidth]({plot})", ""]
+        lines += [f"![Share of the copy bandwidth]({plot})", ""]
     lines.append("Written by `python -m benchmarks.report`; `benchmarks/README.md` says what the columns mean.")
     return "\n".join(lines) + "\n"
 
@@ -219,28 +219,6 @@ def _series(rows: Sequence[Row]) -> dict[str, list[tuple[Row, str]]]:
     return found
 
 
-def _draw_roofline(axes: Any, series: Mapping[str, list[tuple[Row, str]]], ceilings: Row) -> None:
-    bandwidth, rates = ceilings["copy_bytes_per_s"], ceilings["matrix_flops_per_s"]
-    points = [row["flops"] / row["bytes"] for listed in series.values() for row, _ in listed]
-    low, high = min(points) / 2, max(4 * max(rates.values()) / bandwidth, 2 * max(points))
-    steps = [low * (high / low) ** (i / 200) for i in range(201)]
-    for dtype, rate in rates.items():
-        axes.plot(steps, [attainable(x, bandwidth, rate) for x in steps], color="#444444", linewidth=1)
-        axes.annotate(f"matrix product, {dtype}", (high, rate), ha="right", va="bottom", fontsize=8, color="#444444")
-    for i, (family, listed) in enumerate(series.items()):
-        x = [row["flops"] / row["bytes"] for row, _ in listed]
-        y = [row["flops"] / row["contestants"][name]["seconds"]["median"] for row, name in listed]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]}
-        axes.scatter(x, y, s=30, alpha=0.75, linewidths=0, label=family, zorder=3, **style)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("intensity [FLOP / byte of least traffic]")
-    axes.set_ylabel("FLOP/s")
-    axes.set_title(f"roofline (slope: copy at {rate_text(bandwidth, 'B')})", fontsize=10)
-    axes.grid(True, which="major", alpha=0.25)
-    axes.legend(loc="upper left", frameon=False, fontsize=9)
-
-
 def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: Sequence[Row], ceilings: Row) -> None:
     height = 0.8 / len(series)
     for i, (family, listed) in enumerate(series.items()):
@@ -252,24 +230,22 @@ def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: S
     axes.set_yticks(range(len(rows)), [title(row) for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel("percent of the copy bandwidth (least traffic / time)")
-    axes.set_title("bandwidth", fontsize=10)
     axes.grid(True, axis="x", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def plot(data: Row, path: Path, *, most: int = 24) -> bool:
-    """Draws the roofline and the bandwidth shares of the first ``most`` rows; False when there is nothing to draw."""
+    """Draws the bandwidth shares of the first ``most`` rows; False when there is nothing to draw."""
     rows = _timed(data)
     if not rows or not data["ceilings"]:
         return False
     from matplotlib.figure import Figure
 
     listed = rows[:most]
-    figure = Figure(figsize=(15, max(5.0, 1.2 + 0.36 * len(listed))), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.1))
-    _draw_roofline(left, _series(rows), data["ceilings"])
-    _draw_shares(right, _series(listed), listed, data["ceilings"])
-    machine = data["machine"]
-    figure.suptitle(f"{machine['device']}, {machine['date'][:10]}", fontsize=11)
+    figure = Figure(figsize=(9, max(4.0, 1.2 + 0.4 * len(listed))), layout="constrained")
+    axes = figure.subplots()
+    _draw_shares(axes, _series(listed), listed, data["ceilings"])
+    axes.set_title(f"{data['machine']['device']}, {data['machine']['date'][:10]}", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
     return True

@@ -22,16 +22,16 @@ class ResultsFile:
     """``{"format", "complete", "machine", "ceilings", "tests", "rows", "end_to_end", "faults"}`` as JSON.
 
     Every change is written at once to a temporary file that then takes the place of the old one. A row replaces the one
-    of the same key, so that a later, fuller measurement wins.
+    of the same key, so that a later, fuller measurement wins. With no path, results are only kept in memory.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(self, path: Path | None, data: dict[str, Any]) -> None:
         self.path, self.data = path, data
 
     @classmethod
-    def create(cls, folder: str | Path, name: str, machine: dict[str, Any]) -> ResultsFile:
-        """Starts ``<folder>/<name>.json``, in place of one that may be there."""
-        found = cls(Path(folder) / f"{name}.json", empty(machine))
+    def create(cls, folder: str | Path | None, name: str, machine: dict[str, Any]) -> ResultsFile:
+        """Starts ``<folder>/<name>.json``, in place of one that may be there; no file without a folder."""
+        found = cls(None if folder is None else Path(folder) / f"{name}.json", empty(machine))
         found.save()
         return found
 
@@ -73,5 +73,7 @@ class ResultsFile:
 
     def save(self) -> None:
         """Writes the file, whole or not at all."""
+        if self.path is None:
+            return
         with replacing(self.path) as temporary:
             temporary.write_text(json.dumps(self.data, indent=1, allow_nan=False) + "\n")

@@ -82,8 +82,3 @@ def measure(device: str, clock: Clock, *, quick: bool = False) -> dict[str, Any]
         "copy_size": size,
         "matrix_flops_per_s": rates,
     }
-
-
-def attainable(intensity: float, bandwidth: float, rate: float) -> float:
-    """Returns the operations per second that ``intensity`` [flop/byte] allows under both ceilings."""
-    return min(rate, intensity * bandwidth)

@@ -34,7 +34,7 @@ from sdxl_fast.models.loading import Components
 from sdxl_fast.models.tokenizer import train_tokenizer
 from sdxl_fast.testing.compare import K_FORWARD, error_scale
 
-PROMPT = "a lighthouse on a cliff at sunset, detailed"
+PROMPT = "a red apple"
 RANDOM_SDXL = "sdxl-random"
 STAGES = ("text_encoders", "unet", "vae")
 OURS, STOCK = "sdxl_fast", "stock modules"
