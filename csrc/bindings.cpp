@@ -60,4 +60,8 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(forward_diffusion_fwd_cuda);
     EXPOSE(forward_diffusion_bwd_cpu);
     EXPOSE(forward_diffusion_bwd_cuda);
+    EXPOSE(ddim_move_fwd_cpu);
+    EXPOSE(ddim_move_fwd_cuda);
+    EXPOSE(ddim_move_bwd_cpu);
+    EXPOSE(ddim_move_bwd_cuda);
 }

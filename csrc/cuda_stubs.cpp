@@ -40,4 +40,16 @@ int32_t sdxl_fast_forward_diffusion_bwd_cuda(const void*, const void*, const int
     return SDXL_FAST_NO_CUDA;
 }
 
+int32_t sdxl_fast_ddim_move_fwd_cuda(const void*, const void*, const void*, const int64_t*, const int64_t*,
+                                     const int64_t*, const int64_t*, void*, void*, int64_t, int64_t, int64_t, int64_t,
+                                     int64_t, int64_t, int32_t, int32_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_ddim_move_bwd_cuda(const void*, const void*, const void*, const int64_t*, const int64_t*,
+                                     const int64_t*, void*, void*, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t,
+                                     void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 }  // extern "C"

@@ -26,6 +26,8 @@ from sdxl_fast.dispatch import Backend, Kernels, OpInfo
 
 Args = tuple[Any, ...]
 MaybeTensor = torch.Tensor | None
+# The gradient of the one output that has one, or a tuple with one entry (None where nothing flows back) for each.
+Incoming = Any
 
 # Arguments of just these types go straight to a backend; anything else is a tensor subclass or a mistake.
 _DIRECT = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, str))
@@ -65,7 +67,7 @@ class FusedOp:
     """One op. A subclass states the raw signature, the rules and the backends, and shapes the backward.
 
     The raw ``fwd`` takes the arguments named in ``parameters``, in that order, and returns a tensor or a tuple whose
-    first entry alone carries a gradient. Each subclass has one instance; calling it runs the op.
+    first ``differentiable`` entries carry gradients. Each subclass has one instance; calling it runs the op.
     """
 
     name: ClassVar[str]
@@ -74,6 +76,7 @@ class FusedOp:
     bwd_schema: ClassVar[str]
     rules: ClassVar[tuple[Rule, ...]]
     backends: ClassVar[tuple[Backend, ...]]
+    differentiable: ClassVar[int] = 1
 
     def __init__(self, public: Callable[..., Any]) -> None:
         """Registers the op under its name; ``public`` is the function users call."""
@@ -102,9 +105,7 @@ class FusedOp:
         """Returns the tensors the backward needs."""
         raise NotImplementedError
 
-    def bwd_arguments(
-        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
-    ) -> Args:
+    def bwd_arguments(self, dy: Incoming, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]) -> Args:
         """Returns the arguments of the raw ``bwd``."""
         raise NotImplementedError
 
@@ -113,7 +114,7 @@ class FusedOp:
         raise NotImplementedError
 
     def second_order(
-        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+        self, dy: Incoming, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
         """Returns one differentiable gradient per parameter, by the reference."""
         raise NotImplementedError
@@ -193,7 +194,7 @@ class FusedOp:
 
     def gradients(
         self,
-        dy: torch.Tensor,
+        dy: Incoming,
         saved: Sequence[MaybeTensor],
         scalars: Args,
         needs: Sequence[bool],
@@ -203,6 +204,15 @@ class FusedOp:
         if torch.is_grad_enabled():  # in a backward, true under create_graph only
             return self.second_order(dy, saved, scalars, needs)
         return self.place_gradients(bwd(*self.bwd_arguments(dy, saved, scalars, needs)))
+
+    def incoming(self, grads: Sequence[MaybeTensor]) -> Incoming:
+        """Returns the outputs' gradients as the methods above take them, also of outputs left out; None for no flow."""
+        if self.differentiable == 1:
+            return grads[0]
+        flowing = grads[: self.differentiable]
+        if all(g is None for g in flowing):
+            return None
+        return (*flowing, *(None,) * (self.differentiable - len(flowing)))
 
     def _through_library(self, args: Args) -> Any:
         if not torch.compiler.is_compiling():
@@ -225,15 +235,16 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(*op.saved(args, listed))
         ctx.op, ctx.kernels, ctx.scalars = op, kernels, _scalars(args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*listed[1:])
+        ctx.mark_non_differentiable(*listed[op.differentiable :])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        if grads[0] is None:
+        dy = ctx.op.incoming(grads)
+        if dy is None:
             return (None,) * len(ctx.needs_input_grad)
         needs = ctx.needs_input_grad[2:]
-        return (None, None, *ctx.op.gradients(grads[0], ctx.saved_tensors, ctx.scalars, needs, ctx.kernels.bwd))
+        return (None, None, *ctx.op.gradients(dy, ctx.saved_tensors, ctx.scalars, needs, ctx.kernels.bwd))
 
 
 def _define_library_ops(op: FusedOp) -> None:
@@ -267,13 +278,14 @@ def _define_library_ops(op: FusedOp) -> None:
         ctx.save_for_backward(*op.saved(inputs, listed))
         ctx.scalars = _scalars(inputs)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*listed[1:])
+        ctx.mark_non_differentiable(*listed[op.differentiable :])
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        if grads[0] is None:
+        dy = op.incoming(grads)
+        if dy is None:
             return (None,) * len(op.parameters)
         library_bwd = getattr(torch.ops.sdxl_fast, f"{op.name}_bwd")
-        found = op.gradients(grads[0], ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, library_bwd)
+        found = op.gradients(dy, ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, library_bwd)
         return tuple(t if need else None for t, need in zip(found, ctx.needs_input_grad, strict=True))
 
     torch.library.impl(fwd_name, "CompositeExplicitAutograd")(fwd)

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import collections
+import ctypes
+import importlib
 import os
 import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +18,9 @@ import torch
 # imported. Without a GPU the interpreter is the only way to run them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +34,41 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     from sdxl_fast.testing.toy import toy_pipeline
 
     return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy")
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The CUDA sources compiled for this CPU over their emulation."""
+    from sdxl_fast.testing import emulation
+
+    return emulation.build(CSRC, tmp_path_factory.mktemp("emulation") / "libemulation.so")
+
+
+@pytest.fixture
+def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    """(fwd, bwd) of an op as its Python adapter makes them for "cuda", on CPU tensors full of NaN where unwritten."""
+    from sdxl_fast.ops import _native
+    from sdxl_fast.testing import emulation
+
+    guards: list[torch.Tensor] = []
+
+    def scratch(size: int, like: torch.Tensor) -> torch.Tensor | None:
+        buffer = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN as floats
+        buffer[size:] = emulation.GUARD
+        guards.append(buffer[size:])
+        return buffer
+
+    binding = emulation.binding(library, CSRC)
+    monkeypatch.setattr(_native, "binding", lambda device: binding)
+    monkeypatch.setattr(_native, "scratch", scratch)
+    monkeypatch.setattr(_native, "guard", lambda device, function: function)
+    monkeypatch.setitem(_native.TAIL, "cuda", lambda x: 0)
+    library.sdxl_fast_emulation_configure(4, 0)
+    torch.use_deterministic_algorithms(True)
+    yield lambda op: importlib.import_module(f"sdxl_fast.ops.{op}")._native_kernels("cuda")
+    torch.use_deterministic_algorithms(False)
+    for guard in guards:
+        assert bool((guard == emulation.GUARD).all()), "a kernel wrote past its workspace"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -215,6 +215,11 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, 1e-5, 0, 1, 2, 3, 1) == 2
     assert binding.forward_diffusion_fwd_cpu(p, p, p, p, p, p, p, 1, 1, 1, 1, 1, 0, -1, 0, 0, 1) == 1
     assert binding.forward_diffusion_bwd_cpu(p, p, p, p, 0, 1, 1, -1, 0, 1) == 0
+    move = (p, p, p, p, p, 0, 0, p, 0, 1, 1, 1, 1, 1, 0)
+    assert binding.ddim_move_fwd_cpu(*move, 3, 0, 0, 0, 1) == 1, "no such prediction"
+    assert binding.ddim_move_fwd_cpu(*move, 0, 0, 2, 0, 1) == 2, "an output wider than x_t"
+    assert binding.ddim_move_fwd_cpu(*move[:6], p, *move[7:], 0, 0, 0, 0, 1) == 1, "seeds without timesteps"
+    assert binding.ddim_move_bwd_cpu(0, 0, p, p, p, 0, p, p, 1, 1, 1, 0, 0, 0, 1) == 1, "no gradient comes in"
     for status in (0, 1, 2, 3, 1700, -5):
         assert binding.status_text(status)
 
@@ -246,6 +251,16 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
                 found += ops.forward_diffusion(
                     x.detach(), alphas_cumprod=torch.linspace(0.99, 0.1, 10), timesteps=steps, seeds=seeds, stream=2**40
                 )
+                levels = {
+                    "timesteps": steps,
+                    "next_timesteps": steps - 1,
+                    "alphas_cumprod": torch.linspace(0.99, 0.1, 10),
+                }
+                for kind in ("epsilon", "sample", "v_prediction"):
+                    output = torch.randn(shape).to(dtype).contiguous(memory_format=form).requires_grad_()
+                    noising = {"renoise_timesteps": 9 - steps, "seeds": seeds, "stream": 2**40}
+                    y = ops.ddim_move(x, output, prediction_type=kind, **levels, **noising)
+                    found += [*y, *torch.autograd.grad(y, (x, output), [torch.ones_like(t) for t in y])]
         for approximate in ("none", "tanh"):
             x = (torch.randn(13, 2 * 1009) * 3).to(dtype).requires_grad_()
             y = ops.geglu(x, approximate=approximate)

@@ -3,113 +3,26 @@
 
 What this shows: indices, masks, barriers, shuffles, reductions, geometry, workspace sizes, and that the Python adapters
 pass what the C ABI expects. What only a GPU can show: speed, and the last bits of its own exp, log, sin and division.
+Here group_norm_silu and geglu; the other ops are in the files beside this one, the fixtures in conftest.py.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import itertools
-import re
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from sdxl_fast.ops import _native
-from sdxl_fast.reference import forward_diffusion as forward_diffusion_reference
 from sdxl_fast.reference import geglu as geglu_reference
 from sdxl_fast.reference import group_norm_silu as group_norm_silu_reference
-from sdxl_fast.testing.compare import Scale, assert_all, compare_all, error_scale
+from sdxl_fast.testing.emulation import COMPILER, channels_last, check, unaligned
 
-CSRC = Path(__file__).parent.parent / "csrc"
-SOURCES = [*(CSRC / "cuda" / f"{op}.cu" for op in ("geglu", "forward_diffusion", "group_norm_silu"))]
-SOURCES.append(CSRC / "cuda" / "emulation" / "emulation.cpp")
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-# The sanitizer traps signed overflow, misaligned vectors and indices outside shared arrays.
-FLAGS = (
-    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -DSDXL_FAST_CUDA_EMULATION -w "
-    "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
-)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GUARD = 0x5A
-_CTYPES = {"int64_t": ctypes.c_int64, "int32_t": ctypes.c_int32, "double": ctypes.c_double}
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The emulated library, its functions typed after the C header."""
-    target = tmp_path_factory.mktemp("emulation") / "libemulation.so"
-    command = [str(COMPILER), "-x", "c++", *FLAGS.split(), *map(str, SOURCES), "-o", str(target)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(target))
-    header = (CSRC / "include" / "sdxl_fast.h").read_text()
-    for returns, name, parameters in re.findall(r"SDXL_FAST_API (\w+) (sdxl_fast_\w+_cuda)\(([^)]*)\)", header):
-        function = getattr(loaded, name)
-        function.restype = _CTYPES[returns]
-        function.argtypes = [
-            ctypes.c_void_p if "*" in parameter else _CTYPES[parameter.split()[-2]]
-            for parameter in parameters.split(",")
-        ]
-    return loaded
-
-
-@pytest.fixture
-def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
-    """(fwd, bwd) of an op as its Python adapter makes them for "cuda", on CPU tensors full of NaN where unwritten."""
-    binding = SimpleNamespace(status_text=str)
-    for op, direction in itertools.product(("group_norm_silu", "geglu", "forward_diffusion"), ("fwd", "bwd")):
-        name = f"{op}_{direction}_cuda"
-        setattr(binding, name, getattr(library, f"sdxl_fast_{name}"))
-    binding.group_norm_silu_workspace_cuda = library.sdxl_fast_group_norm_silu_workspace_cuda
-    guards: list[torch.Tensor] = []
-
-    def scratch(size: int, like: torch.Tensor) -> torch.Tensor | None:
-        buffer = torch.full((size + 256,), 0xFF, dtype=torch.uint8)  # NaN as floats
-        buffer[size:] = GUARD
-        guards.append(buffer[size:])
-        return buffer
-
-    monkeypatch.setattr(_native, "binding", lambda device: binding)
-    monkeypatch.setattr(_native, "scratch", scratch)
-    monkeypatch.setattr(_native, "guard", lambda device, function: function)
-    monkeypatch.setitem(_native.TAIL, "cuda", lambda x: 0)
-    library.sdxl_fast_emulation_configure(4, 0)
-    torch.use_deterministic_algorithms(True)
-    yield lambda op: importlib.import_module(f"sdxl_fast.ops.{op}")._native_kernels("cuda")
-    torch.use_deterministic_algorithms(False)
-    for guard in guards:
-        assert bool((guard == GUARD).all()), "a kernel wrote past its workspace"
-
-
-def _double(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for v in values)
-
-
-Run = Callable[[Any, tuple[Any, ...]], dict[str, torch.Tensor]]
-
-
-def _check(op: str, kernel: Any, reference: Any, run: Run, draw: Callable[[int], Any], **rows: int) -> None:
-    """Compares kernel and reference on draw(0) under the bound of `sdxl_fast.testing.compare`."""
-    values = draw(0)
-    oracle = run(reference, _double(values))
-    baseline = run(reference, values)
-    scales = {name: Scale() for name in oracle}
-    for seed in range(1, 5):  # a lucky rounding in a small tensor must not decide how large PyTorch's error is
-        other = draw(seed)
-        exact, rounded = run(reference, _double(other)), run(reference, other)
-        scales = {name: scales[name] | error_scale(rounded[name], exact[name]) for name in scales}
-    got = run(kernel, values)
-    gradients = [name for name in oracle if name.startswith("d")]
-    assert_all(compare_all(got, oracle, baseline, op=op, gradients=gradients, rows=rows, scales=scales))
 
 
 # ---- group_norm_silu ----
@@ -123,10 +36,6 @@ GROUP_NORM_CASES = [
 OPTIONS = [("silu", "like x", True), ("none", "float32", False), ("silu", "absent", True)]
 
 
-def _channels_last(t: torch.Tensor) -> torch.Tensor:
-    return torch.empty(t.shape, dtype=t.dtype, memory_format=torch.channels_last).copy_(t)
-
-
 def _group_norm_draw(case: Any, dtype: torch.dtype, nhwc: bool, options: Any) -> Callable[[int], tuple[Any, ...]]:
     shape, groups = case
     activation, params, shifted = options
@@ -138,7 +47,7 @@ def _group_norm_draw(case: Any, dtype: torch.dtype, nhwc: bool, options: Any) ->
         weight, bias = torch.randn(2, shape[1], generator=generator).to(dtype if params == "like x" else torch.float32)
         shift = torch.randn(shape[:2], generator=generator).to(dtype)
         if nhwc:
-            x, dy = _channels_last(x), _channels_last(dy)
+            x, dy = channels_last(x), channels_last(dy)
         given = params != "absent"
         return (
             dy, x, weight.clone() if given else None, bias.clone() if given else None, shift if shifted else None,
@@ -169,7 +78,7 @@ def test_group_norm_silu(kernels: Any, case: Any, nhwc: bool, dtype: torch.dtype
         draw = _group_norm_draw(case, dtype, nhwc, options)
         rows = shape[0] * shape[2] * shape[3]
         summed = {"dweight": rows, "dbias": rows, "dshift": shape[2] * shape[3]}
-        _check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **summed)
+        check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **summed)
 
 
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
@@ -192,13 +101,7 @@ def test_group_norm_silu_on_any_number_of_multiprocessors(
     draw = _group_norm_draw(((1, 64, 24, 20), 8), torch.float32, nhwc, OPTIONS[0])
     reference = (group_norm_silu_reference.fwd, group_norm_silu_reference.bwd)
     rows = {"dweight": 480, "dbias": 480, "dshift": 480}
-    _check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **rows)
-
-
-def _unaligned(t: torch.Tensor) -> torch.Tensor:
-    """t at an address that is a multiple of its element size only; strides kept."""
-    copy = t.new_empty(t.numel() + 1).as_strided(t.shape, t.stride(), 1)
-    return copy.copy_(t)
+    check("group_norm_silu", kernels("group_norm_silu"), reference, _group_norm_run, draw, **rows)
 
 
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
@@ -206,13 +109,13 @@ def test_unaligned_pointers(kernels: Any, nhwc: bool) -> None:
     for dtype in DTYPES:
         dy, x, *rest = _group_norm_draw(((2, 16, 4, 4), 4), dtype, nhwc, OPTIONS[0])(0)
         aligned = _group_norm_run(kernels("group_norm_silu"), (dy, x, *rest))
-        shifted = _group_norm_run(kernels("group_norm_silu"), (_unaligned(dy), _unaligned(x), *rest))
+        shifted = _group_norm_run(kernels("group_norm_silu"), (unaligned(dy), unaligned(x), *rest))
         for name, value in aligned.items():
             torch.testing.assert_close(shifted[name], value, rtol=2e-2, atol=2e-2)
         fwd, bwd = kernels("geglu")
         gate, dgelu = torch.randn(3, 32).to(dtype), torch.randn(3, 16).to(dtype)
-        assert torch.equal(fwd(_unaligned(gate), "none"), fwd(gate, "none"))
-        assert torch.equal(bwd(_unaligned(dgelu), gate, "tanh"), bwd(dgelu, gate, "tanh"))
+        assert torch.equal(fwd(unaligned(gate), "none"), fwd(gate, "none"))
+        assert torch.equal(bwd(unaligned(dgelu), gate, "tanh"), bwd(dgelu, gate, "tanh"))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([True, False], repeat=4)), ids=str)
@@ -258,7 +161,7 @@ def test_geglu(kernels: Any, shape: tuple[int, ...], approximate: str, dtype: to
         dy = torch.randn(*shape[:-1], shape[-1] // 2, generator=generator)
         return dy.to(dtype), x.to(dtype), approximate
 
-    _check("geglu", kernels("geglu"), (geglu_reference.fwd, geglu_reference.bwd), _geglu_run, draw)
+    check("geglu", kernels("geglu"), (geglu_reference.fwd, geglu_reference.bwd), _geglu_run, draw)
 
 
 def _gelu_parts(gate: torch.Tensor, approximate: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -294,67 +197,6 @@ def test_geglu_in_the_tails(kernels: Any, approximate: str) -> None:
     assert y[~inside].abs().max() <= 1e-32
 
 
-# ---- forward_diffusion ----
-
-ALPHAS_CUMPROD = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2, 0)
-SEEDS = torch.tensor([0, -1, 2**40 + 7])
-
-
-def _diffusion_run(op: Any, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
-    fwd, bwd = op
-    dx_t, x0, timesteps, seeds, stream, noise, pure = values
-    alphas_cumprod = ALPHAS_CUMPROD.to(torch.float64 if x0.dtype == torch.float64 else torch.float32)
-    x_t, used = fwd(x0, alphas_cumprod, timesteps, seeds, stream, noise, pure)
-    return {"x_t": x_t, "noise": used, "dx0": bwd(dx_t, alphas_cumprod, timesteps, pure)}
-
-
-def _diffusion_draw(shape: tuple[int, ...], dtype: torch.dtype, nhwc: bool, stream: int, given: bool) -> Any:
-    def draw(seed: int) -> tuple[Any, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        x0, dx_t, noise = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-        if nhwc:
-            x0, dx_t, noise = _channels_last(x0), _channels_last(dx_t), _channels_last(noise)
-        timesteps = torch.tensor([999, 0, 500])[: shape[0]]
-        seeds = None if given else SEEDS[: shape[0]] + seed
-        return dx_t, x0, timesteps, seeds, stream, noise if given else None, 999
-
-    return draw
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
-@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (2, 3, 5, 7), (1, 8, 6, 2), (2, 16, 4, 4), (3, 1, 1, 1)], ids=str)
-def test_forward_diffusion(kernels: Any, shape: tuple[int, ...], nhwc: bool, dtype: torch.dtype) -> None:
-    reference = (forward_diffusion_reference.fwd, forward_diffusion_reference.bwd)
-    for stream, given in ((0, False), (2**33 + 5, False), (0, True)):
-        draw = _diffusion_draw(shape, dtype, nhwc, stream, given)
-        _check("forward_diffusion", kernels("forward_diffusion"), reference, _diffusion_run, draw)
-
-
-def test_noise_ignores_batch_and_memory_format(kernels: Any) -> None:
-    fwd, _ = kernels("forward_diffusion")
-    x0 = torch.randn(3, 4, 8, 8)
-    timesteps = torch.tensor([1, 2, 3])
-    together = fwd(x0, ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1]
-    assert torch.equal(together, fwd(_channels_last(x0), ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1])
-    for i in range(3):
-        one = slice(i, i + 1)
-        alone = fwd(x0[one], ALPHAS_CUMPROD, timesteps[one], SEEDS[one].clone(), 3, None, None)[1]
-        assert torch.equal(alone[0], together[i])
-    ragged = fwd(x0[:, :, :, :7].contiguous(), ALPHAS_CUMPROD, timesteps, SEEDS, 3, None, None)[1]
-    assert torch.equal(ragged.flatten(1)[:, :200], together.flatten(1)[:, :200])  # the index alone decides
-
-
-def test_timestep_outside_the_schedule_is_nan(kernels: Any) -> None:
-    fwd, bwd = kernels("forward_diffusion")
-    x0, timesteps = torch.randn(3, 4, 4, 4), torch.tensor([1000, 5, -1])
-    for seeds, noise in ((SEEDS, None), (None, x0.clone())):
-        x_t, _ = fwd(x0, ALPHAS_CUMPROD, timesteps, seeds, 0, noise, 1000)
-        assert x_t[0].isnan().all() and x_t[1].isfinite().all() and x_t[2].isnan().all()
-    dx0 = bwd(x0, ALPHAS_CUMPROD, timesteps, None)
-    assert dx0[0].isnan().all() and dx0[1].isfinite().all() and dx0[2].isnan().all()
-
-
 # ---- the C ABI ----
 
 
@@ -362,7 +204,6 @@ def test_statuses(library: ctypes.CDLL) -> None:
     x = torch.zeros(64)
     p = x.data_ptr()
     geglu, norm = library.sdxl_fast_geglu_fwd_cuda, library.sdxl_fast_group_norm_silu_fwd_cuda
-    diffusion = library.sdxl_fast_forward_diffusion_fwd_cuda
     assert geglu(p, p, 0, 4, 0, 0, 0) == 0
     assert geglu(p, p, 2, 4, 0, 1, 0) == 2  # float64
     assert geglu(p, p, 2, 4, 2, 0, 0) == geglu(p, p, -1, 4, 0, 0, 0) == geglu(p, p, 2, 4, 0, 9, 0) == 1
@@ -380,8 +221,3 @@ def test_statuses(library: ctypes.CDLL) -> None:
         changed(groups=3) == changed(groups=0) == changed(layout=2) == changed(activation=2) == changed(weight=p) == 1
     )
     assert changed(dtype=1, param=1) == changed(dtype=2, param=3) == 2
-    timesteps = torch.zeros(1, dtype=torch.int64)
-    t = timesteps.data_ptr()
-    neither = (p, p, t, None, None, p, None, 1, 1, 2, 2, 1, 0, -1, 1, 0, 0)
-    both = (p, p, t, t, p, p, p, 1, 1, 2, 2, 1, 0, -1, 1, 0, 0)
-    assert diffusion(*neither) == diffusion(*both) == 1

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from sdxl_fast import op as glue
 from sdxl_fast import ops, use_backend
 from sdxl_fast.dispatch import Kernels
+from sdxl_fast.ops.ddim_move import _OP as DDIM_MOVE
 from sdxl_fast.ops.forward_diffusion import _OP as FORWARD_DIFFUSION
 from sdxl_fast.ops.geglu import _OP as GEGLU
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
@@ -172,7 +173,7 @@ def test_gradient_rule_holds_after_a_cached_call():
         ops.forward_diffusion(x0, noise=noise, **arguments)
 
 
-@pytest.mark.parametrize("op", [GEGLU, GROUP_NORM_SILU, FORWARD_DIFFUSION], ids=lambda op: op.name)
+@pytest.mark.parametrize("op", [GEGLU, GROUP_NORM_SILU, FORWARD_DIFFUSION, DDIM_MOVE], ids=lambda op: op.name)
 def test_raw_signature_public_signature_and_schema_agree(op):
     public = inspect.signature(getattr(ops, op.name)).parameters
     assert set(op.parameters) == set(public)

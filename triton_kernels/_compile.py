@@ -158,7 +158,31 @@ def _forward_diffusion_cases(dtype: torch.dtype) -> None:
             forward_diffusion_bwd(x_t, alphas_cumprod, index, 999)
 
 
-CASES: tuple[Callable[[torch.dtype], None], ...] = (_group_norm_silu_cases, _geglu_cases, _forward_diffusion_cases)
+def _ddim_move_cases(dtype: torch.dtype) -> None:
+    from .ddim_move import ddim_move_bwd, ddim_move_fwd
+
+    alphas_cumprod = torch.empty(1000, device="meta")
+    kinds = ("epsilon", "sample", "v_prediction")
+    outputs = (dtype, torch.bfloat16) if dtype == torch.float32 else (dtype,)
+    for shape, output, kind in itertools.product(((4, 4, 128, 128), (2, 3, 5, 7)), outputs, kinds):
+        x_t = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        said = torch.empty_like(x_t, dtype=output)
+        at = torch.empty(shape[0], dtype=torch.int64, device="meta")
+        levels = (alphas_cumprod, at, at, kind)
+        ddim_move_fwd(x_t, said, *levels, None, None, 0)
+        for x in (x_t, x_t.contiguous()):
+            ddim_move_fwd(x, said, *levels, at, at, 2**40)
+        ddim_move_bwd(said, x_t, None, *levels, None, (True, True))
+        ddim_move_bwd(said, x_t, x_t, *levels, at, (False, True))
+        ddim_move_bwd(said, None, x_t, *levels, at, (True, False))
+
+
+CASES: tuple[Callable[[torch.dtype], None], ...] = (
+    _group_norm_silu_cases,
+    _geglu_cases,
+    _forward_diffusion_cases,
+    _ddim_move_cases,
+)
 
 
 def all_launches(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> dict[Launch, JITFunction]:

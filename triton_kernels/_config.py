@@ -98,8 +98,10 @@ def geglu_config(rows: int, cols: int, dtype: torch.dtype) -> KernelConfig:
     return KernelConfig(block_rows, block_cols, block_rows, num_warps=4)
 
 
-def forward_diffusion_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:
-    """One row per sample; columns are groups of four elements that share one Philox call.
+def noising_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:
+    """For `forward_diffusion` and `ddim_move`.
+
+    One row per sample; columns are groups of four elements that share one Philox call.
 
     256 groups on 4 warps: 2 Philox calls and 8 normals a thread. More would only lengthen the tail of a launch that
     is short anyway (the latent of a 1024 px image has 16,384 groups).
@@ -111,7 +113,7 @@ def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels
     """The launch configuration of `op` for one shape: a pure function, the same on every GPU.
 
     `shape` is (N, C, H*W) for `group_norm_silu`, (rows, cols) for `geglu` (cols counts outputs) and
-    (N, elements per sample) for `forward_diffusion`. `channels_last` matters to `group_norm_silu` only.
+    (N, elements per sample) for `forward_diffusion` and `ddim_move`. `channels_last` matters to `group_norm_silu` only.
     Raises ValueError for an unknown op.
     """
     if op == "group_norm_silu":
@@ -120,7 +122,9 @@ def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels
     if op == "geglu":
         rows, cols = shape
         return geglu_config(rows, cols, dtype)
-    if op == "forward_diffusion":
+    if op in ("forward_diffusion", "ddim_move"):
         n, elements = shape
-        return forward_diffusion_config(n, elements, dtype)
-    raise ValueError(f"no launch configuration for op {op!r}; have group_norm_silu, geglu, forward_diffusion")
+        return noising_config(n, elements, dtype)
+    raise ValueError(
+        f"no launch configuration for op {op!r}; have group_norm_silu, geglu, forward_diffusion, ddim_move"
+    )

@@ -1,6 +1,7 @@
 # The C++ backend: the kernel files once per instruction set, each time in a namespace of its own, and dispatch.cpp,
 # which picks at run time. Only kernel files get the flags; everything else runs on any CPU of the architecture.
 set(kernel_sources
+    cpu/ddim_move.cpp
     cpu/forward_diffusion.cpp
     cpu/geglu.cpp
     cpu/group_norm_silu.cpp

@@ -58,6 +58,24 @@ struct DiffusionBackward {
     int32_t dtype, num_threads;
 };
 
+struct MoveForward {
+    const void *x_t, *model_output, *alphas_cumprod;
+    const int64_t *timesteps, *next_timesteps, *renoise_timesteps, *seeds;
+    void *x_next, *x_renoised;
+    int64_t n, c, hw, num_timesteps, draw_stream;
+    int32_t prediction;
+    bool nhwc;
+    int32_t dtype, output_dtype, num_threads;
+};
+
+struct MoveBackward {
+    const void *dx_next, *dx_renoised, *alphas_cumprod;
+    const int64_t *timesteps, *next_timesteps, *renoise_timesteps;
+    void *dx_t, *dmodel_output;
+    int64_t n, elements, num_timesteps;
+    int32_t prediction, dtype, output_dtype, num_threads;
+};
+
 // Declares the kernels compiled for one instruction set.
 #define SDXL_FAST_DECLARE_KERNELS(isa)                         \
     namespace isa {                                            \
@@ -67,6 +85,8 @@ struct DiffusionBackward {
     void geglu_bwd(const GegluCall& call);                     \
     void forward_diffusion_fwd(const DiffusionForward& call);  \
     void forward_diffusion_bwd(const DiffusionBackward& call); \
+    void ddim_move_fwd(const MoveForward& call);               \
+    void ddim_move_bwd(const MoveBackward& call);              \
     }
 
 SDXL_FAST_DECLARE_KERNELS(baseline)

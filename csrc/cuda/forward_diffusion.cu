@@ -13,14 +13,11 @@
 // Wrong      nowhere known; wide ragged channels-last tensors store element by element.
 //
 // A timestep outside [0, num_timesteps) makes its sample NaN: reading it back to report it would synchronise.
-#include "../common/philox.h"
-#include "device.cuh"
+#include "noising.cuh"
 
 namespace sdxl_fast {
 namespace cuda {
 namespace {
-
-constexpr int kThreads = 256;
 
 struct Schedule {
     const float* alphas_cumprod;
@@ -35,39 +32,14 @@ struct Coefficients {
 
 __device__ __forceinline__ Coefficients coefficients(const Schedule& schedule, int64_t sample) {
     const int64_t t = schedule.timesteps[sample];
-    if (t < 0 || t >= schedule.num_timesteps) return {nanf(""), nanf(""), false};
-    const float ab = schedule.alphas_cumprod[t];
-    return {sqrtf(ab), sqrtf(1.0f - ab), t == schedule.pure_noise_at};
+    const Level level = level_at(schedule.alphas_cumprod, t, schedule.num_timesteps);
+    return {level.signal, level.sigma, t >= 0 && t < schedule.num_timesteps && t == schedule.pure_noise_at};
 }
 
 template <class T>
 __device__ __forceinline__ T mix(const Coefficients& k, T x0, T noise) {
     return k.pure ? noise : from_float<T>(k.signal * to_float(x0) + k.sigma * to_float(noise));
 }
-
-// The four normals of elements 4 * block .. 4 * block + 3, rounded to T.
-template <class T>
-__device__ __forceinline__ Vec<T, 4> normals(int64_t seed, uint64_t block, uint64_t stream) {
-    const uint64_t key = static_cast<uint64_t>(seed);
-    const PhiloxWords words =
-        philox4x32_10(static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), block, stream);
-    Vec<T, 4> out;
-#pragma unroll
-    for (int pair = 0; pair < 4; pair += 2) {
-        const float radius = sqrtf(-2.0f * logf(philox_u1(words.w[pair])));
-        float sine, cosine;
-        sincospif(2.0f * philox_u2(words.w[pair + 1]), &sine, &cosine);
-        out.at[pair] = from_float<T>(radius * cosine);
-        out.at[pair + 1] = from_float<T>(radius * sine);
-    }
-    return out;
-}
-
-struct Draw {
-    const int64_t* seeds;
-    uint64_t stream;
-    int64_t n, channels, hw;
-};
 
 // One call per thread. VECTOR: memory order is logical order and a group of four is one aligned access.
 template <class T, bool NHWC, bool VECTOR>
@@ -169,10 +141,6 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
 }
 
-dim3 sample_grid(int64_t threads, int64_t n) {
-    return dim3(static_cast<unsigned>(ceil_div(threads, kThreads)), static_cast<unsigned>(n < 65535 ? n : 65535));
-}
-
 template <class T>
 int32_t draw_and_mix(const T* x0, T* x_t, T* noise, const Schedule& schedule, const Draw& draw, bool nhwc,
                      void* stream) {
@@ -190,11 +158,6 @@ int32_t draw_and_mix(const T* x0, T* x_t, T* noise, const Schedule& schedule, co
                       draw);
     return launch(forward_diffusion_seeded_kernel<T, false, false>, grid, kThreads, stream, x0, x_t, noise, schedule,
                   draw);
-}
-
-// Sizes whose grid CUDA cannot launch; 2^31 blocks of 256 threads is 2 TB of the smallest element.
-bool grid_fits(int64_t elements) {
-    return elements <= int64_t{0x7fffffff} * kThreads;
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 1
+#define SDXL_FAST_ABI 2
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -36,6 +36,8 @@ enum { SDXL_FAST_F32 = 0, SDXL_FAST_F64 = 1, SDXL_FAST_BF16 = 2, SDXL_FAST_F16 =
 enum { SDXL_FAST_NHWC = 0, SDXL_FAST_NCHW = 1 };
 enum { SDXL_FAST_ACT_NONE = 0, SDXL_FAST_ACT_SILU = 1 };
 enum { SDXL_FAST_GELU_NONE = 0, SDXL_FAST_GELU_TANH = 1 };
+/* What a network predicts. */
+enum { SDXL_FAST_EPSILON = 0, SDXL_FAST_SAMPLE = 1, SDXL_FAST_V_PREDICTION = 2 };
 
 /* Status codes; SDXL_FAST_CUDA_ERROR + e carries the cudaError e. */
 enum {
@@ -139,6 +141,45 @@ SDXL_FAST_API int32_t sdxl_fast_forward_diffusion_bwd_cuda(const void* dx_t, con
                                                            const int64_t* timesteps, void* dx0, int64_t n,
                                                            int64_t elements_per_sample, int64_t num_timesteps,
                                                            int64_t pure_noise_at, int32_t dtype, void* stream);
+
+/* ---- ddim_move: the deterministic step from timesteps to next_timesteps, and the result noised anew ----
+ * With the coefficients at the two levels, x_next = alpha' x0 + sigma' epsilon, x0 and epsilon being what model_output
+ * (a `prediction_type`) and x_t say; x_renoised = sqrt(ab_r) x_next + sqrt(1 - ab_r) noise at renoise_timesteps, its
+ * noise as forward_diffusion draws it. Timestep -1 is the clean latent (not for renoise_timesteps); a step from t to t
+ * is the identity; a timestep outside the schedule makes that sample NaN.
+ * x_t, x_next, x_renoised and their gradients: [n, c, h, w] of `dtype` in `layout`; model_output, dmodel_output: the
+ * same of `output_dtype`, which is `dtype`, or bf16 or f16 with f32; alphas_cumprod: [num_timesteps] of f32 (f64 with
+ * f64); the timesteps and seeds: i64 [n]. renoise_timesteps, seeds and x_renoised are all given or all null.
+ * bwd: dx_next or dx_renoised (with its timesteps) may be null, not both; a null dx_t or dmodel_output is not computed.
+ */
+
+SDXL_FAST_API int32_t sdxl_fast_ddim_move_fwd_cpu(const void* x_t, const void* model_output, const void* alphas_cumprod,
+                                                  const int64_t* timesteps, const int64_t* next_timesteps,
+                                                  const int64_t* renoise_timesteps_or_null,
+                                                  const int64_t* seeds_or_null, void* x_next, void* x_renoised_or_null,
+                                                  int64_t n, int64_t c, int64_t h, int64_t w, int64_t num_timesteps,
+                                                  int64_t draw_stream, int32_t prediction_type, int32_t layout,
+                                                  int32_t dtype, int32_t output_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_ddim_move_fwd_cuda(
+    const void* x_t, const void* model_output, const void* alphas_cumprod, const int64_t* timesteps,
+    const int64_t* next_timesteps, const int64_t* renoise_timesteps_or_null, const int64_t* seeds_or_null, void* x_next,
+    void* x_renoised_or_null, int64_t n, int64_t c, int64_t h, int64_t w, int64_t num_timesteps, int64_t draw_stream,
+    int32_t prediction_type, int32_t layout, int32_t dtype, int32_t output_dtype, void* stream);
+
+SDXL_FAST_API int32_t sdxl_fast_ddim_move_bwd_cpu(const void* dx_next_or_null, const void* dx_renoised_or_null,
+                                                  const void* alphas_cumprod, const int64_t* timesteps,
+                                                  const int64_t* next_timesteps,
+                                                  const int64_t* renoise_timesteps_or_null, void* dx_t_or_null,
+                                                  void* dmodel_output_or_null, int64_t n, int64_t elements_per_sample,
+                                                  int64_t num_timesteps, int32_t prediction_type, int32_t dtype,
+                                                  int32_t output_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_ddim_move_bwd_cuda(const void* dx_next_or_null, const void* dx_renoised_or_null,
+                                                   const void* alphas_cumprod, const int64_t* timesteps,
+                                                   const int64_t* next_timesteps,
+                                                   const int64_t* renoise_timesteps_or_null, void* dx_t_or_null,
+                                                   void* dmodel_output_or_null, int64_t n, int64_t elements_per_sample,
+                                                   int64_t num_timesteps, int32_t prediction_type, int32_t dtype,
+                                                   int32_t output_dtype, void* stream);
 
 #ifdef __cplusplus
 }

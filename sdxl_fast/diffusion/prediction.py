@@ -1,4 +1,4 @@
-"""What a network's output means, and the deterministic move between noise levels (SDXL-Lightning eq. 3-5).
+"""What a network's output means (SDXL-Lightning eq. 3-5); the move between two noise levels is `ops.ddim_move`.
 
 All functions take latents [N, C, H, W] of any float dtype, `timesteps` int64 [N] (0-based; -1 is the clean latent) and
 `alphas_cumprod` [T]; they compute in float32 (float64 for float64 latents) and return that dtype.
@@ -65,20 +65,3 @@ def target(
         x0, alpha, sigma = _prepare(x0, timesteps, alphas_cumprod)
         return alpha * noise.to(x0.dtype) - sigma * x0
     raise ValueError(f"prediction_type is {prediction_type!r}; allowed: {', '.join(get_args(PredictionType))}")
-
-
-def move(
-    x_t: Tensor,
-    model_output: Tensor,
-    timesteps: Tensor,
-    next_timesteps: Tensor,
-    alphas_cumprod: Tensor,
-    prediction_type: PredictionType,
-) -> Tensor:
-    """One deterministic DDIM step from `timesteps` to `next_timesteps` (eq. 5); a step from t to t is the identity."""
-    x0 = to_x0(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
-    epsilon = to_epsilon(model_output, x_t, timesteps, alphas_cumprod, prediction_type)
-    alpha, sigma = alpha_sigma(alphas_cumprod.to(x0.dtype), next_timesteps, x_t.ndim)
-    moved = alpha * x0 + sigma * epsilon
-    stays = (timesteps == next_timesteps).reshape(-1, *([1] * (x_t.ndim - 1)))
-    return torch.where(stays, x_t.to(moved.dtype), moved)

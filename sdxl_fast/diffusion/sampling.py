@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .. import ops
 from . import schedule
-from .prediction import PredictionType, move
+from .prediction import PredictionType
 
 # Streams of `ops.forward_diffusion`: independent draws of one seed.
 STREAM_START = 0  # x_T of a sample
@@ -63,13 +64,22 @@ def sample(
         alphas_cumprod: ᾱ [T]; None is SDXL's.
 
     Returns:
-        x̂0 in float32.
+        x̂0 in float32 (float64 for float64 x_t).
     """
-    table = schedule.alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
+    table = (schedule.alphas_cumprod() if alphas_cumprod is None else alphas_cumprod).to(x_t.device)
+    x_t = x_t if x_t.dtype == torch.float64 else x_t.float()
     for now, then in zip(timesteps, [*timesteps[1:], -1], strict=True):
         t = torch.full((x_t.shape[0],), now, dtype=torch.int64, device=x_t.device)
         output = predict(x_t, t)
-        x_t = move(x_t, output, t, torch.full_like(t, then), table, prediction_type)
+        moved = ops.ddim_move(
+            x_t,
+            output,
+            alphas_cumprod=table,
+            timesteps=t,
+            next_timesteps=torch.full_like(t, then),
+            prediction_type=prediction_type,
+        )
+        x_t = cast(Tensor, moved)  # a pair only when noised anew
     return x_t
 
 

@@ -1,6 +1,6 @@
 """Steps that draw fresh noise, as the samplers of LCM, DMD2 and SDXL-Turbo do.
 
-Arguments as in `prediction.move`, plus `noise`, unit normal and shaped like x_t. To the clean latent (index -1) both
+Arguments as in `ops.ddim_move`, plus `noise`, unit normal and shaped like x_t. To the clean latent (index -1) both
 return x̂0, since no noise is left there.
 """
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..diffusion.prediction import move
+from .. import ops
 from ..diffusion.schedule import alpha_sigma
 from ..diffusion.stochastic import ancestral_move, renoise_move
 from .presets import Preset
@@ -75,7 +75,15 @@ class Sampler:
         last = index == len(self.timesteps) - 1
         # on the last step no noise is added, and all samplers are the same deterministic move
         if last or preset.sampler in ("euler", "ddim"):
-            return move(x_t, output, t, t_next, self.alphas_cumprod, preset.prediction_type)
+            moved = ops.ddim_move(
+                x_t,
+                output,
+                alphas_cumprod=self.alphas_cumprod,
+                timesteps=t,
+                next_timesteps=t_next,
+                prediction_type=preset.prediction_type,
+            )
+            return cast(Tensor, moved)  # a pair only when noised anew
         shape = (x_t.shape[0], x_t.shape[1], x_t.shape[2], x_t.shape[3])
         fresh = noise.draw(shape, stream=STREAM_STEP + index, dtype=output.dtype, device=x_t.device)
         step = renoise_move if preset.sampler == "lcm" else ancestral_move

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public operations. Each picks the fastest backend that can run the call; see :mod:`sdxl_fast.dispatch`."""
 
+from sdxl_fast.ops.ddim_move import ddim_move
 from sdxl_fast.ops.forward_diffusion import forward_diffusion
 from sdxl_fast.ops.geglu import geglu
 from sdxl_fast.ops.group_norm_silu import group_norm_silu
 
-__all__ = ["forward_diffusion", "geglu", "group_norm_silu"]
+__all__ = ["ddim_move", "forward_diffusion", "geglu", "group_norm_silu"]

@@ -18,6 +18,7 @@ DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 NHWC, NCHW = 0, 1
 ACTIVATION = {"none": 0, "silu": 1}
 APPROXIMATE = {"none": 0, "tanh": 1}
+PREDICTION = {"epsilon": 0, "sample": 1, "v_prediction": 2}
 
 
 def binding(device: str) -> ModuleType:

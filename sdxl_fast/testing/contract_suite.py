@@ -38,7 +38,7 @@ class ContractSuite(OpSuite):
         listed = (found,) if isinstance(found, torch.Tensor) else found
         needs = [p in self.inputs and bound[p] is not None for p in self.op.parameters]
         scalars = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
-        dy = self.incoming(listed[0], listed[0].dtype)
+        dy = self.raw_incoming(listed, listed[0].dtype)
         return args, self.op.bwd_arguments(dy, self.op.saved(args, listed), scalars, needs)
 
     def test_forced_backend_runs(self, backend: str) -> None:
@@ -75,11 +75,11 @@ class ContractSuite(OpSuite):
             full = self.differentiate(self.public, values, torch.float32)
             for asked in itertools.product((False, True), repeat=len(names)):
                 fresh = {n: values[n].detach().requires_grad_(a) for n, a in zip(names, asked, strict=True)}
-                y = _first(self.public(**{**values, **fresh}))
-                assert y.requires_grad == any(asked)
+                roots = self.roots(self.public(**{**values, **fresh}))
+                assert all(y.requires_grad == any(asked) for y in roots)
                 if not any(asked):
                     continue
-                y.backward(self.incoming(y.detach(), torch.float32))
+                torch.autograd.backward(roots, self.incoming_all(roots, torch.float32))
                 for name, tensor in fresh.items():
                     assert (tensor.grad is not None) == tensor.requires_grad
                     if tensor.grad is not None:
@@ -90,12 +90,12 @@ class ContractSuite(OpSuite):
         values = self.ready(backend)
         leaves = {n: t.detach().requires_grad_() for n, t in self.leaves(values).items()}
         with use_backend(backend):
-            y = _first(self.public(**{**values, **leaves}))
-        dy = self.incoming(y.detach(), torch.float32)
-        kept = dy.clone()
-        first = torch.autograd.grad(y, list(leaves.values()), dy, retain_graph=True)
-        second = torch.autograd.grad(y, list(leaves.values()), dy)
-        assert torch.equal(dy, kept)
+            roots = self.roots(self.public(**{**values, **leaves}))
+        dy = self.incoming_all(roots, torch.float32)
+        kept = [t.clone() for t in dy]
+        first = torch.autograd.grad(roots, list(leaves.values()), dy, retain_graph=True)
+        second = torch.autograd.grad(roots, list(leaves.values()), dy)
+        assert all(torch.equal(a, b) for a, b in zip(dy, kept, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
     def test_incoming_gradient_of_any_stride(self, backend: str) -> None:
@@ -165,8 +165,10 @@ class ContractSuite(OpSuite):
         def penalty(call: Any) -> torch.Tensor:
             root = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
             tied = {n: t.detach() * (1 + root) for n, t in sources.items()}
-            y = _first(call(**{**values, **tied}))
-            (first,) = torch.autograd.grad((y * self.incoming(y.detach(), y.dtype)).sum(), root, create_graph=True)
+            roots = self.roots(call(**{**values, **tied}))
+            weighted = zip(roots, self.incoming_all(roots, torch.float64), strict=True)
+            total = torch.stack([(y * dy).sum() for y, dy in weighted]).sum()
+            (first,) = torch.autograd.grad(total, root, create_graph=True)
             return torch.autograd.grad(first**2, root)[0] if first.requires_grad else torch.zeros(())
 
         torch.testing.assert_close(penalty(self.public), penalty(self.raw(self.reference.fwd)))

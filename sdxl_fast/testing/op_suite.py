@@ -8,7 +8,7 @@ A backend that cannot run here skips with the registry's own reason. Outputs are
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
@@ -149,19 +149,33 @@ class OpSuite:
 
     # ---- running ----
 
-    def incoming(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Returns a gradient for ``y`` that depends on its shape alone, rounded to ``dtype``."""
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+    def incoming(self, y: torch.Tensor, dtype: torch.dtype, index: int = 0) -> torch.Tensor:
+        """Returns a gradient for output ``index`` that depends on its shape alone, rounded to ``dtype``."""
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7 + index)).to(dtype)
         return torch.empty_like(y).copy_(dy)
 
+    def roots(self, result: Any) -> list[torch.Tensor]:
+        """Returns the outputs that carry gradients."""
+        listed = [result] if isinstance(result, torch.Tensor) else list(result)
+        return listed[: self.op.differentiable]
+
+    def incoming_all(self, roots: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        """Returns a gradient for each of the outputs ``roots``."""
+        return [self.incoming(y.detach(), dtype, index) for index, y in enumerate(roots)]
+
+    def named(self, result: Any) -> Tensors:
+        """Returns outputs by name; an op may leave out the last ones, and then its reference does too."""
+        return dict(zip(self.outputs, [result] if isinstance(result, torch.Tensor) else result, strict=False))
+
     def differentiate(self, call: Callable[..., Any], values: Values, dtype: torch.dtype) -> Tensors:
-        """Returns the outputs of ``call(**values)`` and the gradients of the first one, named ``d<input>``."""
+        """Returns the outputs of ``call(**values)`` and the gradients flowing back from them, named ``d<input>``."""
         leaves = {n: values[n].detach().requires_grad_() for n in self.inputs if values[n] is not None}
         result = call(**{**values, **leaves})
-        named = dict(zip(self.outputs, (result,) if isinstance(result, torch.Tensor) else result, strict=True))
-        first = named[self.outputs[0]]
-        found = torch.autograd.grad(first, list(leaves.values()), self.incoming(first.detach(), dtype))
-        return {k: v.detach() for k, v in named.items()} | {f"d{n}": g for n, g in zip(leaves, found, strict=True)}
+        roots = self.roots(result)
+        found = torch.autograd.grad(roots, list(leaves.values()), self.incoming_all(roots, dtype))
+        return {k: v.detach() for k, v in self.named(result).items()} | {
+            f"d{n}": g for n, g in zip(leaves, found, strict=True)
+        }
 
     def raw(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a raw forward as a function of the public arguments, without the glue."""
@@ -172,6 +186,10 @@ class OpSuite:
             return found if isinstance(found, torch.Tensor) else found[: len(self.outputs)]
 
         return call
+
+    def raw_incoming(self, listed: Sequence[torch.Tensor], dtype: torch.dtype) -> Any:
+        """Returns the gradients of the outputs ``listed`` as the methods of the op take them."""
+        return self.op.incoming(self.incoming_all(listed[: self.op.differentiable], dtype))
 
     def expected(self, case: Case, dtype: torch.dtype) -> Expected:
         """Returns arguments and expectation of a case, computed once."""
@@ -257,8 +275,7 @@ class OpSuite:
                 plain = self.public(**values)
             got = self.differentiate(self.public, values, dtype)
         assert_all(self.compare(case, dtype, got))
-        plain = (plain,) if isinstance(plain, torch.Tensor) else plain
-        for name, tensor in zip(self.outputs, plain, strict=True):
+        for name, tensor in self.named(plain).items():
             assert torch.equal(tensor, got[name]), f"{name} differs between grad and no_grad"
         for name, tensor in before.items():
             assert torch.equal(values[name], tensor), f"{name} was written to"
@@ -269,7 +286,7 @@ class OpSuite:
         wanted = torch.contiguous_format if layout in ("contiguous", "strided") else torch.channels_last
         shape = values[self.op.parameters[0]].shape
         for name in self.outputs:
-            if got[name].shape == shape and got[name].ndim == 4 and got[name].numel():
+            if name in got and got[name].shape == shape and got[name].ndim == 4 and got[name].numel():
                 assert got[name].is_contiguous(memory_format=wanted), f"{name} is not {wanted}"
 
     def test_second_order(self, backend: str) -> None:
@@ -279,16 +296,16 @@ class OpSuite:
 
             def penalty(call: Callable[..., Any], arguments: Values, dtype: torch.dtype = dtype) -> Tensors:
                 leaves = {n: arguments[n].detach().requires_grad_() for n in self.inputs if arguments[n] is not None}
-                result = call(**{**arguments, **leaves})
-                y = result if isinstance(result, torch.Tensor) else result[0]
-                dy = self.incoming(y.detach(), dtype).requires_grad_()
-                first = torch.autograd.grad(y, list(leaves.values()), dy, create_graph=True)
-                sources = [*leaves.values(), dy]
+                roots = self.roots(call(**{**arguments, **leaves}))
+                dy = [t.requires_grad_() for t in self.incoming_all(roots, dtype)]
+                first = torch.autograd.grad(roots, list(leaves.values()), dy, create_graph=True)
+                sources = [*leaves.values(), *dy]
+                names = [*leaves, *(f"y{index}" for index in range(len(dy)))]
                 total = torch.stack([(g.double() ** 2).sum() for g in first]).sum()
                 second = torch.autograd.grad(total, sources, allow_unused=True)
                 return {
                     f"dd{n}": torch.zeros_like(s) if g is None else g
-                    for n, s, g in zip((*leaves, "dy"), sources, second, strict=True)
+                    for n, s, g in zip(names, sources, second, strict=True)
                 }
 
             exact = {
@@ -307,10 +324,9 @@ class OpSuite:
         names = [n for n in self.inputs if values[n] is not None]
         leaves = [values[n].requires_grad_() for n in names]
 
-        def call(*tensors: torch.Tensor) -> torch.Tensor:
+        def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
             with use_backend(backend):
-                result = self.public(**{**values, **dict(zip(names, tensors, strict=True))})
-            return result if isinstance(result, torch.Tensor) else result[0]
+                return tuple(self.roots(self.public(**{**values, **dict(zip(names, tensors, strict=True))})))
 
         assert torch.autograd.gradcheck(call, leaves)
         assert torch.autograd.gradgradcheck(call, leaves)
@@ -330,7 +346,7 @@ class OpSuite:
             listed = (found,) if isinstance(found, torch.Tensor) else found
             needs = [p in self.inputs for p in self.op.parameters]
             scalars = tuple(None if isinstance(a, torch.Tensor) else a for a in args)
-            dy = self.incoming(listed[0], dtype)
+            dy = self.raw_incoming(listed, dtype)
             raw = backward(*self.op.bwd_arguments(dy, self.op.saved(args, listed), scalars, needs))
             gradients = dict(zip(self.op.parameters, self.op.place_gradients(raw), strict=True))
             got = dict(zip(self.outputs, listed, strict=False))

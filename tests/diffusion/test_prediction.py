@@ -1,9 +1,10 @@
-"""Conversions invert one another, and `move` is DDIM."""
+"""Conversions invert one another, and the move between two levels is DDIM."""
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from sdxl_fast import ops
 from sdxl_fast.diffusion import prediction, schedule
 
 TYPES = ["epsilon", "sample", "v_prediction"]
@@ -40,14 +41,9 @@ def test_move_equals_ddim(kind: prediction.PredictionType) -> None:
         set_alpha_to_one=True,
     )
     stock.set_timesteps(4)
-    moved = prediction.move(x_t, output, torch.tensor([999]), torch.tensor([749]), TABLE, kind)
+    levels = {"timesteps": torch.tensor([999]), "next_timesteps": torch.tensor([749]), "alphas_cumprod": TABLE}
+    moved = ops.ddim_move(x_t, output, **levels, prediction_type=kind)
     torch.testing.assert_close(moved, stock.step(output, 999, x_t).prev_sample, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_a_move_that_stays_is_the_identity(kind: prediction.PredictionType) -> None:
-    _, _, t, x_t = _sample([-1, 249])
-    assert torch.equal(prediction.move(x_t, torch.full_like(x_t, 1e6), t, t, TABLE, kind), x_t)
 
 
 def test_half_precision_is_computed_in_float32() -> None:
