@@ -250,7 +250,7 @@ def test_it_says_what_ran_where_and_how_long(toy_folder: Path) -> None:
         _ = pipe.timings
     pipe("cat", seed=1)
     ran = pipe.explain()
-    assert set(ran) == {"forward_diffusion", "geglu", "group_norm_silu"}
+    assert set(ran) == {"ddim_move", "forward_diffusion", "geglu", "group_norm_silu"}
     unet, vae = str(pipe.fusion["unet"]), str(pipe.fusion["vae"])
     assert "kept" not in unet + vae
     # 12 residual blocks, 6 transformers and the end of the UNet; 11 blocks, one attention and the end of the decoder
