@@ -1,14 +1,18 @@
-"""Discriminators: SDXL-Lightning's, which is the UNet's own encoder with a head (§3.3), and a patch one for the VAE."""
+"""Discriminators: SDXL-Lightning's, which is the UNet's own encoder with a head (§3.3), ADD's heads on the features of
+a frozen network (§3.2), and a patch one for the VAE."""
 
 from __future__ import annotations
 
 import copy
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from ..nn.norm import GroupNormSiLU
 from .conditioning import time_ids
@@ -102,6 +106,59 @@ class LightningDiscriminator(nn.Module):
             features = torch.cat([features, features_t], dim=1)
         logits: Tensor = self.head(features)
         return logits
+
+
+class TokenHead(nn.Module):
+    """A logit per token of one feature layer: StyleGAN-T's discriminator head, which ADD takes over (ADD §3.2).
+
+    Convolutions along the token sequence with spectral norm: k = 1, a residual one with k = 9 and circular padding,
+    and the last to 64 channels, whose product with a linear map of the condition is the logit. Normalisation is over
+    groups of 8 channels within a sample where StyleGAN-T has virtual batches, so that a logit depends on its own
+    picture alone.
+
+    Args:
+        channels: of the layer, a multiple of 8.
+        condition: width of the conditioning vector.
+    """
+
+    PROJECTION = 64
+
+    def __init__(self, channels: int, condition: int) -> None:
+        super().__init__()
+        if channels % 8:
+            raise ValueError(f"channels is {channels}; allowed: multiples of 8, the size of a group")
+
+        def block(kernel: int) -> nn.Sequential:
+            conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
+            return nn.Sequential(spectral_norm(conv), nn.GroupNorm(channels // 8, channels), nn.LeakyReLU(0.2))
+
+        self.lift = block(1)
+        self.residual = block(9)
+        self.projection = spectral_norm(nn.Conv1d(channels, self.PROJECTION, 1))
+        self.condition = nn.Linear(condition, self.PROJECTION)
+
+    def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        """tokens [N, C, L >= 4], condition [N, width] -> logits [N, L]."""
+        x = self.lift(tokens)
+        x = (x + self.residual(x)) / math.sqrt(2.0)
+        mapped = self.condition(condition)[:, :, None]
+        return (self.projection(x) * mapped).sum(1) / math.sqrt(self.PROJECTION)
+
+
+class AddDiscriminator(nn.Module):
+    """One `TokenHead` per feature layer, conditioned on the text's and the real picture's embedding (ADD §3.2).
+
+    How the two embeddings merge is not published: here they are normalised each and joined.
+    """
+
+    def __init__(self, widths: Sequence[int], text: int, image: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(TokenHead(width, text + image) for width in widths)
+
+    def forward(self, tokens: list[Tensor], text: Tensor, image: Tensor) -> list[Tensor]:
+        """Logits [N, L_k] per layer."""
+        condition = torch.cat([F.layer_norm(part, part.shape[1:]) for part in (text.float(), image.float())], dim=1)
+        return [head(layer, condition) for head, layer in zip(self.heads, tokens, strict=True)]
 
 
 class PatchDiscriminator(nn.Module):

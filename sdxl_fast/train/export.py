@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,17 @@ from diffusers import EulerDiscreteScheduler
 
 from ..models.config import scheduler_arguments
 from ..models.lora import lora_file_name, read_lora, write_lora
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write an export into, which takes the place of `folder` when whole."""
+    writing = folder.with_name(f".{folder.name}")
+    shutil.rmtree(writing, ignore_errors=True)
+    yield writing
+    _forget_paths(writing)
+    shutil.rmtree(folder, ignore_errors=True)
+    writing.rename(folder)
 
 
 def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path], *, name: str) -> Path:
@@ -27,24 +40,20 @@ def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path
     The scheduler config says prediction_type "sample" and trailing: stock diffusers with num_inference_steps=1 and
     guidance_scale=0 draws with the student; the base UNet lies under `unet_base`.
     """
-    writing = folder.with_name(f".{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
     base = pipe.unet
     prediction_type = pipe.scheduler.config.prediction_type
     pipe.register_modules(unet=student, scheduler=EulerDiscreteScheduler(**scheduler_arguments("sample")))
-    pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)
-    base.to(torch.float16).save_pretrained(writing / "unet_base", safe_serialization=True)
-    for steps, path in loras.items():
-        pairs = {
-            module: (down.to(torch.float16), up.to(torch.float16))
-            for module, (down, up) in read_lora(path, base).pairs.items()
-        }
-        rank = next(iter(pairs.values()))[0].shape[0]
-        target = writing / lora_file_name(name, steps)
-        write_lora(target, pairs, alpha=rank, num_inference_steps=steps, prediction_type=prediction_type)
-    _forget_paths(writing)
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.rename(folder)
+    with new_folder(folder) as writing:
+        pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)
+        base.to(torch.float16).save_pretrained(writing / "unet_base", safe_serialization=True)
+        for steps, path in loras.items():
+            pairs = {
+                module: (down.to(torch.float16), up.to(torch.float16))
+                for module, (down, up) in read_lora(path, base).pairs.items()
+            }
+            rank = next(iter(pairs.values()))[0].shape[0]
+            target = writing / lora_file_name(name, steps)
+            write_lora(target, pairs, alpha=rank, num_inference_steps=steps, prediction_type=prediction_type)
     return folder
 
 

@@ -112,9 +112,8 @@ class StudentTask(Task):
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
         )
-        pictures = bench.vae.decode(latents / bench.vae.config.scaling_factor).sample
         with replacing(path) as writing:
-            to_sheet(pictures, 12).save(writing, format="PNG")
+            to_sheet(bench.decode(latents), 12).save(writing, format="PNG")
 
     def preview(self, path: Path) -> None:
         self.with_average(lambda: self._sheet(path))

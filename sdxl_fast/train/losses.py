@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,6 +37,34 @@ def hinge_generator(fake_logits: Tensor) -> Tensor:
     return -fake_logits.float().mean()
 
 
+def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
+    """Squared norm of each head's gradient by its own input, averaged over samples, summed over heads (ADD §3.2).
+
+    Args:
+        logits: [N, L_k] per head, computed from `inputs`.
+        inputs: [N, C_k, L_k] per head, requiring gradients.
+
+    Returns:
+        scalar; its own gradient reaches the heads' weights.
+    """
+    scores = torch.stack([logit.float().mean(1).sum() for logit in logits]).sum()
+    gradients = torch.autograd.grad(scores, list(inputs), create_graph=True)
+    return torch.stack([g.float().square().sum((1, 2)).mean() for g in gradients]).sum()
+
+
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Share of samples that the discriminator judges rightly; 0.5 is chance, 1.0 leaves the student no gradient."""
     return ((real_logits > 0).float().mean() + (fake_logits <= 0).float().mean()) / 2
+
+
+def distillation_weight(alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:
+    """c(t) of ADD eq. 4 from sqrt(ᾱ) and sqrt(1 - ᾱ), any shape.
+
+    exponential: α. sds and nfsd: α / (2σ) · w(t), with which the squared distance has the gradient of score
+    distillation (ADD App. A); w(t) = σ² as in DreamFusion (Poole et al. 2022).
+    """
+    if kind == "exponential":
+        return alpha
+    if kind in ("sds", "nfsd"):
+        return alpha * sigma / 2.0
+    raise ValueError(f"distillation is {kind!r}; allowed: exponential, sds, nfsd")

@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from ..eval.plots import plot_losses
 from . import checkpoint
-from .config import LightningConfig, OptimizerConfig, RunConfig, TeacherConfig, VaeConfig, cache_folder, load_recipe
+from .config import (
+    AddConfig,
+    AnyConfig,
+    LightningConfig,
+    OptimizerConfig,
+    RunConfig,
+    VaeConfig,
+    cache_folder,
+    load_recipe,
+)
 
 
 class Task(ABC):
@@ -188,7 +197,7 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
     return folder / "export"
 
 
-def _run_kind(config: VaeConfig | TeacherConfig | LightningConfig, folder: Path, resume: bool) -> bool:
+def _run_kind(config: AnyConfig, folder: Path, resume: bool) -> bool:
     if isinstance(config, LightningConfig):
         from .stages import run_stages
 
@@ -198,6 +207,10 @@ def _run_kind(config: VaeConfig | TeacherConfig | LightningConfig, folder: Path,
         from .vae import VaeTask
 
         task = VaeTask(config)
+    elif isinstance(config, AddConfig):
+        from .add import AddTask
+
+        task = AddTask(config, folder)
     else:
         from .teacher import TeacherTask
 

@@ -30,7 +30,7 @@ def bench(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 @pytest.fixture
-def lab(bench: stages.Bench[LightningConfig], tmp_path: Path) -> tuple[LightningConfig, stages.Bench[LightningConfig], stages.Lineage, Path]:
+def lab(bench: stages.Bench[LightningConfig], tmp_path: Path) -> Any:
     folder = tmp_path / "run"
     folder.mkdir()
     return bench.config, bench, stages.Lineage(bench, folder), folder

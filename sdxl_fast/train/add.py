@@ -1,0 +1,235 @@
+"""Adversarial diffusion distillation (arXiv 2311.17042), the training of SDXL-Turbo."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from .. import ops
+from ..diffusion import prediction, sampling, schedule
+from ..diffusion.stochastic import ancestral_move
+from ..files import replacing
+from ..models.config import scheduler_arguments
+from ..models.discriminators import AddDiscriminator
+from ..models.feature_nets import Features, feature_network
+from ..nn import fuse
+from ..random import generator, image_seeds
+from . import losses
+from .bench import Bench, Condition, load_teacher, make_bench
+from .checkpoint import Average
+from .config import AddConfig
+from .export import new_folder
+from .teacher import call_unet, preview_prompts
+from .trainer import Task, make_optimizer, optimize
+from .vae import to_sheet
+
+SHEET_STEPS = (1, 2, 4)
+NFSD_LOW = 200  # below it NFSD takes the unconditional estimate for the clean picture's own direction
+
+
+@dataclass
+class ScoreTeacher:
+    """The frozen network that says where a noised estimate should have gone (§3.3)."""
+
+    bench: Bench[AddConfig]
+    unet: nn.Module
+    negative: Condition  # one row
+
+    def _epsilons(self, x_t: Tensor, t: Tensor, *conditions: Condition) -> tuple[Tensor, ...]:
+        """ε̂ for each condition, in one batched call."""
+        bench, count = self.bench, len(conditions)
+        text = {key: torch.cat([c[key] for c in conditions]) for key in conditions[0]}
+        with bench.config.autocast():
+            output = call_unet(self.unet, torch.cat([x_t] * count), torch.cat([t] * count), text, bench.size)
+        return tuple(
+            prediction.to_epsilon(part, x_t, t, bench.alphas_cumprod, bench.prediction_type)
+            for part in output.chunk(count)
+        )
+
+    def _guided(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        nothing = {key: torch.zeros_like(value) for key, value in condition.items()}
+        scale = self.bench.config.guidance_scale
+        if scale == 1.0:
+            return self._epsilons(x_t, t, condition)[0]
+        without, with_text = self._epsilons(x_t, t, nothing, condition)
+        return without + scale * (with_text - without)
+
+    def _noise_free(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """NFSD's direction in place of ε̂ - ε: δ_D + s · δ_C (Katzir et al. 2023, eq. 8-9)."""
+        nothing = {key: torch.zeros_like(value) for key, value in condition.items()}
+        negative = {key: value.expand_as(condition[key]) for key, value in self.negative.items()}
+        without, with_text, unwanted = self._epsilons(x_t, t, nothing, condition, negative)
+        low = (t < NFSD_LOW)[:, None, None, None]
+        return torch.where(low, without, without - unwanted) + self.bench.config.guidance_scale * (with_text - without)
+
+    @torch.no_grad()
+    def target(self, x0: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """x̂_ψ: what the student's x0 (noised to x_t at t) is pulled towards."""
+        config, table = self.bench.config, self.bench.alphas_cumprod
+        alpha, sigma = schedule.alpha_sigma(table, t, 4)
+        if config.distillation == "nfsd":
+            return x0 - sigma / alpha * self._noise_free(x_t, t, condition)
+        start = t + 1
+        for left in range(config.teacher_steps - 1, -1, -1):
+            then = start * left // config.teacher_steps - 1
+            x_t = self.bench.move(x_t, self._guided(x_t, t, condition), (t, then), "epsilon")
+            t = then.clamp(min=0)
+        return x_t
+
+
+class AddTask(Task):
+    """One discriminator and one student step per batch, from the same x̂_θ; neither loss reaches the other's weights.
+
+    The real picture is decoded from its latent, so that the discriminator judges the student and not the VAE.
+    """
+
+    def __init__(self, config: AddConfig, folder: Path) -> None:
+        self.config, self.batch = config, config.batch
+        self.bench = bench = make_bench(config, folder, prompts=(config.negative_prompt,))
+        torch.manual_seed(config.seed)
+        self.student: Any = copy.deepcopy(bench.base).requires_grad_(True)
+        negative = {key: rows[-1:] for key, rows in bench.conditions.items()}
+        self.teacher = ScoreTeacher(bench, copy.deepcopy(bench.base), negative)
+        self.features = feature_network(config.feature_network).to(config.torch_device)
+        self.image_encoder = (
+            feature_network(config.image_encoder).to(config.torch_device) if config.image_encoder else self.features
+        )
+        text = bench.conditions["pooled"].shape[1]
+        self.discriminator = AddDiscriminator(self.features.widths, text, self.image_encoder.embedding)
+        self.discriminator.to(config.torch_device)
+        if config.fuse:
+            for network in (self.student, self.teacher.unet, bench.vae):
+                fuse(network)
+        self.optimizer = make_optimizer(config.optimizer, list(self.student.parameters()))
+        self.d_optimizer = make_optimizer(config.discriminator_optimizer, list(self.discriminator.parameters()))
+        self.average = Average(self.student, config.ema_half_life)
+        self.parts = {
+            **{"student": self.student, "optimizer": self.optimizer, "average": self.average},
+            **{"discriminator": self.discriminator, "d_optimizer": self.d_optimizer},
+        }
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        if self.config.checkpoint_decoder and torch.is_grad_enabled():
+            pictures: Tensor = recompute(self.bench.decode, latents, use_reentrant=False)
+            return pictures
+        return self.bench.decode(latents)
+
+    def _estimate(self, x_s: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """The student's x̂_θ(x_s, s), float32."""
+        bench = self.bench
+        with self.config.autocast():
+            output = call_unet(self.student, x_s, s, condition, bench.size)
+        return prediction.to_x0(output, x_s, s, bench.alphas_cumprod, bench.prediction_type)
+
+    @torch.no_grad()
+    def _real(self, latents: Tensor) -> tuple[Features, Tensor]:
+        """Features of the real pictures, and the embedding c_img that conditions the discriminator."""
+        with self.config.autocast():
+            pictures = self._decode(latents)
+            features = self.features.features(pictures)
+            if self.image_encoder is self.features:
+                return features, features.embedding
+            return features, self.image_encoder.features(pictures).embedding
+
+    def discriminator_step(
+        self, real: Features, fake: list[Tensor], text: Tensor, image: Tensor, images: int
+    ) -> dict[str, float]:
+        """Hinge loss summed over heads, plus R1 on the heads' real inputs (eq. 3)."""
+        inputs = [tokens.detach().requires_grad_() for tokens in real.tokens]
+        with self.config.autocast():
+            real_logits = self.discriminator(inputs, text, image)
+            fake_logits = self.discriminator([tokens.detach() for tokens in fake], text, image)
+        pairs = list(zip(real_logits, fake_logits, strict=True))
+        hinge = torch.stack([losses.hinge_discriminator(*pair) for pair in pairs]).sum()
+        r1 = losses.r1_penalty(real_logits, inputs)
+        config = self.config
+        norm = optimize(self.d_optimizer, hinge + config.r1 * r1, config.discriminator_optimizer, images, config.images)
+        accuracy = losses.accuracy(*(torch.cat(side, dim=1) for side in zip(*pairs, strict=True))).item()
+        return {"d_loss": hinge.item(), "r1": r1.item(), "d_accuracy": accuracy, "d_grad_norm": norm}
+
+    def _distance(self, x0: Tensor, pictures: Tensor, condition: Condition, images: int) -> Tensor:
+        """E[c(t) d(x̂_θ, x̂_ψ)], d the mean squared difference (eq. 4); t is uniform, which the paper leaves open."""
+        bench, config = self.bench, self.config
+        draw = generator(config.seed, images, "teacher")
+        t = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (len(x0),), generator=draw).to(bench.device)
+        x_t, _ = ops.forward_diffusion(
+            x0.detach(),
+            alphas_cumprod=bench.alphas_cumprod,
+            timesteps=t,
+            seeds=bench.seeds(images, "teacher"),
+            stream=sampling.STREAM_RENOISE,
+        )
+        target = self.teacher.target(x0.detach(), x_t, t, condition)
+        weight = losses.distillation_weight(*schedule.alpha_sigma(bench.alphas_cumprod, t, 1), config.distillation)
+        mine, wanted = x0, target
+        if config.space == "pixel":
+            with torch.no_grad(), config.autocast():
+                mine, wanted = pictures, self._decode(target)
+        return (weight * (mine.float() - wanted.float()).square().mean((1, 2, 3))).mean()
+
+    def step(self, images: int) -> dict[str, float]:
+        config = self.config
+        latents, condition = self.bench.batch(images, "add")
+        x_s, s = self.bench.noised(latents, config.timesteps, images, "add")
+        real, image = self._real(latents)
+        trains_student = images >= config.d_warmup
+        with torch.set_grad_enabled(trains_student):
+            x0 = self._estimate(x_s, s, condition)
+            with config.autocast():
+                pictures = self._decode(x0)
+                fake = self.features.features(pictures).tokens
+        logged = self.discriminator_step(real, fake, condition["pooled"], image, images)
+        if not trains_student:
+            return logged
+        self.discriminator.eval().requires_grad_(False)  # nor may spectral norm's vectors move
+        with config.autocast():
+            logits = self.discriminator(fake, condition["pooled"], image)
+        adversarial = torch.stack([losses.hinge_generator(logit) for logit in logits]).sum()
+        distance = self._distance(x0, pictures, condition, images)
+        loss = adversarial + config.distillation_weight * distance
+        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        self.discriminator.train().requires_grad_(True)
+        self.average.update(self.student, images + self.batch, self.batch)
+        return {**logged, "g_loss": adversarial.item(), "distillation": distance.item(), "grad_norm": norm}
+
+    def _averaged(self) -> Any:
+        student = copy.deepcopy(self.bench.base)
+        self.average.copy_to(student)
+        return student.eval()
+
+    @torch.no_grad()
+    def preview(self, path: Path) -> None:
+        """One, two and four ancestral steps of the same prompts and seeds, block below block."""
+        bench, unet = self.bench, self._averaged()
+        captions = bench.data.captions
+        chosen = [captions.index(p) for p in preview_prompts(captions)]
+        condition = bench.condition(torch.tensor(chosen, device=bench.device))
+        blocks = []
+        for steps in SHEET_STEPS:
+            x_t = sampling.pure_noise(bench.data.shape, image_seeds(len(chosen), "preview").to(bench.device))
+            grid = schedule.trailing_timesteps(steps)
+            for now, then in zip(grid, [*grid[1:], -1], strict=True):
+                t = torch.full((len(chosen),), now, device=bench.device)
+                output = call_unet(unet, x_t, t, condition, bench.size)
+                seeds = image_seeds(len(chosen), "preview", now).to(bench.device)
+                noise = sampling.pure_noise(bench.data.shape, seeds)
+                levels = (t, torch.full_like(t, then))
+                x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
+            blocks.append(bench.decode(x_t))
+        with replacing(path) as writing:
+            to_sheet(torch.cat(blocks), len(chosen)).save(writing, format="PNG")
+
+    def export(self, folder: Path) -> None:
+        """A diffusers folder like SDXL-Turbo's: the student and an ancestral Euler scheduler, trailing timesteps."""
+        pipe = load_teacher(self.config)
+        arguments = scheduler_arguments(self.bench.prediction_type)
+        pipe.register_modules(unet=self._averaged().cpu(), scheduler=EulerAncestralDiscreteScheduler(**arguments))
+        with new_folder(folder) as writing:
+            pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)

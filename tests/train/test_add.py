@@ -1,0 +1,191 @@
+"""ADD's losses, discriminator and steps, on a toy pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionXLPipeline
+
+from sdxl_fast.diffusion import prediction, schedule
+from sdxl_fast.models.discriminators import AddDiscriminator, TokenHead
+from sdxl_fast.train import checkpoint, losses
+from sdxl_fast.train.add import AddTask, ScoreTeacher
+from sdxl_fast.train.config import AddConfig, load_recipe
+from sdxl_fast.train.trainer import run
+
+pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+
+
+@pytest.fixture(scope="module")
+def recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = {
+        **{"kind": "add", "run": "add", "teacher": str(teacher_folder), "batch": 4, "images": 16, "draws": 2},
+        "data": {"folder": str(pictures), "resolution": 64, "art_size": 64},
+        **{"precision": "fp32", "guidance_scale": 2.0, "checkpoint_every": 8, "log_every": 4, "seed": 3},
+        **{"optimizer": {"lr": 1e-3}, "discriminator_optimizer": {"lr": 1e-3}},
+    }
+    path = tmp_path_factory.mktemp("add") / "add.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _task(recipe: Path, tmp_path: Path, *settings: str) -> AddTask:
+    config = load_recipe(recipe, list(settings))
+    assert isinstance(config, AddConfig)
+    return AddTask(config, tmp_path)
+
+
+def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in module.state_dict().items()}
+
+
+def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+def test_r1_is_the_squared_gradient_by_the_heads_inputs_and_reaches_the_weights() -> None:
+    weight = torch.randn(6, requires_grad=True)
+    tokens = torch.randn(3, 6, 5, requires_grad=True)
+    penalty = losses.r1_penalty([torch.einsum("c,ncl->nl", weight, tokens)], [tokens])
+    torch.testing.assert_close(penalty, weight.square().sum() / 5)  # a mean over 5 tokens: 5 · (w / 5)²
+    penalty.backward()  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(weight.grad, 2.0 * weight / 5)
+
+
+def test_r1_has_a_second_derivative_through_the_head() -> None:
+    torch.manual_seed(0)
+    head = TokenHead(8, 4).double().eval()
+    condition = torch.randn(2, 4, dtype=torch.float64)
+
+    def penalty(tokens: torch.Tensor) -> torch.Tensor:
+        score = head(tokens, condition).mean(1).sum()
+        return torch.autograd.grad(score, tokens, create_graph=True)[0]
+
+    tokens = torch.randn(2, 8, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(penalty, (tokens,))
+
+
+@pytest.mark.parametrize("kind", ["sds", "nfsd"])
+def test_the_sds_weight_gives_the_gradient_of_score_distillation(kind: str) -> None:
+    """c(t) · d/dx̂ ‖x̂ - x̂_ψ‖² = w(t) (ε̂ - ε) with w = σ², where x̂ - x̂_ψ = σ/α (ε̂ - ε)."""
+    alpha, sigma = torch.tensor([0.8, 0.3]), torch.tensor([0.6, 0.954])
+    difference = torch.tensor([0.5, -2.0])
+    gradient = losses.distillation_weight(alpha, sigma, kind) * 2.0 * (sigma / alpha * difference)
+    torch.testing.assert_close(gradient, sigma**2 * difference)
+    with pytest.raises(ValueError, match="exponential, sds, nfsd"):
+        losses.distillation_weight(alpha, sigma, "other")
+
+
+def test_a_logit_depends_on_its_own_picture_text_and_image() -> None:
+    torch.manual_seed(0)
+    d = AddDiscriminator((16, 24), text=5, image=7).eval()
+    tokens = [torch.randn(3, 16, 16), torch.randn(3, 24, 4)]
+    text, image = torch.randn(3, 5), torch.randn(3, 7)
+    logits = d(tokens, text, image)
+    assert [tuple(logit.shape) for logit in logits] == [(3, 16), (3, 4)]
+    alone = d([layer[1:2] for layer in tokens], text[1:2], image[1:2])
+    for layer, one in zip(logits, alone, strict=True):
+        torch.testing.assert_close(layer[1:2], one)
+    assert not torch.allclose(logits[0], d(tokens, text.flip(0), image)[0])
+    assert not torch.allclose(logits[0], d(tokens, text, image.flip(0))[0])
+    with pytest.raises(ValueError, match="multiples of 8"):
+        TokenHead(12, 5)
+
+
+def test_each_step_moves_its_own_network_alone(recipe: Path, tmp_path: Path) -> None:
+    task = _task(recipe, tmp_path, "d_warmup=4")
+    student, discriminator = _weights(task.student), _weights(task.discriminator)
+    frozen = [_weights(network) for network in (task.teacher.unet, task.features, task.bench.vae)]
+    task.step(0)
+    assert _same(student, _weights(task.student)), "the student waits until the discriminator is warm"
+    moved = _weights(task.discriminator)
+    assert not _same(discriminator, moved)
+
+    after: dict[str, Any] = {}
+    original = task.discriminator_step
+
+    def spy(*arguments: Any) -> dict[str, float]:
+        logged = original(*arguments)
+        after["discriminator"] = _weights(task.discriminator)
+        after["gradients"] = {n: p.grad.clone() for n, p in task.discriminator.named_parameters() if p.grad is not None}
+        after["student"] = _weights(task.student)
+        return logged
+
+    task.discriminator_step = spy  # type: ignore[method-assign]
+    logged = task.step(4)
+    assert _same(student, after["student"]), "the discriminator's loss must not reach the student"
+    assert _same(after["discriminator"], _weights(task.discriminator)), "nor the student's the discriminator"
+    for name, parameter in task.discriminator.named_parameters():
+        if name in after["gradients"]:
+            assert torch.equal(parameter.grad, after["gradients"][name])  # type: ignore[arg-type]
+    assert not _same(student, _weights(task.student))
+    for before, network in zip(frozen, (task.teacher.unet, task.features, task.bench.vae), strict=True):
+        assert _same(before, _weights(network))
+    assert set(logged) == {"d_loss", "r1", "d_accuracy", "d_grad_norm", "g_loss", "distillation", "grad_norm"}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_exponential_target_is_the_guided_walk(recipe: Path, tmp_path: Path, steps: int) -> None:
+    task = _task(recipe, tmp_path, "distillation=exponential", f"teacher_steps={steps}")
+    bench, unet = task.bench, task.teacher.unet
+    x0, condition = bench.batch("test")
+    t = torch.tensor([3, 200, 700, 999])
+    x_t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+    from sdxl_fast.train.teacher import call_unet
+
+    with torch.no_grad():
+        expected, now = x_t, t
+        for left in range(steps - 1, -1, -1):
+            zero = {key: torch.zeros_like(value) for key, value in condition.items()}
+            without = call_unet(unet, expected, now, zero, 64)
+            epsilon = without + 2.0 * (call_unet(unet, expected, now, condition, 64) - without)
+            estimate = prediction.to_x0(epsilon, expected, now, bench.alphas_cumprod, "epsilon")
+            then = (t + 1) * left // steps - 1
+            alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, then, 4)
+            expected, now = alpha * estimate + sigma * epsilon, then
+    torch.testing.assert_close(task.teacher.target(x0, x_t, t, condition), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_noise_free_target_needs_no_noise_where_the_teacher_agrees(recipe: Path, tmp_path: Path) -> None:
+    """A teacher that ignores the text gives no direction above t = 200: the target is the estimate itself."""
+    task = _task(recipe, tmp_path, "distillation=nfsd")
+    bench = task.bench
+    x0, condition = bench.batch("test")
+    silent = {key: torch.zeros_like(value) for key, value in condition.items()}
+    teacher = ScoreTeacher(bench, task.teacher.unet, {key: value[:1] for key, value in silent.items()})
+    t = torch.tensor([100, 200, 700, 999])
+    target = teacher.target(x0, torch.randn(x0.shape), t, silent)
+    torch.testing.assert_close(target[1:], x0[1:], rtol=1e-3, atol=1e-3)
+    assert (target[0] - x0[0]).abs().max() > 1e-2
+
+
+def test_recomputing_the_decoder_changes_nothing(recipe: Path, tmp_path: Path) -> None:
+    plain, recomputed = _task(recipe, tmp_path), _task(recipe, tmp_path, "checkpoint_decoder=true")
+    first, second = plain.step(0), recomputed.step(0)
+    assert first == pytest.approx(second, rel=1e-4)
+    assert _same(_weights(plain.discriminator), _weights(recomputed.discriminator))
+
+
+def test_a_run_resumes_bitwise_and_stock_diffusers_draws_from_it(recipe: Path, cache: Path) -> None:
+    run(recipe, ["run=whole"])
+    run(recipe, ["run=halves", "images=8"])
+    folder = run(recipe, ["run=halves"], resume="latest")
+    whole, halves = (checkpoint.latest(cache / "runs" / name) for name in ("whole", "halves"))
+    assert whole is not None and halves is not None
+    for path in sorted(whole.glob("*.safetensors")):
+        assert path.read_bytes() == (halves / path.name).read_bytes(), path.name
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    assert type(pipe.scheduler).__name__ == "EulerAncestralDiscreteScheduler"
+    assert pipe.scheduler.config.timestep_spacing == "trailing"
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("red square", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
+    assert image.shape == (1, 32, 32, 3)
+
+
+def test_levels_without_pure_noise_are_refused(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="hold 999"):
+        load_recipe(recipe, ["timesteps=[249,499]"])
