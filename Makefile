@@ -71,7 +71,7 @@ cuda: $(READY)
 
 # The oldest supported Triton goes into a folder of its own, first on the path for that run.
 .triton-3.6.0:
-	@$(PIP) install --no-deps --target $@ triton==3.6.0
+	@$(PIP) install --no-deps --target $@ triton==3.6.0 || { rm -rf $@; exit 1; }
 
 # -m: the slow ones too, which are the other architectures.
 triton: $(READY) .triton-3.6.0
