@@ -139,6 +139,16 @@ void lane_moments(const T* x, int64_t rows, int64_t lanes, int64_t stride, Acc<T
 template <class T>
 constexpr bool kFoldedCentre = sizeof(T) == 2;
 
+// The tables give z, or for two-byte elements ahead of SiLU kSiluScale * z.
+template <class T, class V>
+inline V activated(V z) {
+    if constexpr (kFoldedCentre<T>) {
+        return silu_of_scaled<T>(z);
+    } else {
+        return silu<T>(z);
+    }
+}
+
 template <class A>
 struct ApplyTables {
     const A *centre, *scale, *bias;
@@ -155,7 +165,7 @@ void lane_apply(const T* x, T* y, int64_t rows, int64_t lanes, int64_t stride, A
             V z = fetch<full.value>(from + l, lanes - l);
             if constexpr (!kFoldedCentre<T>) z = z - entry<kOne, V>(t.centre, l);
             z = fma(z, entry<kOne, V>(t.scale, l), entry<kOne, V>(t.bias, l));
-            if constexpr (silu_on) z = silu<T>(z);
+            if constexpr (silu_on) z = activated<T>(z);
             write<full.value, streaming>(to + l, z, lanes - l);
         });
     }

@@ -72,10 +72,11 @@ struct Forward {
             const double scale = rstd * parameter(call.weight, call.param_dtype, k, 1.0);
             double bias = parameter(call.bias, call.param_dtype, k, 0.0);
             if (kFoldedCentre<T>) bias -= from * scale;
+            const double factor = kFoldedCentre<T> && call.silu ? kSiluScale : 1.0;
             for (int64_t lane = k; lane < plan.lanes; lane += c) {
                 centre[lane] = static_cast<A>(from);
-                centre[p + lane] = static_cast<A>(scale);
-                centre[2 * p + lane] = static_cast<A>(bias);
+                centre[p + lane] = static_cast<A>(factor * scale);
+                centre[2 * p + lane] = static_cast<A>(factor * bias);
             }
         }
     }

@@ -175,7 +175,7 @@ inline VecF reciprocal(VecF a) {
 
 // ---- parts of 2^x ----
 
-// a * 2^floor(t) for a in [1, 2]; elsewhere than on AVX-512, t must lie in [-126, 127].
+// a * 2^floor(t) for |a| in [1, 4); elsewhere than on AVX-512, t must lie in [-126, 127].
 // And fraction(t) = t - floor(t).
 #if defined(__AVX512F__)
 inline VecF fraction(VecF t) {

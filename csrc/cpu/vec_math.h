@@ -40,21 +40,27 @@ struct Exp2<float> {
 // What exp() must do with arguments whose power leaves the range of float. On AVX-512 it saturates by itself.
 enum class Range { kSaturate, kClamp };
 
-// e^(factor x): an infinity and zero at the ends (kSaturate), or at most 2^126 and still finite (kClamp). The product
-// is rounded once, which costs 1e-7 |t| relative error in the result: little where the result matters, since all
-// functions here add it to 1 or multiply it by what has decayed.
+constexpr double kLog2E = 1.4426950408889634;
+
+// factor * 2^t: an infinity and zero at the ends (kSaturate), or at most 2^126 and still finite (kClamp).
 template <class T, Range range>
-inline VecF exp_scaled(VecF x, double factor) {
-    VecF t = x * VecF(static_cast<float>(factor * 1.4426950408889634));
+inline VecF power_of_two(VecF t, double factor) {
 #if defined(__AVX512F__)
     if constexpr (range == Range::kClamp) t = min(VecF(126.0f), t);
 #else
     t = min(VecF(126.0f), max(VecF(-126.0f), t));
 #endif
     const VecF f = fraction(t);
-    VecF p = Exp2<T>::c[0];
-    for (int k = 1; k < Exp2<T>::n; ++k) p = fma(p, f, VecF(Exp2<T>::c[k]));
+    VecF p = static_cast<float>(factor * Exp2<T>::c[0]);
+    for (int k = 1; k < Exp2<T>::n; ++k) p = fma(p, f, VecF(static_cast<float>(factor * Exp2<T>::c[k])));
     return scale(p, t);
+}
+
+// e^(factor x). The product is rounded once, which costs 1e-7 |t| relative error in the result: little where the result
+// matters, since all functions here add it to 1 or multiply it by what has decayed.
+template <class T, Range range>
+inline VecF exp_scaled(VecF x, double factor) {
+    return power_of_two<T, range>(x * VecF(static_cast<float>(factor * kLog2E)), 1.0);
 }
 
 // ---- SiLU ----
@@ -76,6 +82,16 @@ inline VecF silu(VecF x) {
 template <class T>
 inline VecD silu(VecD x) {
     return sdxl_fast::silu(x.v);
+}
+
+// SiLU of x from t = kSiluScale x, for two-byte T: t / (kSiluScale (1 + 2^t)), the factor inside the polynomial. Where
+// t comes out of a multiplication anyway this saves one, 2 to 4 % of group_norm_silu.
+constexpr double kSiluScale = -kLog2E;
+template <class T>
+inline VecF silu_of_scaled(VecF t) {
+    static_assert(kCheap<T>, "elsewhere the two roundings of the factor would show");
+    const VecF power = power_of_two<T, Range::kSaturate>(t, kSiluScale);
+    return t * reciprocal<true>(VecF(static_cast<float>(kSiluScale)) + power);
 }
 
 template <class T>
