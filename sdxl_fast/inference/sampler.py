@@ -48,9 +48,11 @@ class Sampler:
                 diffusers' scale; what it changes in `state` counts. True stops there.
 
         Returns:
-            x̂0 [N, C, h, w] in float32; the latents as they are, in diffusers' scale, if stopped before the end.
+            x̂0 [N, C, h, w] in float32, or float64 for a U-Net in it; the latents as they are, in diffusers' scale, if
+            stopped before the end.
         """
-        x_t = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device).float() * self._start()
+        start = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device)
+        x_t = start.to(torch.promote_types(start.dtype, torch.float32)) * self._start()
         for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], -1), strict=True)):
             t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
             output = self._predict(x_t, t, state)
