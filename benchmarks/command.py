@@ -154,6 +154,14 @@ def failures(results: ResultsFile) -> list[str]:
     ]
 
 
+def measure_ceilings_again(results: ResultsFile, clock: Clock, *, quick: bool) -> None:
+    """Raises the ceilings to what they are now, if that is more: a neighbour may have held them down at the start."""
+    device = results.data["machine"]["device_type"]
+    now = roofline.measure(device, clock, quick=quick)
+    results.set("ceilings", roofline.higher(results.data["ceilings"], now))
+    say(ceilings_text(results.data["ceilings"]))
+
+
 def finish(results: ResultsFile, *, complete: bool = True, tell: Say = say) -> int:
     """Prints the summary, writes page and plot, and returns the exit status: 1 when a gate failed."""
     results.set("complete", complete)

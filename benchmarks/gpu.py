@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         command.say(f"interrupted; what was measured is in {results.path}")
         raise SystemExit(130) from None
+    command.measure_ceilings_again(results, clock, quick=rehearse)
     status = command.finish(results, complete=finished)
     raise SystemExit(status if good and not problem else 1)
 

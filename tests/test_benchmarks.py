@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import command, gpu, report  # noqa: E402
+from benchmarks import command, gpu, report, roofline  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
@@ -99,6 +99,12 @@ def test_targets() -> None:
     assert (share, near) == (pytest.approx(0.8), False)
     slow = with_ratios(_row(2.0, 3.0, 2.0), targets)
     assert [reached for _, _, reached in verdicts(slow, CEILINGS)] == [False, False]
+
+
+def test_ceilings_only_rise() -> None:
+    slower = {**CEILINGS, "copies": {"torch": 70.0}, "copy_bytes_per_s": 70.0, "matrix_flops_per_s": {"float32": 60.0}}
+    both = roofline.higher(CEILINGS, slower)
+    assert both["copy_bytes_per_s"] == 100.0 and both["matrix_flops_per_s"] == {"float32": 60.0}
 
 
 def test_target_of_what_was_not_timed_is_missed() -> None:

@@ -295,7 +295,7 @@ def run(requests: Sequence[Request], device: str, clock: Clock, results: Results
             continue
         try:
             rows = measure(request, device, clock)
-        except (SdxlFastError, ImportError, RuntimeError) as error:
+        except (SdxlFastError, ImportError, RuntimeError, ValueError) as error:
             rows = [{**request.key("latency"), "about": "", "skipped": one_line(error), "contestants": {}}]
             if not alive(device):
                 raise ContextLostError("end_to_end", rows[0]) from error
