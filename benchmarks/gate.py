@@ -65,7 +65,7 @@ def evaluate(subject: Subject, call: Callable[..., Any], values: Values, dy: tor
     with contextlib.nullcontext() if leaves else torch.no_grad():
         result = call(**{**values, **leaves})
     listed = (result,) if isinstance(result, torch.Tensor) else result
-    found = {name: t.detach() for name, t in zip(subject.outputs, listed, strict=True)}
+    found = {name: t.detach() for name, t in zip(subject.outputs, listed, strict=False)}
     if leaves:
         gradients = torch.autograd.grad(listed[0], list(leaves.values()), dy)
         found |= {f"d{name}": g for name, g in zip(leaves, gradients, strict=True)}

@@ -212,12 +212,13 @@ def _refusing(found: dict[str, dict[str, Any]], name: str, work: Work, options: 
 def _header(work: Work, mode: str, prepared: Prepared) -> dict[str, Any]:
     shape, dtype = work.case.shape, getattr(torch, work.dtype)
     passes = (False,) if mode == FORWARD else (False, True)
+    reference, cost = work.bench.reference, work.bench.cost(work.case)
     return {
         **work.key(mode),
         "shape": list(shape),
         "options": work.case.options,
-        "flops": sum(work.bench.reference.flops(shape, backward=backward) for backward in passes),
-        "bytes": sum(work.bench.reference.bytes(shape, dtype, backward=backward) for backward in passes),
+        "flops": sum(reference.flops(shape, backward=backward, **cost) for backward in passes),
+        "bytes": sum(reference.bytes(shape, dtype, backward=backward, **cost) for backward in passes),
         "sets": prepared.count,
         "bytes_per_set": prepared.bytes_per_set,
     }

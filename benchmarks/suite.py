@@ -58,6 +58,7 @@ class OpBench:
         modes: forward, or both passes too.
         images: whether tensors have a memory format; peers are then timed in both.
         rows: over how many rows an element of an output or gradient sums, by case.
+        cost: what else the cost model needs to know of a case.
         own: outputs that a peer draws for itself.
         targets: what is to be reached.
     """
@@ -73,6 +74,7 @@ class OpBench:
     modes: tuple[str, ...] = (FORWARD, BOTH)
     images: bool = False
     rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
+    cost: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
     own: tuple[str, ...] = ()
     targets: tuple[Target, ...] = ()
 

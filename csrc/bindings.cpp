@@ -64,4 +64,10 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(ddim_move_fwd_cuda);
     EXPOSE(ddim_move_bwd_cpu);
     EXPOSE(ddim_move_bwd_cuda);
+    EXPOSE(layer_norm_workspace_cpu);
+    EXPOSE(layer_norm_workspace_cuda);
+    EXPOSE(layer_norm_fwd_cpu);
+    EXPOSE(layer_norm_fwd_cuda);
+    EXPOSE(layer_norm_bwd_cpu);
+    EXPOSE(layer_norm_bwd_cuda);
 }

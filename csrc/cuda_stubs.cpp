@@ -52,4 +52,18 @@ int32_t sdxl_fast_ddim_move_bwd_cuda(const void*, const void*, const void*, cons
     return SDXL_FAST_NO_CUDA;
 }
 
+int32_t sdxl_fast_layer_norm_fwd_cuda(const void*, const void*, const void*, const void*, void*, void*, void*, void*,
+                                      int64_t, int64_t, double, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_layer_norm_bwd_cuda(const void*, const void*, const void*, const void*, const void*, const void*,
+                                      void*, void*, void*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int64_t sdxl_fast_layer_norm_workspace_cuda(int64_t, int64_t) {
+    return 0;
+}
+
 }  // extern "C"

@@ -215,6 +215,21 @@ class EvenLast:
 
 
 @dataclass(frozen=True)
+class LastAtMost:
+    """The last dimension of ``arg`` is at most ``most``."""
+
+    arg: str
+    most: int
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        return None if value.shape[-1] <= self.most else f"{self.describe()}, got shape {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"the last dimension of {self.arg} must be at most {self.most}"
+
+
+@dataclass(frozen=True)
 class Divides:
     """The integer ``arg`` is positive and divides dimension ``dim`` of ``other``."""
 

@@ -67,7 +67,8 @@ class FusedOp:
     """One op. A subclass states the raw signature, the rules and the backends, and shapes the backward.
 
     The raw ``fwd`` takes the arguments named in ``parameters``, in that order, and returns a tensor or a tuple whose
-    first ``differentiable`` entries carry gradients. Each subclass has one instance; calling it runs the op.
+    first entries carry gradients, at most ``differentiable`` of them. Each subclass has one instance; calling it runs
+    the op.
     """
 
     name: ClassVar[str]
@@ -94,6 +95,10 @@ class FusedOp:
         self.info = OpInfo(self.name, self.parameters[0], self.rules, self.backends, bind, self._plans.clear)
         dispatch.register(self.info)
         _define_library_ops(self)
+
+    def flowing(self, outputs: Sequence[Any]) -> int:
+        """Returns how many of these outputs, the first ones, carry gradients."""
+        return self.differentiable
 
     # ---- what a subclass provides; in `scalars` the tensors of `args` are None ----
 
@@ -209,7 +214,7 @@ class FusedOp:
         """Returns the outputs' gradients as the methods above take them, also of outputs left out; None for no flow."""
         if self.differentiable == 1:
             return grads[0]
-        flowing = grads[: self.differentiable]
+        flowing = grads[: self.flowing(grads)]
         if all(g is None for g in flowing):
             return None
         return (*flowing, *(None,) * (self.differentiable - len(flowing)))
@@ -235,7 +240,7 @@ class _Fused(torch.autograd.Function):
         ctx.save_for_backward(*op.saved(args, listed))
         ctx.op, ctx.kernels, ctx.scalars = op, kernels, _scalars(args)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*listed[op.differentiable :])
+        ctx.mark_non_differentiable(*listed[op.flowing(listed) :])
         return outputs
 
     @staticmethod
@@ -278,7 +283,7 @@ def _define_library_ops(op: FusedOp) -> None:
         ctx.save_for_backward(*op.saved(inputs, listed))
         ctx.scalars = _scalars(inputs)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*listed[op.differentiable :])
+        ctx.mark_non_differentiable(*listed[op.flowing(listed) :])
 
     def backward(ctx: Any, *grads: Any) -> Any:
         dy = op.incoming(grads)

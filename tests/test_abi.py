@@ -215,6 +215,11 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, 1e-5, 0, 1, 2, 3, 1) == 2
     assert binding.forward_diffusion_fwd_cpu(p, p, p, p, p, p, p, 1, 1, 1, 1, 1, 0, -1, 0, 0, 1) == 1
     assert binding.forward_diffusion_bwd_cpu(p, p, p, p, 0, 1, 1, -1, 0, 1) == 0
+    norm = (p, 0, 0, 0, p, 0, p, p, 1, 8)
+    assert binding.layer_norm_fwd_cpu(*norm, -1.0, 0, 0, 1) == binding.layer_norm_fwd_cpu(*norm, math.nan, 0, 0, 1) == 1
+    assert binding.layer_norm_fwd_cpu(*norm, 1e-5, 2, 3, 1) == 2
+    assert binding.layer_norm_fwd_cpu(p, p, *norm[2:], 1e-5, 0, 0, 1) == 1, "a residual without a sum"
+    assert binding.layer_norm_bwd_cpu(p, 0, p, p, p, p, p, p, 0, 0, 1, 8, 0, 0, 1) == 1, "no workspace"
     move = (p, p, p, p, p, 0, 0, p, 0, 1, 1, 1, 1, 1, 0)
     assert binding.ddim_move_fwd_cpu(*move, 3, 0, 0, 0, 1) == 1, "no such prediction"
     assert binding.ddim_move_fwd_cpu(*move, 0, 0, 2, 0, 1) == 2, "an output wider than x_t"
@@ -261,6 +266,11 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
                     noising = {"renoise_timesteps": 9 - steps, "seeds": seeds, "stream": 2**40}
                     y = ops.ddim_move(x, output, prediction_type=kind, **levels, **noising)
                     found += [*y, *torch.autograd.grad(y, (x, output), [torch.ones_like(t) for t in y])]
+        for cols in (1009, 640, 5003):
+            x, residual = ((torch.randn(13 * n, cols) * 2 + 1).to(dtype).requires_grad_() for _ in range(2))
+            weight, bias = (torch.randn(cols).to(dtype).requires_grad_() for _ in range(2))
+            y = ops.layer_norm(x, weight, bias, residual=residual)
+            found += [*y, *torch.autograd.grad(y, (x, weight, bias), [torch.randn(13 * n, cols).to(dtype)] * 2)]
         for approximate in ("none", "tanh"):
             x = (torch.randn(13, 2 * 1009) * 3).to(dtype).requires_grad_()
             y = ops.geglu(x, approximate=approximate)

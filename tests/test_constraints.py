@@ -22,6 +22,7 @@ from sdxl_fast.constraints import (
     ExactlyOne,
     Integer,
     IsTensor,
+    LastAtMost,
     Ndim,
     NoGradient,
     NonNegative,
@@ -37,6 +38,12 @@ HALF = X.half()
 
 # rule, values that satisfy it, values that do not, what the refusal says
 EXAMPLES = [
+    (
+        LastAtMost("x", 4),
+        {"x": X},
+        {"x": X.transpose(1, 3)},
+        "the last dimension of x must be at most 4, got shape [2, 4, 4, 8]",
+    ),
     (IsTensor("x"), {"x": X}, {"x": None}, "x must be a tensor, got NoneType"),
     (IsTensor("x", optional=True), {"x": None}, {"x": 3}, "x must be a tensor or None, got int"),
     (

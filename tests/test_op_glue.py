@@ -19,6 +19,7 @@ from sdxl_fast.ops.ddim_move import _OP as DDIM_MOVE
 from sdxl_fast.ops.forward_diffusion import _OP as FORWARD_DIFFUSION
 from sdxl_fast.ops.geglu import _OP as GEGLU
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
+from sdxl_fast.ops.layer_norm import _OP as LAYER_NORM
 from sdxl_fast.reference import geglu as reference
 
 
@@ -173,7 +174,9 @@ def test_gradient_rule_holds_after_a_cached_call():
         ops.forward_diffusion(x0, noise=noise, **arguments)
 
 
-@pytest.mark.parametrize("op", [GEGLU, GROUP_NORM_SILU, FORWARD_DIFFUSION, DDIM_MOVE], ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    "op", [GEGLU, GROUP_NORM_SILU, FORWARD_DIFFUSION, DDIM_MOVE, LAYER_NORM], ids=lambda op: op.name
+)
 def test_raw_signature_public_signature_and_schema_agree(op):
     public = inspect.signature(getattr(ops, op.name)).parameters
     assert set(op.parameters) == set(public)

@@ -134,6 +134,19 @@ def _group_norm_silu_cases(dtype: torch.dtype) -> None:
             group_norm_silu_bwd(y, x, weight, bias, shift, mean, rstd, groups, activation, needs)
 
 
+def _layer_norm_cases(dtype: torch.dtype) -> None:
+    from .layer_norm import layer_norm_bwd, layer_norm_fwd
+
+    for shape in ((4096, 640), (1024, 1280), (77, 2048), (7, 33), (3, 9000), (2**22, 1280)):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        mean = torch.empty(shape[0], device="meta")
+        for params, residual in ((dtype, None), (torch.float32, x), (None, x)):
+            weight = None if params is None else torch.empty(shape[1], dtype=params, device="meta")
+            layer_norm_fwd(x, weight, weight, residual, 1e-5)
+            layer_norm_bwd(x, residual, x, weight, mean, mean, (True, True, True))
+            layer_norm_bwd(x, residual, x, weight, mean, mean, (True, False, False))
+
+
 def _geglu_cases(dtype: torch.dtype) -> None:
     from .geglu import geglu_bwd, geglu_fwd
 
@@ -179,6 +192,7 @@ def _ddim_move_cases(dtype: torch.dtype) -> None:
 
 CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _group_norm_silu_cases,
+    _layer_norm_cases,
     _geglu_cases,
     _forward_diffusion_cases,
     _ddim_move_cases,

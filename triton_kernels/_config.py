@@ -98,6 +98,18 @@ def geglu_config(rows: int, cols: int, dtype: torch.dtype) -> KernelConfig:
     return KernelConfig(block_rows, block_cols, block_rows, num_warps=4)
 
 
+def layer_norm_config(rows: int, cols: int, dtype: torch.dtype) -> KernelConfig:
+    """Rows are the product of the leading dimensions; a program holds whole rows, padded to a power of two.
+
+    A tile of about 4096 elements on 4 warps, 32 a thread as floats; wider rows take more warps. The backward walks
+    through `rows_per_program` rows, so that the partial sums of the parameters, 8 bytes a column and program, stay few.
+    """
+    block_cols = next_power_of_2(cols)
+    block_rows = max(1, min(next_power_of_2(rows), 4096 // block_cols))
+    num_warps = max(4, min(16, block_cols // 1024))
+    return KernelConfig(block_rows, block_cols, _split_rows(rows, block_rows, 1, max_splits=256), num_warps)
+
+
 def noising_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:
     """For `forward_diffusion` and `ddim_move`.
 
@@ -112,7 +124,7 @@ def noising_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:
 def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = True) -> KernelConfig:
     """The launch configuration of `op` for one shape: a pure function, the same on every GPU.
 
-    `shape` is (N, C, H*W) for `group_norm_silu`, (rows, cols) for `geglu` (cols counts outputs) and
+    `shape` is (N, C, H*W) for `group_norm_silu`, (rows, cols) for `geglu` (cols counts outputs) and `layer_norm`, and
     (N, elements per sample) for `forward_diffusion` and `ddim_move`. `channels_last` matters to `group_norm_silu` only.
     Raises ValueError for an unknown op.
     """
@@ -122,9 +134,11 @@ def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels
     if op == "geglu":
         rows, cols = shape
         return geglu_config(rows, cols, dtype)
+    if op == "layer_norm":
+        rows, cols = shape
+        return layer_norm_config(rows, cols, dtype)
     if op in ("forward_diffusion", "ddim_move"):
         n, elements = shape
         return noising_config(n, elements, dtype)
-    raise ValueError(
-        f"no launch configuration for op {op!r}; have group_norm_silu, geglu, forward_diffusion, ddim_move"
-    )
+    known = "group_norm_silu, layer_norm, geglu, forward_diffusion, ddim_move"
+    raise ValueError(f"no launch configuration for op {op!r}; have {known}")

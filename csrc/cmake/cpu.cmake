@@ -5,7 +5,8 @@ set(kernel_sources
     cpu/forward_diffusion.cpp
     cpu/geglu.cpp
     cpu/group_norm_silu.cpp
-    cpu/group_norm_silu_backward.cpp)
+    cpu/group_norm_silu_backward.cpp
+    cpu/layer_norm.cpp)
 
 # Multiply-adds are written as fma() where one is meant: contraction would make the numbers depend on the compiler.
 set(kernel_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)
@@ -27,7 +28,8 @@ endfunction()
 
 sdxl_fast_add_isa(baseline)
 target_compile_definitions(sdxl_fast_baseline PRIVATE SDXL_FAST_WITH_F64)
-target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/isa.cpp cpu/parallel.cpp)
+target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/entries_map.cpp cpu/entries_norm.cpp cpu/isa.cpp
+  cpu/parallel.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)

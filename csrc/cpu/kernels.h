@@ -76,6 +76,21 @@ struct MoveBackward {
     int32_t prediction, dtype, output_dtype, num_threads;
 };
 
+struct LayerNormForward {
+    const void *x, *residual, *weight, *bias;
+    void *y, *sum, *mean, *rstd;
+    int64_t rows, cols;
+    double eps;
+    int32_t dtype, param_dtype, num_threads;
+};
+
+struct LayerNormBackward {
+    const void *dy, *dsum, *s, *weight, *mean, *rstd;
+    void *dx, *dweight, *dbias, *workspace;
+    int64_t rows, cols;
+    int32_t dtype, param_dtype, num_threads;
+};
+
 // Declares the kernels compiled for one instruction set.
 #define SDXL_FAST_DECLARE_KERNELS(isa)                         \
     namespace isa {                                            \
@@ -87,6 +102,8 @@ struct MoveBackward {
     void forward_diffusion_bwd(const DiffusionBackward& call); \
     void ddim_move_fwd(const MoveForward& call);               \
     void ddim_move_bwd(const MoveBackward& call);              \
+    void layer_norm_fwd(const LayerNormForward& call);         \
+    void layer_norm_bwd(const LayerNormBackward& call);        \
     }
 
 SDXL_FAST_DECLARE_KERNELS(baseline)

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 2
+#define SDXL_FAST_ABI 3
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -180,6 +180,39 @@ SDXL_FAST_API int32_t sdxl_fast_ddim_move_bwd_cuda(const void* dx_next_or_null, 
                                                    void* dmodel_output_or_null, int64_t n, int64_t elements_per_sample,
                                                    int64_t num_timesteps, int32_t prediction_type, int32_t dtype,
                                                    int32_t output_dtype, void* stream);
+
+/* ---- layer_norm: y = LayerNorm(x [+ residual]) over rows of `cols` ----
+ * x, residual, y, sum, dy, dsum, dx: [rows, cols] of `dtype`; weight, bias (both or neither), dweight, dbias: [cols] of
+ * `param_dtype`; mean, rstd: [rows] of f32 (f64 for f64). `param_dtype` is `dtype` or f32 (f64 with f64).
+ * sum = x + residual, rounded to `dtype` and normalised as rounded; it is given just when residual is.
+ * bwd: s is sum, or x without a residual; dx is the gradient of s, and so of x and of residual, and takes in dsum (or
+ * null). A null dx, dweight or dbias is not computed. The workspace is uninitialised scratch of at least the bytes the
+ * query names, aligned to 64; it may be null when neither dweight nor dbias is wanted. */
+
+SDXL_FAST_API int64_t sdxl_fast_layer_norm_workspace_cpu(int64_t rows, int64_t cols);
+SDXL_FAST_API int64_t sdxl_fast_layer_norm_workspace_cuda(int64_t rows, int64_t cols);
+
+SDXL_FAST_API int32_t sdxl_fast_layer_norm_fwd_cpu(const void* x, const void* residual_or_null,
+                                                   const void* weight_or_null, const void* bias_or_null, void* y,
+                                                   void* sum_or_null, void* mean, void* rstd, int64_t rows,
+                                                   int64_t cols, double eps, int32_t dtype, int32_t param_dtype,
+                                                   int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_layer_norm_fwd_cuda(const void* x, const void* residual_or_null,
+                                                    const void* weight_or_null, const void* bias_or_null, void* y,
+                                                    void* sum_or_null, void* mean, void* rstd, int64_t rows,
+                                                    int64_t cols, double eps, int32_t dtype, int32_t param_dtype,
+                                                    void* stream);
+
+SDXL_FAST_API int32_t sdxl_fast_layer_norm_bwd_cpu(const void* dy, const void* dsum_or_null, const void* s,
+                                                   const void* weight_or_null, const void* mean, const void* rstd,
+                                                   void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
+                                                   void* workspace, int64_t rows, int64_t cols, int32_t dtype,
+                                                   int32_t param_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_layer_norm_bwd_cuda(const void* dy, const void* dsum_or_null, const void* s,
+                                                    const void* weight_or_null, const void* mean, const void* rstd,
+                                                    void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
+                                                    void* workspace, int64_t rows, int64_t cols, int32_t dtype,
+                                                    int32_t param_dtype, void* stream);
 
 #ifdef __cplusplus
 }

@@ -5,5 +5,6 @@ from sdxl_fast.ops.ddim_move import ddim_move
 from sdxl_fast.ops.forward_diffusion import forward_diffusion
 from sdxl_fast.ops.geglu import geglu
 from sdxl_fast.ops.group_norm_silu import group_norm_silu
+from sdxl_fast.ops.layer_norm import layer_norm
 
-__all__ = ["ddim_move", "forward_diffusion", "geglu", "group_norm_silu"]
+__all__ = ["ddim_move", "forward_diffusion", "geglu", "group_norm_silu", "layer_norm"]

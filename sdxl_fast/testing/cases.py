@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inputs ops are tested and timed on: every distinct SDXL shape, read off the models themselves, and odd ones.
 
-The SDXL U-Net and VAE are built from their published configurations on the meta device (no memory, no arithmetic) and
-run once; hooks note what every GroupNorm and GEGLU receives. That takes several seconds, so the shapes of a 1024 px
-image are kept in ``sdxl_1024.json``: ``python -m sdxl_fast.testing.cases`` writes it, a test traces anew and compares.
+The SDXL U-Net, VAE and text encoders are built from their published configurations on the meta device (no memory, no
+arithmetic) and run once; hooks note what every GroupNorm, LayerNorm and GEGLU receives. That takes several seconds, so
+the shapes of a 1024 px image are kept in ``sdxl_1024.json``: ``python -m sdxl_fast.testing.cases`` writes it, a test
+traces anew and compares.
 """
 
 from __future__ import annotations
@@ -46,6 +47,11 @@ VAE_CONFIG: dict[str, Any] = {
     "latent_channels": 4,
     "sample_size": 1024,
 }
+
+TEXT_CONFIGS: tuple[dict[str, Any], ...] = (
+    {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20},
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ def _is_group_norm_with_silu(name: str) -> bool:
 
 
 def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], Case]) -> None:
-    """Runs ``call`` and adds the distinct inputs of the model's GroupNorm and GEGLU modules to ``found``."""
+    """Runs ``call`` and adds the distinct inputs of the model's GroupNorm, LayerNorm and GEGLU modules to ``found``."""
     hooks = []
     modules = dict(model.named_modules())
 
@@ -123,6 +129,13 @@ def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], 
         if isinstance(module, torch.nn.GroupNorm):
             hook = functools.partial(lambda n, m, args: note_norm(n, m, args[0]), name)
             hooks.append(module.register_forward_pre_hook(hook))
+        elif isinstance(module, torch.nn.LayerNorm):
+
+            def note_layer_norm(module: torch.nn.LayerNorm, args: Any) -> None:
+                shape = tuple(args[0].shape)
+                found.setdefault(("layer_norm", shape), Case(_label(shape), shape, {"eps": module.eps}))
+
+            hooks.append(module.register_forward_pre_hook(note_layer_norm))
         elif type(module).__name__ == "GEGLU":
 
             def note_geglu(_module: torch.nn.Module, _args: Any, projected: torch.Tensor) -> None:
@@ -139,10 +152,10 @@ def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], 
 
 
 def sdxl_cases(op: str, *, height: int = 1024, width: int = 1024, batch: int = 1) -> tuple[Case, ...]:
-    """Returns the distinct shapes of ``op`` in SDXL's U-Net and VAE for one image size.
+    """Returns the distinct shapes of ``op`` in SDXL's networks for one image size.
 
     Args:
-        op: ``"group_norm_silu"``, ``"geglu"`` or ``"forward_diffusion"``.
+        op: ``"group_norm_silu"``, ``"layer_norm"``, ``"geglu"``, or ``"forward_diffusion"`` for any op on latents.
         height, width: of the image in pixels, multiples of 32. Any size but 1024 x 1024 is traced anew.
         batch: images at a time.
 
@@ -154,7 +167,7 @@ def sdxl_cases(op: str, *, height: int = 1024, width: int = 1024, batch: int = 1
         return (Case(_label(shape), shape),)
     found = _recorded() if (height, width) == (1024, 1024) else trace(height, width)
     if op not in found:
-        raise ValueError(f"op must be 'group_norm_silu', 'geglu' or 'forward_diffusion', got {op!r}")
+        raise ValueError(f"op must be 'group_norm_silu', 'layer_norm', 'geglu' or 'forward_diffusion', got {op!r}")
     return tuple(_with_batch(case, batch) for case in found[op])
 
 
@@ -173,6 +186,7 @@ def _recorded() -> dict[str, tuple[Case, ...]]:
 def trace(height: int, width: int) -> dict[str, tuple[Case, ...]]:
     """Returns ``{op: distinct cases}`` of one image of this size, by running the models on the meta device."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     found: dict[tuple[Any, ...], Case] = {}
     with torch.device("meta"):
@@ -181,6 +195,10 @@ def trace(height: int, width: int) -> dict[str, tuple[Case, ...]]:
         conditions = {"text_embeds": torch.empty(1, 1280), "time_ids": torch.empty(1, 6)}
         prompt, timesteps = torch.empty(1, 77, 2048), torch.empty(1, dtype=torch.int64)
         _run_hooked(unet, lambda: unet(latents, timesteps, prompt, added_cond_kwargs=conditions), found)
+        for text_config in TEXT_CONFIGS:  # every layer of an encoder sees the same shape
+            encoder = CLIPTextModel(CLIPTextConfig(**text_config, num_hidden_layers=1, max_position_embeddings=77))
+            tokens = torch.zeros(1, 77, dtype=torch.int64)
+            _run_hooked(encoder, functools.partial(encoder, tokens), found)
         vae = AutoencoderKL.from_config(VAE_CONFIG)
         image = torch.empty(1, 3, height, width)
         _run_hooked(vae, lambda: (vae.encoder(image), vae.decoder(latents)), found)

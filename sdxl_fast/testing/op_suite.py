@@ -157,7 +157,7 @@ class OpSuite:
     def roots(self, result: Any) -> list[torch.Tensor]:
         """Returns the outputs that carry gradients."""
         listed = [result] if isinstance(result, torch.Tensor) else list(result)
-        return listed[: self.op.differentiable]
+        return listed[: min(len(self.outputs), self.op.differentiable)]
 
     def incoming_all(self, roots: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
         """Returns a gradient for each of the outputs ``roots``."""
@@ -189,7 +189,7 @@ class OpSuite:
 
     def raw_incoming(self, listed: Sequence[torch.Tensor], dtype: torch.dtype) -> Any:
         """Returns the gradients of the outputs ``listed`` as the methods of the op take them."""
-        return self.op.incoming(self.incoming_all(listed[: self.op.differentiable], dtype))
+        return self.op.incoming(self.incoming_all(listed, dtype))
 
     def expected(self, case: Case, dtype: torch.dtype) -> Expected:
         """Returns arguments and expectation of a case, computed once."""

@@ -64,6 +64,9 @@ inline float __expf(float x) {
 inline float __fdividef(float a, float b) {
     return a / b;
 }
+inline float rsqrtf(float x) {
+    return 1.0f / sqrtf(x);
+}
 inline void sincospif(float x, float* sine, float* cosine) {
     const double angle = 3.14159265358979323846 * static_cast<double>(x);
     *sine = static_cast<float>(sin(angle));

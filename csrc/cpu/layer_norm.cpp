@@ -1,0 +1,317 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// layer_norm: y = (s - mean) rstd weight + bias over the last dimension, s = x + residual (rounded, and returned).
+//   forward   reads 1 and writes 1 element per element, 2 and 2 with a residual; a row of up to kBuffered elements
+//   waits
+//             in the L1 cache as floats, wider ones are read again
+//   backward  dx = rstd (w dy - c1 - xhat c2) + dsum, c1 and c2 being the row's means of w dy and w dy xhat: reads 2
+//   (3)
+//             and writes 1. dweight and dbias: sums over the rows of a chunk, then over the chunks in a fixed order.
+// The mean is corrected by what is left after taking it off: far from zero it is exact to its last bit.
+#include "kernels.h"
+#include "layer_norm_plan.h"
+#include "loops.h"
+
+namespace sdxl_fast {
+namespace SDXL_FAST_ISA {
+namespace {
+
+constexpr int64_t kBuffered = 4096;  // elements of a row kept on the stack: 16 KiB of floats
+
+inline float root(float x) {
+    return __builtin_sqrtf(x);
+}
+inline double root(double x) {
+    return __builtin_sqrt(x);
+}
+
+inline float sum_of(VecF v) {
+    float parts[VecF::W];
+    store(parts, v);
+    for (int width = VecF::W / 2; width > 0; width /= 2) {
+        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+    }
+    return parts[0];
+}
+inline double sum_of(VecD v) {
+    return v.v;
+}
+
+constexpr int kSlots = 4;  // sums kept apart, so that an addition need not wait for the one before
+
+template <int k>
+struct Slot {
+    static constexpr int value = k;
+};
+
+// Calls f(column, full, left, slot) over a row in steps of a vector.
+template <class V, class F>
+inline void each_vector(int64_t cols, F&& f) {
+    int64_t c = 0;
+    for (; c + kSlots * V::W <= cols; c += kSlots * V::W) {
+        f(c, Bool<true>{}, V::W, Slot<0>{});
+        f(c + V::W, Bool<true>{}, V::W, Slot<1>{});
+        f(c + 2 * V::W, Bool<true>{}, V::W, Slot<2>{});
+        f(c + 3 * V::W, Bool<true>{}, V::W, Slot<3>{});
+    }
+    for (; c + V::W <= cols; c += V::W) f(c, Bool<true>{}, V::W, Slot<0>{});
+    if (c < cols) f(c, Bool<false>{}, cols - c, Slot<1>{});
+}
+
+// One sum per slot.
+template <class V>
+struct Sums {
+    V part[kSlots] = {V(0), V(0), V(0), V(0)};
+
+    typename V::Scalar total() const { return sum_of((part[0] + part[1]) + (part[2] + part[3])); }
+};
+
+template <bool full, class T>
+inline typename VecOf<T>::Type fetch(const T* p, int64_t left) {
+    if constexpr (full) {
+        (void)left;
+        return load(p);
+    } else {
+        return load_some(p, left);
+    }
+}
+
+template <bool full, bool streaming, class T>
+inline void write(T* p, typename VecOf<T>::Type value, int64_t left) {
+    if constexpr (full) {
+        (void)left;
+        emit<streaming>(p, value);
+    } else {
+        store_some(p, value, left);
+    }
+}
+
+// Keeps the lanes below `left` and zeroes the others, which must not count in a sum.
+template <bool full, class V>
+inline V only(V v, int64_t left) {
+    if constexpr (full) {
+        (void)left;
+        return v;
+    } else {
+        typename V::Scalar parts[V::W];
+        store(parts, v);
+        return load_some(parts, left);
+    }
+}
+
+// Mean and 1 / sqrt(variance + eps) of a row whose sum is known; at(column, full, left) gives its values.
+template <class V, class At>
+inline void finish_statistics(typename V::Scalar sum, int64_t cols, double eps, At&& at, typename V::Scalar& mean,
+                              typename V::Scalar& rstd) {
+    using A = typename V::Scalar;
+    const A count = A(cols), first = sum / count;
+    Sums<V> left_over, squares;
+    each_vector<V>(cols, [&](int64_t c, auto full, int64_t left, auto slot) {
+        const V d = only<full.value>(at(c, full, left) - V(first), left);
+        left_over.part[slot.value] = left_over.part[slot.value] + d;
+        squares.part[slot.value] = fma(d, d, squares.part[slot.value]);
+    });
+    const A rest = left_over.total(), share = rest / count;
+    const A m2 = squares.total() - rest * share;
+    mean = first + share;
+    rstd = A(1) / root((m2 > A(0) ? m2 : m2 == m2 ? A(0) : m2) / count + A(eps));
+}
+
+template <class T, class P>
+struct Forward {
+    using V = typename VecOf<T>::Type;
+    using A = typename V::Scalar;
+    const LayerNormForward& call;
+
+    template <bool streaming>
+    void row(int64_t r) const {
+        const int64_t cols = call.cols;
+        if (cols <= kBuffered) {
+            alignas(64) A buffer[kBuffered + kWidth];
+            Sums<V> sum;
+            take<streaming>(r, [&](int64_t c, V v, auto slot) {
+                store(buffer + c, v);  // zeros beyond the row
+                sum.part[slot.value] = sum.part[slot.value] + v;
+            });
+            normalise<streaming>(r, sum.total(), [&](int64_t c, auto, int64_t) { return load(buffer + c); });
+        } else {
+            Sums<V> sum;
+            take<false>(r, [&](int64_t, V v, auto slot) { sum.part[slot.value] = sum.part[slot.value] + v; });
+            const T* const again = static_cast<const T*>(call.residual == nullptr ? call.x : call.sum) + r * cols;
+            normalise<streaming>(
+                r, sum.total(), [&](int64_t c, auto full, int64_t left) { return fetch<full.value>(again + c, left); });
+        }
+    }
+
+    // Calls each(column, value, slot) with the values of x + residual as they are rounded, and writes them.
+    template <bool streaming, class F>
+    void take(int64_t r, F&& each) const {
+        const T* const x = static_cast<const T*>(call.x) + r * call.cols;
+        if (call.residual == nullptr) {
+            each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto slot) {
+                each(c, fetch<full.value>(x + c, left), slot);
+            });
+            return;
+        }
+        const T* const residual = static_cast<const T*>(call.residual) + r * call.cols;
+        T* const to = static_cast<T*>(call.sum) + r * call.cols;
+        each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto slot) {
+            const V s = fetch<full.value>(x + c, left) + fetch<full.value>(residual + c, left);
+            write<full.value, streaming>(to + c, s, left);
+            each(c, rounded(s), slot);
+        });
+    }
+
+    static V rounded(V v) {
+        if constexpr (sizeof(T) == 2) {
+            T parts[V::W];
+            store(parts, v);
+            return load(parts);
+        } else {
+            return v;
+        }
+    }
+
+    template <bool streaming, class At>
+    void normalise(int64_t r, A sum, At&& at) const {
+        A mean, rstd;
+        finish_statistics<V>(sum, call.cols, call.eps, at, mean, rstd);
+        static_cast<A*>(call.mean)[r] = mean;
+        static_cast<A*>(call.rstd)[r] = rstd;
+        T* const y = static_cast<T*>(call.y) + r * call.cols;
+        const P *const weight = static_cast<const P*>(call.weight), *const bias = static_cast<const P*>(call.bias);
+        const V center(mean), scale(rstd);
+        if (weight == nullptr) {
+            each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto) {
+                write<full.value, streaming>(y + c, (at(c, full, left) - center) * scale, left);
+            });
+            return;
+        }
+        each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto) {
+            const V xhat = (at(c, full, left) - center) * scale;
+            const V w = fetch<full.value>(weight + c, left), b = fetch<full.value>(bias + c, left);
+            write<full.value, streaming>(y + c, fma(xhat, w, b), left);
+        });
+    }
+
+    void run() const {
+        const int64_t bytes = call.cols * int64_t{sizeof(T)};
+        const bool streaming = call.rows * bytes >= streaming_threshold() && bytes % 64 == 0 &&
+                               aligned_to_line(call.y) && aligned_to_line(call.sum);
+        const int64_t size = layer_norm_chunk_rows(call.rows, call.cols);
+        with_bool(streaming, [&](auto past_the_cache) {
+            parallel(chunks_of(call.rows, size), threads_for(call.rows * call.cols, call.num_threads), [&](int64_t i) {
+                const int64_t end = smaller((i + 1) * size, call.rows);
+                for (int64_t r = i * size; r < end; ++r) row<past_the_cache.value>(r);
+                if (past_the_cache.value) stream_fence();
+            });
+        });
+    }
+};
+
+template <class T, class P>
+struct Backward {
+    using V = typename VecOf<T>::Type;
+    using A = typename V::Scalar;
+    const LayerNormBackward& call;
+
+    bool parameters() const { return call.dweight != nullptr || call.dbias != nullptr; }
+    // Sums of dy xhat and of dy over the rows of a chunk, one after the other.
+    A* partials(int64_t chunk) const { return static_cast<A*>(call.workspace) + 2 * chunk * padded(); }
+    int64_t padded() const { return layer_norm_padded(call.cols); }
+
+    // The vector of w dy, and of xhat, at a column of a row.
+    template <bool full>
+    void fetch_row(int64_t r, int64_t c, int64_t left, V& dy, V& wdy, V& xhat) const {
+        const A mean = static_cast<const A*>(call.mean)[r], rstd = static_cast<const A*>(call.rstd)[r];
+        dy = fetch<full>(static_cast<const T*>(call.dy) + r * call.cols + c, left);
+        const V s = fetch<full>(static_cast<const T*>(call.s) + r * call.cols + c, left);
+        xhat = (s - V(mean)) * V(rstd);
+        wdy = call.weight == nullptr ? dy : dy * fetch<full>(static_cast<const P*>(call.weight) + c, left);
+    }
+
+    template <bool with_parameters>
+    void row(int64_t r, A* dweight, A* dbias) const {
+        Sums<V> first, second;
+        each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto slot) {
+            V dy, wdy, xhat;
+            fetch_row<full.value>(r, c, left, dy, wdy, xhat);
+            first.part[slot.value] = first.part[slot.value] + wdy;  // zero beyond the row, where dy is
+            second.part[slot.value] = fma(wdy, xhat, second.part[slot.value]);
+            if (with_parameters) {
+                store(dweight + c, fma(dy, xhat, load(dweight + c)));
+                store(dbias + c, load(dbias + c) + dy);
+            }
+        });
+        if (call.dx == nullptr) return;
+        const V c1(first.total() / A(call.cols)), c2(second.total() / A(call.cols));
+        const V rstd(static_cast<const A*>(call.rstd)[r]);
+        T* const dx = static_cast<T*>(call.dx) + r * call.cols;
+        const T* const dsum = call.dsum == nullptr ? nullptr : static_cast<const T*>(call.dsum) + r * call.cols;
+        each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto) {
+            V dy, wdy, xhat;
+            fetch_row<full.value>(r, c, left, dy, wdy, xhat);
+            V g = rstd * (wdy - fma(xhat, c2, c1));
+            if (dsum != nullptr) g = g + fetch<full.value>(dsum + c, left);
+            write<full.value, false>(dx + c, g, left);
+        });
+    }
+
+    template <bool with_parameters>
+    void run() const {
+        const int64_t size = layer_norm_chunk_rows(call.rows, call.cols), chunks = chunks_of(call.rows, size);
+        const int32_t threads = threads_for(call.rows * call.cols, call.num_threads);
+        parallel(chunks, threads, [&](int64_t i) {
+            A* const dweight = with_parameters ? partials(i) : nullptr;
+            A* const dbias = with_parameters ? dweight + padded() : nullptr;
+            if constexpr (with_parameters) memset(dweight, 0, static_cast<size_t>(2 * padded()) * sizeof(A));
+            const int64_t end = smaller((i + 1) * size, call.rows);
+            for (int64_t r = i * size; r < end; ++r) row<with_parameters>(r, dweight, dbias);
+        });
+        if (!with_parameters) return;
+        constexpr int64_t kColumns = 64;
+        parallel(chunks_of(call.cols, kColumns), threads, [&](int64_t i) {
+            const int64_t end = smaller((i + 1) * kColumns, call.cols);
+            for (int64_t c = i * kColumns; c < end; ++c) {
+                double weight = 0, bias = 0;
+                for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+                    weight += static_cast<double>(partials(chunk)[c]);
+                    bias += static_cast<double>(partials(chunk)[padded() + c]);
+                }
+                if (call.dweight != nullptr) put(static_cast<P*>(call.dweight) + c, A(weight));
+                if (call.dbias != nullptr) put(static_cast<P*>(call.dbias) + c, A(bias));
+            }
+        });
+    }
+};
+
+// Calls f(Tag<T>, Tag<P>): parameters of the elements' type, or float beside 16 bits.
+template <class F>
+void with_dtypes(int32_t dtype, int32_t param_dtype, F&& f) {
+    with_dtype(dtype, [&](auto tag) {
+        if (param_dtype == dtype) {
+            f(tag, tag);
+        } else if constexpr (sizeof(typename decltype(tag)::Type) == 2) {
+            f(tag, Tag<float>{});
+        }
+    });
+}
+
+}  // namespace
+
+void layer_norm_fwd(const LayerNormForward& call) {
+    with_dtypes(call.dtype, call.param_dtype, [&](auto tag, auto param_tag) {
+        Forward<typename decltype(tag)::Type, typename decltype(param_tag)::Type>{call}.run();
+    });
+}
+
+void layer_norm_bwd(const LayerNormBackward& call) {
+    with_dtypes(call.dtype, call.param_dtype, [&](auto tag, auto param_tag) {
+        const Backward<typename decltype(tag)::Type, typename decltype(param_tag)::Type> backward{call};
+        with_bool(backward.parameters(),
+                  [&](auto with_parameters) { backward.template run<decltype(with_parameters)::value>(); });
+    });
+}
+
+}  // namespace SDXL_FAST_ISA
+}  // namespace sdxl_fast
