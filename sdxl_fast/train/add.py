@@ -79,7 +79,7 @@ class ScoreTeacher:
         start = t + 1
         for left in range(config.teacher_steps - 1, -1, -1):
             then = start * left // config.teacher_steps - 1
-            x_t = self.bench.move(x_t, self._guided(x_t, t, condition), (t, then), "epsilon")
+            x_t, _ = self.bench.move(x_t, self._guided(x_t, t, condition), (t, then), "epsilon")
             t = then.clamp(min=0)
         return x_t
 

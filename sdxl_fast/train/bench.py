@@ -101,8 +101,8 @@ class Bench(Generic[C]):
         levels: tuple[Tensor, Tensor],
         prediction_type: PredictionType,
         renoise: Renoise | None = None,
-    ) -> Tensor:
-        """One deterministic move between two levels, the result noised anew if told so, in x_t's dtype."""
+    ) -> tuple[Tensor, Tensor]:
+        """One deterministic move between two levels, and that noised anew if told so, else itself; in x_t's dtype."""
         moved = ops.ddim_move(
             x_t,
             output,
@@ -114,7 +114,7 @@ class Bench(Generic[C]):
             seeds=None if renoise is None else renoise.seeds,
             stream=sampling.STREAM_RENOISE,
         )
-        return moved if isinstance(moved, Tensor) else moved[1]
+        return (moved, moved) if isinstance(moved, Tensor) else moved
 
     def renoised(self, x: Tensor, renoise: Renoise) -> Tensor:
         """A clean latent, or what stands for one, noised to the levels of `renoise`."""

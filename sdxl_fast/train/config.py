@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..data.render import SCALE
 from ..models.config import PipelineConfig
 from ..models.lora import LORA_TARGETS
+from . import losses
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -120,6 +121,7 @@ class AdversarialPhase(Config):
     images: int = Field(gt=0)
     teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
+    regression_weight: float = Field(0.0, ge=0, description="of the MSE to the teacher beside the adversarial loss")
     renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
     renoise_weights: tuple[float, ...] = ()
     lr: float | None = Field(None, description="the student's rate in this phase")
@@ -146,6 +148,17 @@ class DistillationConfig(RunConfig):
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
 
 
+class DiscriminatorConfig(Config):
+    """SDXL-Lightning's discriminator. The defaults are the paper's: wholly trained, with no penalty."""
+
+    head_channels: int | None = Field(None, description="width of the head; None: that of the mid block")
+    freeze_backbone: bool = Field(False, description="train the head alone")
+    r1: float = Field(0.0, ge=0, description="weight of the squared gradient norm by the real latents (slow)")
+    approximate_r1: float = Field(0.0, ge=0, description="weight of the squared change of the logit under noise")
+    approximate_r1_std: float = Field(0.1, gt=0, description="standard deviation of that noise")
+    misaligned_text: float = Field(0.0, ge=0, description="weight of real latents under another's text, judged fake")
+
+
 class LightningConfig(DistillationConfig):
     """SDXL-Lightning's progressive adversarial distillation: stage after stage, one run (§2-3, §3.6)."""
 
@@ -156,7 +169,9 @@ class LightningConfig(DistillationConfig):
     lora_rank: int = Field(64, ge=1)
     lora_alpha: int | None = Field(None, description="None: equal to the rank")
     lora_targets: tuple[str, ...] = LORA_TARGETS
-    head_channels: int | None = Field(None, description="width of D's head; None: that of the mid block")
+    distance: losses.Distance = Field("mse", description="of the regression stages")
+    hand_on_average: bool = Field(True, description="a stage hands on its averaged weights; the paper mentions none")
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig
     adversarial_optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler
 
+from ..files import replacing_folder
 from ..models.config import scheduler_arguments
 from ..models.lora import lora_file_name, read_lora, write_lora
 
@@ -19,12 +19,9 @@ from ..models.lora import lora_file_name, read_lora, write_lora
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write an export into, which takes the place of `folder` when whole."""
-    writing = folder.with_name(f".{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    yield writing
-    _forget_paths(writing)
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.rename(folder)
+    with replacing_folder(folder) as writing:
+        yield writing
+        _forget_paths(writing)
 
 
 def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path], *, name: str) -> Path:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion import prediction, sampling, schedule
 from ..diffusion.prediction import PredictionType
@@ -47,9 +51,25 @@ class Teacher:
             then = schedule.next_timesteps(t, self.stride)
             with bench.config.autocast():
                 output = predict(x_t, t)
-            x_t = bench.move(x_t, output, (t, then), bench.prediction_type)
+            x_t, _ = bench.move(x_t, output, (t, then), bench.prediction_type)
             t = then
         return x_t
+
+
+class Start(NamedTuple):
+    """Where a move begins: x_t, t and the text."""
+
+    x_t: Tensor
+    t: Tensor
+    condition: Condition
+
+
+class Moved(NamedTuple):
+    """What a student's move makes, float32: x̂_{t-ns}; what of it D is shown, itself or noised to t*; at what level."""
+
+    x: Tensor
+    shown: Tensor
+    level: Tensor
 
 
 @dataclass
@@ -67,16 +87,14 @@ class Student:
         """Training timesteps per move."""
         return schedule.NUM_TRAIN_TIMESTEPS / self.steps
 
-    def move(
-        self, x_t: Tensor, t: Tensor, condition: Condition, renoise: Renoise | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One student move: x̂_{t-ns} in float32, and t - ns; with `renoise` that noised to t*, and t*."""
+    def move(self, x_t: Tensor, t: Tensor, condition: Condition, renoise: Renoise | None = None) -> Moved:
+        """One student move, and with `renoise` what D is shown instead of its result."""
         bench = self.bench
         then = schedule.next_timesteps(t, self.stride)
         with bench.config.autocast():
             output = call_unet(self.unet, x_t, t, condition, bench.size)
-        moved = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
-        return moved, then if renoise is None else renoise.timesteps
+        moved, shown = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
+        return Moved(moved, shown, then if renoise is None else renoise.timesteps)
 
 
 class StudentTask(Task):
@@ -91,13 +109,16 @@ class StudentTask(Task):
         self.average = Average(student.unet, bench.config.ema_half_life)
         self.parts = {"student": student.unet, "optimizer": self.optimizer, "average": self.average}
 
-    def with_average(self, use: Callable[[], None]) -> None:
-        """Runs `use` while the student holds its averaged weights."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The student holds its averaged weights inside."""
         names = self.average.values
         live = {name: p.detach().clone() for name, p in self.student.unet.named_parameters() if name in names}
         self.average.copy_to(self.student.unet)
-        use()
-        self.student.unet.load_state_dict(live, strict=False)
+        try:
+            yield
+        finally:
+            self.student.unet.load_state_dict(live, strict=False)
 
     @torch.no_grad()
     def _sheet(self, path: Path) -> None:
@@ -116,7 +137,8 @@ class StudentTask(Task):
             to_sheet(bench.decode(latents), 12).save(writing, format="PNG")
 
     def preview(self, path: Path) -> None:
-        self.with_average(lambda: self._sheet(path))
+        with self.averaged():
+            self._sheet(path)
 
     def export(self, folder: Path) -> None:
         raise NotImplementedError("stages are exported by `stages.run_stages`, which knows their lineage")
@@ -152,8 +174,8 @@ class RegressionTask(StudentTask):
                 moved = call_unet(self.student.unet, x_t, t, condition, self.bench.size)
         else:
             wanted = self.teacher.walk(x_t, t, condition, self.substeps)
-            moved, _ = self.student.move(x_t, t, condition)
-        loss = losses.mse(moved, wanted)
+            moved = self.student.move(x_t, t, condition).x
+        loss = losses.distance(moved, wanted, self.bench.config.distance)
         norm = optimize(self.optimizer, loss, self.optimizer_config, images, self.total)
         self.average.update(self.student.unet, images + self.batch, self.batch)
         return {"loss": loss.item(), "grad_norm": norm}
@@ -177,7 +199,9 @@ class AdversarialTask(StudentTask):
         super().__init__(student, optimizer, phase.images)
         self.teacher, self.substeps, self.phase, self.discriminator = teacher, substeps, phase, discriminator
         self.d_config = config.discriminator_optimizer
-        self.d_optimizer = make_optimizer(self.d_config, list(discriminator.parameters()))
+        discriminator.encoder.requires_grad_(not config.discriminator.freeze_backbone)
+        self.d_parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        self.d_optimizer = make_optimizer(self.d_config, self.d_parameters)
         self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_optimizer}
 
     def _renoise(self, *key: int | str) -> Renoise | None:
@@ -190,44 +214,60 @@ class AdversarialTask(StudentTask):
         t_star = torch.tensor(self.phase.renoise)[choice].to(self.bench.device)
         return Renoise(t_star, self.bench.seeds(*key))
 
+    def _judge(self, shown: Sequence[Tensor], level: Tensor, start: Start, text: Condition) -> tuple[Tensor, ...]:
+        """D's logits of several batches of latents at one level; (x_t, c) passes through D once for all of them."""
+        d, count, options = self.discriminator, len(shown), self.bench.config.discriminator
+        # Only attention as plain matrix products can be differentiated twice.
+        attention = sdpa_kernel(SDPBackend.MATH) if options.r1 else nullcontext()
+        texts = {name: torch.cat([value] * count) for name, value in text.items()}
+        with self.bench.config.autocast(), attention:
+            feature_t = d.features(start.x_t, start.t, text) if d.conditional else None
+            features = d.features(torch.cat(list(shown)), level.repeat(count), texts)
+            return tuple(d.judge(feature, feature_t) for feature in features.chunk(count))
+
     def discriminator_step(self, images: int) -> dict[str, float]:
-        """Real: the teacher's x_{t-ns}; fake: the student's. The condition (x_t, c) passes through D once for both."""
-        key = (images, "discriminator")
-        x_t, t, condition = self.bench.inputs(self.student.timesteps, *key)
+        """Real: the teacher's x_{t-ns}; fake: the student's."""
+        key, options = (images, "discriminator"), self.bench.config.discriminator
+        start = Start(*self.bench.inputs(self.student.timesteps, *key))
         with torch.no_grad():
             renoise = self._renoise(*key)
-            real = self.teacher.walk(x_t, t, condition, self.substeps)
+            real = self.teacher.walk(*start, self.substeps)
             real = real if renoise is None else self.bench.renoised(real, renoise)
-            fake, level = self.student.move(x_t, t, condition, renoise)
-        d, parts, times = self.discriminator, [real, fake], [level, level]
-        if d.conditional:
-            parts, times = [*parts, x_t], [*times, t]
-        text = {name: torch.cat([value] * len(parts)) for name, value in condition.items()}
-        with self.bench.config.autocast():
-            features = d.features(torch.cat(parts), torch.cat(times), text).chunk(len(parts))
-            feature_t = features[2] if d.conditional else None
-            real_logits = d.judge(features[0], feature_t)
-            fake_logits = d.judge(features[1], feature_t)
+            fake = self.student.move(*start, renoise)
+        shown = [real.requires_grad_(options.r1 > 0), fake.shown]
+        if options.approximate_r1:
+            noise = torch.randn(real.shape, generator=generator(self.bench.config.seed, *key, "r1"))
+            shown.append(real.detach() + options.approximate_r1_std * noise.to(real.device))
+        real_logits, fake_logits, *noisy = self._judge(shown, fake.level, start, start.condition)
         loss = losses.non_saturating_discriminator(real_logits, fake_logits)
-        norm = optimize(self.d_optimizer, loss, self.d_config, images, self.total)
-        accuracy = losses.accuracy(real_logits, fake_logits).item()
-        return {"d_loss": loss.item(), "d_accuracy": accuracy, "d_grad_norm": norm}
+        logged = {"d_loss": loss.item(), "d_accuracy": losses.accuracy(real_logits, fake_logits).item()}
+        if options.r1:
+            loss = loss + options.r1 * losses.gradient_penalty(real_logits, real)
+        if noisy:
+            loss = loss + options.approximate_r1 * (noisy[0].float() - real_logits.float()).square().mean()
+        if options.misaligned_text:
+            others = {name: value.roll(1, 0) for name, value in start.condition.items()}
+            (misaligned,) = self._judge([real.detach()], fake.level, start, others)
+            loss = loss + options.misaligned_text * F.softplus(misaligned.float()).mean()
+        return logged | {"d_grad_norm": optimize(self.d_optimizer, loss, self.d_config, images, self.total)}
 
     def student_step(self, images: int) -> dict[str, float]:
         """The non-saturating loss through D, whose weights neither move nor collect gradients."""
-        key = (images, "student")
-        x_t, t, condition = self.bench.inputs(self.student.timesteps, *key)
-        d = self.discriminator
-        d.requires_grad_(False)
-        fake, level = self.student.move(x_t, t, condition, self._renoise(*key))
-        with self.bench.config.autocast():
-            feature_t = d.features(x_t, t, condition) if d.conditional else None
-            logits = d.judge(d.features(fake, level, condition), feature_t)
+        key, weight = (images, "student"), self.phase.regression_weight
+        start = Start(*self.bench.inputs(self.student.timesteps, *key))
+        self.discriminator.requires_grad_(False)
+        fake = self.student.move(*start, self._renoise(*key))
+        (logits,) = self._judge([fake.shown], fake.level, start, start.condition)
         loss = losses.non_saturating_generator(logits)
+        logged = {"g_loss": loss.item()}
+        if weight:
+            regression = losses.distance(fake.x, self.teacher.walk(*start, self.substeps))
+            loss, logged["regression"] = loss + weight * regression, regression.item()
         norm = optimize(self.optimizer, loss, self.optimizer_config, images, self.total)
-        d.requires_grad_(True)
+        for parameter in self.d_parameters:
+            parameter.requires_grad_(True)
         self.average.update(self.student.unet, images + self.batch, self.batch)
-        return {"g_loss": loss.item(), "grad_norm": norm}
+        return logged | {"grad_norm": norm}
 
     def step(self, images: int) -> dict[str, float]:
         logged = self.discriminator_step(images)

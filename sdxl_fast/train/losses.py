@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Distance = Literal["mse", "l1", "huber"]
+HUBER_C = 1e-3  # of latent consistency models' trainers
 
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error, scalar (SDXL-Lightning eq. 16)."""
-    return F.mse_loss(prediction.float(), target.float())
+
+def distance(prediction: Tensor, target: Tensor, kind: Distance = "mse") -> Tensor:
+    """Mean distance of two tensors, scalar: squared (SDXL-Lightning eq. 16), absolute, or pseudo-Huber, c = 1e-3."""
+    error = prediction.float() - target.float()
+    if kind == "mse":
+        return error.square().mean()
+    if kind == "l1":
+        return error.abs().mean()
+    return ((error.square() + HUBER_C**2).sqrt() - HUBER_C).mean()
 
 
 def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
@@ -50,6 +59,17 @@ def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     scores = torch.stack([logit.float().mean(1).sum() for logit in logits]).sum()
     gradients = torch.autograd.grad(scores, list(inputs), create_graph=True)
     return torch.stack([g.float().square().sum((1, 2)).mean() for g in gradients]).sum()
+
+
+def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
+    """Squared norm of each logit's gradient by its own input, averaged over samples; R1 when the inputs are real.
+
+    Args:
+        logits: [N], each a function of its own sample alone.
+        inputs: [N, ...], requiring gradients.
+    """
+    (gradient,) = torch.autograd.grad(logits.float().sum(), inputs, create_graph=True)
+    return gradient.float().square().flatten(1).sum(1).mean()
 
 
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import json
 import platform
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ class Lineage:
             encoder,
             conditional=phase.condition,
             side=self.base.config.sample_size // 2**levels,
-            head_channels=self.config.head_channels,
+            head_channels=self.config.discriminator.head_channels,
         ).to(self.config.torch_device)
         before = self.units[unit.index - 1] if unit.index else None
         if before is not None and before.stage is unit.stage and before.phase is not None:
@@ -265,7 +266,8 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         started = time.perf_counter()
         if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
             return False
-        task.with_average(lambda task=task, unit=unit: lineage.write_student(unit, task.student.unet))  # type: ignore[misc]
+        with task.averaged() if config.hand_on_average else nullcontext():
+            lineage.write_student(unit, task.student.unet)
         if isinstance(task, AdversarialTask):
             weights = {key: value.detach().contiguous() for key, value in task.discriminator.state_dict().items()}
             save_file(weights, folder / "discriminator.safetensors")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from sdxl_fast.diffusion import prediction, schedule
 from sdxl_fast.models.lora import merge_lora, read_lora
-from sdxl_fast.train import checkpoint, stages
+from sdxl_fast.train import checkpoint, losses, stages
 from sdxl_fast.train.config import LightningConfig, load_recipe
 from sdxl_fast.train.lightning import AdversarialTask, RegressionTask, Teacher
 from sdxl_fast.train.teacher import call_unet
@@ -47,7 +48,7 @@ def _same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def _adversarial(lab: Any, conditional: bool = True) -> AdversarialTask:
     _config, bench, lineage, folder = lab
     first, units = stages.make_task(lineage.units[0], bench, lineage), lineage.units
-    lineage.units[0].folder(folder).mkdir()
+    lineage.units[0].folder(folder).mkdir(exist_ok=True)
     lineage.write_student(units[0], first.student.unet)
     unit = units[1]
     assert unit.phase is not None and unit.phase.condition
@@ -107,6 +108,53 @@ def test_a_lora_phase_trains_the_lora_alone(lab: Any) -> None:
     assert moved and all("lora_" in key for key in moved)
 
 
+def _with(lab: Any, **options: Any) -> Any:
+    """The lab with settings changed; `discriminator` takes a dict of its own."""
+    config, bench, _, folder = lab
+    d = config.discriminator.model_copy(update=options.pop("discriminator", {}))
+    bench = replace(bench, config=config.model_copy(update={"discriminator": d, **options}))
+    return bench.config, bench, stages.Lineage(bench, folder), folder
+
+
+@pytest.mark.parametrize("option", ["r1", "approximate_r1", "misaligned_text"])
+def test_each_penalty_of_the_discriminator_changes_its_step(lab: Any, option: str) -> None:
+    plain, penalised = _adversarial(lab), _adversarial(_with(lab, discriminator={option: 10.0}))
+    start = _weights(plain.discriminator)
+    assert _same(start, _weights(penalised.discriminator))
+    a, b = plain.discriminator_step(0), penalised.discriminator_step(0)
+    assert a["d_loss"] == pytest.approx(b["d_loss"], rel=1e-6), "the logged loss is the paper's"
+    assert a["d_grad_norm"] != pytest.approx(b["d_grad_norm"], rel=1e-3)
+    assert not _same(_weights(plain.discriminator), _weights(penalised.discriminator))
+    assert all(p.grad is None for p in penalised.student.unet.parameters())
+
+
+def test_r1_smooths_the_discriminator(lab: Any) -> None:
+    def slope(task: AdversarialTask) -> float:
+        for images in range(0, 80, 4):
+            task.discriminator_step(images)
+        x_t, t, condition = task.bench.inputs(task.student.timesteps, "probe")
+        x_t.requires_grad_()
+        feature = task.discriminator.features(x_t, t, condition)
+        return losses.gradient_penalty(task.discriminator.judge(feature, feature.detach()), x_t).item()
+
+    assert slope(_adversarial(_with(lab, discriminator={"r1": 10.0}))) < 0.5 * slope(_adversarial(lab))
+
+
+def test_a_frozen_backbone_stays(lab: Any) -> None:
+    task = _adversarial(_with(lab, discriminator={"freeze_backbone": True}))
+    before = _weights(task.discriminator)
+    task.step(4)
+    moved = {key for key, value in _weights(task.discriminator).items() if not torch.equal(value, before[key])}
+    assert moved and all(key.startswith("head.") for key in moved)
+
+
+def test_regression_beside_the_adversarial_loss_pulls_to_the_teacher(lab: Any) -> None:
+    task = _adversarial(lab)
+    task.phase = task.phase.model_copy(update={"regression_weight": 1000.0})
+    errors = [task.step(4 * index)["regression"] for index in range(1, 40)]
+    assert sum(errors[-5:]) < 0.7 * sum(errors[:5])
+
+
 def test_the_discriminator_warms_up_alone(lab: Any) -> None:
     task = _adversarial(lab)
     assert "g_loss" not in task.step(0)
@@ -142,7 +190,8 @@ def test_renoising_is_shared_by_real_and_fake_and_weighted(lab: Any) -> None:
     again = task._renoise(3, "d")
     assert torch.equal(renoise.timesteps, again.timesteps) and torch.equal(renoise.seeds, again.seeds)
     zeros, t = torch.zeros(4, *bench.data.shape), torch.full((4,), 249)
-    moved_and_noised = bench.move(zeros, zeros, (t, t), "epsilon", renoise)
+    moved, moved_and_noised = bench.move(zeros, zeros, (t, t), "epsilon", renoise)
+    torch.testing.assert_close(moved, zeros)
     torch.testing.assert_close(moved_and_noised, bench.renoised(zeros, renoise))
     drawn = torch.cat([task._renoise(index).timesteps for index in range(150)])
     assert set(drawn.tolist()) <= {10, 250, 500, 750}

@@ -44,5 +44,19 @@ def test_accuracy_counts_both_kinds() -> None:
     assert losses.accuracy(torch.ones(4), -torch.ones(4)).item() == 1.0
 
 
-def test_mse_is_taken_in_float32() -> None:
-    assert losses.mse(torch.ones(4, dtype=torch.bfloat16), torch.zeros(4)).dtype == torch.float32
+def test_distances() -> None:
+    prediction, target = torch.tensor([1.0, -3.0]), torch.tensor([0.0, 0.0])
+    assert losses.distance(prediction, target).item() == pytest.approx(5.0)
+    assert losses.distance(prediction, target, "l1").item() == pytest.approx(2.0)
+    huber = losses.distance(prediction, target, "huber").item()
+    assert huber == pytest.approx((math.hypot(1, 1e-3) + math.hypot(3, 1e-3)) / 2 - 1e-3, rel=1e-6)
+    assert losses.distance(torch.ones(4, dtype=torch.bfloat16), torch.zeros(4)).dtype == torch.float32
+
+
+def test_gradient_penalty_is_the_squared_norm_per_sample() -> None:
+    inputs = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    penalty = losses.gradient_penalty(scale * inputs.square().sum(1), inputs)  # gradients 2·2·x
+    assert penalty.item() == pytest.approx((16 * 5 + 16 * 25) / 2)
+    penalty.backward()
+    assert scale.grad is not None and scale.grad.item() == pytest.approx(penalty.item())  # quadratic in the scale: 2p/s
