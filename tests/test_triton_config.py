@@ -60,6 +60,19 @@ def test_geglu(shape: tuple[int, int], dtype: torch.dtype) -> None:
     assert -(-rows // config.block_rows) < 2**31 and -(-cols // config.block_cols) <= 65535
 
 
+@pytest.mark.parametrize(
+    "shape", [(4096, 640), (1024, 1280), (77, 2048), (7, 33), (1, 1), (3, 4096), (2**30, 4096), (2**40, 33)], ids=str
+)
+def test_layer_norm(shape: tuple[int, int]) -> None:
+    rows, cols = shape
+    config = pick_config("layer_norm", shape, torch.bfloat16)
+    assert cols <= config.block_cols and config.block_rows * config.block_cols <= 256 * config.num_warps
+    assert config.rows_per_program * cols < 2**31  # the backward's offsets
+    assert config.num_warps * 32 * config.options()["maxnreg"] <= 65536
+    if rows < 2**20:  # partial sums of two floats a column and program
+        assert -(-rows // config.rows_per_program) <= 512
+
+
 @pytest.mark.parametrize("elements", [1, 3, 4, 65536, 2**31 + 1])
 def test_forward_diffusion(elements: int) -> None:
     config = pick_config("forward_diffusion", (2, elements), torch.float32)

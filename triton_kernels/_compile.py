@@ -56,6 +56,7 @@ class Resources:
     variant: str
     arch: int
     registers: int
+    threads: int
     stack_bytes: int
     shared_bytes: int
 
@@ -137,7 +138,7 @@ def _group_norm_silu_cases(dtype: torch.dtype) -> None:
 def _layer_norm_cases(dtype: torch.dtype) -> None:
     from .layer_norm import layer_norm_bwd, layer_norm_fwd
 
-    for shape in ((4096, 640), (1024, 1280), (77, 2048), (7, 33), (3, 9000), (2**22, 1280)):
+    for shape in ((4096, 640), (1024, 1280), (77, 2048), (7, 33), (300, 1999), (300, 4095), (2**22, 1280)):
         x = torch.empty(shape, dtype=dtype, device="meta")
         mean = torch.empty(shape[0], device="meta")
         for params, residual in ((dtype, None), (torch.float32, x), (None, x)):
@@ -239,9 +240,9 @@ def compile_launch(launch: Launch, fn: JITFunction, arch: int) -> Resources:
     types = [kind for _, kind in launch.signature if kind != "constexpr"]
     flags = [f"{name}={value}" for name, value in launch.constants]
     # Shared memory of a Triton kernel is dynamic: it is in the metadata, not in the cubin.
-    return Resources(
-        launch.kernel, " ".join(types + flags), arch, registers, stack, max(shared, compiled.metadata.shared)
-    )
+    shared = max(shared, compiled.metadata.shared)
+    threads = 32 * compiled.metadata.num_warps
+    return Resources(launch.kernel, " ".join(types + flags), arch, threads, registers, stack, shared)
 
 
 def main(argv: list[str] | None = None) -> int:

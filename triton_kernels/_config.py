@@ -44,8 +44,10 @@ class KernelConfig:
 
         Multiply-adds are fused, explicitly: Triton's default changes between 3.9 and 3.10, the numbers must not.
         Registers are capped because ptxas, left alone, aims for 56 in some kernels and spills to get there. 96 is what
-        a streaming kernel needs (20 warps an SM, 20 KB of loads in flight); the reductions need more and say so.
+        a streaming kernel needs (20 warps an SM, 20 KB of loads in flight); the reductions need more and say so. No
+        program may ask for more than the 65,536 registers of an SM.
         """
+        max_registers = min(max_registers, 65536 // (32 * self.num_warps))
         return {"num_warps": self.num_warps, "enable_fp_fusion": True, "maxnreg": max_registers}
 
 
@@ -101,13 +103,17 @@ def geglu_config(rows: int, cols: int, dtype: torch.dtype) -> KernelConfig:
 def layer_norm_config(rows: int, cols: int, dtype: torch.dtype) -> KernelConfig:
     """Rows are the product of the leading dimensions; a program holds whole rows, padded to a power of two.
 
-    A tile of about 4096 elements on 4 warps, 32 a thread as floats; wider rows take more warps. The backward walks
-    through `rows_per_program` rows, so that the partial sums of the parameters, 8 bytes a column and program, stay few.
+    A tile of 1024 elements on 4 warps, 8 a thread: the backward keeps five floats an element. Wider rows take more
+    warps, up to the 16 of 4096 elements; of 8192, eight a thread spill with their 64 registers, and sixteen with 128.
+    The backward walks through `rows_per_program` rows, so that the partial sums of the parameters, 8 bytes a column
+    and program, stay few; 2048 warps are 15 on each SM of an H100. Its offsets within a program's rows have 32 bits.
     """
     block_cols = next_power_of_2(cols)
-    block_rows = max(1, min(next_power_of_2(rows), 4096 // block_cols))
-    num_warps = max(4, min(16, block_cols // 1024))
-    return KernelConfig(block_rows, block_cols, _split_rows(rows, block_rows, 1, max_splits=256), num_warps)
+    block_rows = max(1, min(next_power_of_2(rows), 1024 // block_cols))
+    num_warps = max(4, min(16, block_cols // 256))
+    run = _split_rows(rows, block_rows, 1, max_splits=max(256, 2048 // num_warps))
+    run = min(run, max(1, 2**30 // (block_rows * block_cols)) * block_rows)
+    return KernelConfig(block_rows, block_cols, run, num_warps)
 
 
 def noising_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:

@@ -7,7 +7,7 @@ Grid      forward: blocks of rows. Backward: runs of blocks of rows; a program k
           which a second kernel adds up, blocks of columns, in a fixed order.
 Registers whole rows as floats, padded to a power of two; in the backward two sums per column beside them.
 Bytes     forward reads 1 and writes 1 element per element, 2 and 2 with a residual; backward reads 2 (3) and writes 1.
-Wrong     for rows beyond 16,384 elements, which no program can hold; widths just above a power of two waste half of it.
+Wrong     for rows beyond 4096 elements, which no program can hold; widths just above a power of two waste half of it.
 """
 
 from __future__ import annotations
@@ -35,17 +35,19 @@ def layer_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, rows, cols, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    o_r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    base = first * cols
+    o_r = tl.arange(0, BLOCK_R)
     o_c = tl.arange(0, BLOCK_C)
-    m_r = o_r < rows
+    m_r = o_r < rows - first
     m_c = o_c < cols
     m_rc = m_r[:, None] & m_c[None, :]
-    o_rc = o_r[:, None] * cols + o_c[None, :]
-    b_s = tl.load(x_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+    o_rc = o_r[:, None] * cols + o_c[None, :]  # 32 bits: an address per element would be two registers more
+    b_s = tl.load(x_ptr + base + o_rc, mask=m_rc, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        b_residual = tl.load(residual_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+        b_residual = tl.load(residual_ptr + base + o_rc, mask=m_rc, other=0.0).to(tl.float32)
         b_sum = round_to(b_s + b_residual, sum_ptr.dtype.element_ty)
-        tl.store(sum_ptr + o_rc, b_sum, mask=m_rc)
+        tl.store(sum_ptr + base + o_rc, b_sum, mask=m_rc)
         b_s = b_sum.to(tl.float32)
     mean = tl.sum(b_s, 1) / cols
     b_d = tl.where(m_rc, b_s - mean[:, None], 0.0)
@@ -53,12 +55,12 @@ def layer_norm_fwd_kernel(
     mean += rest
     b_d = tl.where(m_rc, b_d - rest[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(b_d * b_d, 1) / cols + eps)
-    tl.store(mean_ptr + o_r, mean, mask=m_r)
-    tl.store(rstd_ptr + o_r, rstd, mask=m_r)
+    tl.store(mean_ptr + first + o_r, mean, mask=m_r)
+    tl.store(rstd_ptr + first + o_r, rstd, mask=m_r)
     b_weight = _column_vector(weight_ptr, o_c, m_c, 1.0)
     b_bias = _column_vector(bias_ptr, o_c, m_c, 0.0)
     b_y = b_d * rstd[:, None] * b_weight[None, :] + b_bias[None, :]
-    tl.store(y_ptr + o_rc, round_to(b_y, y_ptr.dtype.element_ty), mask=m_rc)
+    tl.store(y_ptr + base + o_rc, round_to(b_y, y_ptr.dtype.element_ty), mask=m_rc)
 
 
 @triton.jit
@@ -68,6 +70,7 @@ def layer_norm_bwd_kernel(
 ):  # fmt: skip
     """dx of a run of rows, and their sums of dy xhat and dy: partials[program, 2, cols]."""
     first = tl.program_id(0).to(tl.int64) * run
+    base = first * cols
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < cols
     b_weight = _column_vector(weight_ptr, o_c, m_c, 1.0)
@@ -78,9 +81,9 @@ def layer_norm_bwd_kernel(
         o_r = i_row + tl.arange(0, BLOCK_R)
         m_r = o_r < left
         m_rc = m_r[:, None] & m_c[None, :]
-        o_rc = (first + o_r)[:, None] * cols + o_c[None, :]
-        b_dy = tl.load(dy_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
-        b_s = tl.load(s_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+        o_rc = o_r[:, None] * cols + o_c[None, :]  # in 32 bits, or four addresses an element live through the loop
+        b_dy = tl.load(dy_ptr + base + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+        b_s = tl.load(s_ptr + base + o_rc, mask=m_rc, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + first + o_r, mask=m_r, other=0.0)
         rstd = tl.load(rstd_ptr + first + o_r, mask=m_r, other=0.0)
         b_xhat = tl.where(m_rc, (b_s - mean[:, None]) * rstd[:, None], 0.0)
@@ -93,8 +96,8 @@ def layer_norm_bwd_kernel(
             c2 = tl.sum(b_g * b_xhat, 1) / cols
             b_dx = rstd[:, None] * (b_g - c1[:, None] - b_xhat * c2[:, None])
             if dsum_ptr is not None:
-                b_dx += tl.load(dsum_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
-            tl.store(dx_ptr + o_rc, round_to(b_dx, dx_ptr.dtype.element_ty), mask=m_rc)
+                b_dx += tl.load(dsum_ptr + base + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + base + o_rc, round_to(b_dx, dx_ptr.dtype.element_ty), mask=m_rc)
     if partials_ptr is not None:
         o_out = tl.program_id(0).to(tl.int64) * 2 * cols + o_c
         tl.store(partials_ptr + o_out, b_dweight, mask=m_c)
@@ -130,7 +133,7 @@ def layer_norm_fwd(
 ) -> tuple[torch.Tensor, ...]:
     """(y, mean, rstd), or (y, sum, mean, rstd) with a residual; y and sum like x, mean and rstd (...,) fp32.
 
-    x, residual: (..., C), fp32, bf16 or fp16, contiguous, C <= 16384; weight, bias: (C,) of x's dtype or fp32, or None.
+    x, residual: (..., C), fp32, bf16 or fp16, contiguous, C <= 4096; weight, bias: (C,) of x's dtype or fp32, or None.
     """
     cols = x.shape[-1]
     y = torch.empty_like(x)
@@ -142,7 +145,7 @@ def layer_norm_fwd(
         config = pick_config("layer_norm", (rows, cols), x.dtype)
         layer_norm_fwd_kernel[(triton.cdiv(rows, config.block_rows),)](
             x, residual, weight, bias, y, total, mean, rstd, rows, cols, eps,
-            BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(max_registers=128),
+            BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
         )  # fmt: skip
     return (y, mean, rstd) if total is None else (y, total, mean, rstd)
 
@@ -170,7 +173,7 @@ def layer_norm_bwd(
     if ds is not None or wanted:
         layer_norm_bwd_kernel[(programs,)](
             dy, dsum, s, weight, mean, rstd, ds, partials, rows, cols, run,
-            BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(max_registers=168),
+            BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
         )  # fmt: skip
     if wanted:
         layer_norm_merge_kernel[(triton.cdiv(cols, 64),)](

@@ -154,7 +154,7 @@ class _LayerNorm(FusedOp):
     backends = (
         _backends.native("cuda", "x", _native_kernels),
         # A program holds whole rows.
-        _backends.triton("layer_norm", "x", LastAtMost("x", 16384)),
+        _backends.triton("layer_norm", "x", LastAtMost("x", 4096)),
         _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),
     )
