@@ -123,6 +123,18 @@ def test_ddim_move(kernels: Any, shape: tuple[int, ...], nhwc: bool, dtypes: Any
         check("ddim_move", kernels("ddim_move"), reference, _move_run, _move_draw(shape, dtypes, nhwc, kind))
 
 
+@pytest.mark.parametrize("kind", ddim_move_reference.PREDICTION_TYPES)
+def test_ddim_move_rounds_its_coefficients_once(kernels: Any, kind: str) -> None:
+    """To the last bit: their error is shared by a whole sample, no mean makes it smaller."""
+    generator = torch.Generator().manual_seed(0)
+    levels = [torch.randperm(1001, generator=generator) - 1 for _ in range(2)]
+    one, zero = torch.ones(1001, 1, 1, 1), torch.zeros(1001, 1, 1, 1)
+    exact = ddim_move_reference.coefficients(ALPHAS_CUMPROD.double(), *levels, kind, torch.float64)
+    for inputs, expected in zip(((one, zero), (zero, one)), exact, strict=True):
+        got = kernels("ddim_move")[0](*inputs, ALPHAS_CUMPROD, *levels, kind, None, None, 0)
+        assert torch.equal(got.flatten(), expected.float())
+
+
 @pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
 def test_ddim_move_draws_the_noise_of_forward_diffusion(kernels: Any, nhwc: bool) -> None:
     """Bit for bit, in every kernel: at ab = 0 the noised copy is the noise."""

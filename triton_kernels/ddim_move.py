@@ -30,32 +30,46 @@ _PREDICTION = {"epsilon": 0, "sample": 1, "v_prediction": 2}
 
 
 @triton.jit
+def _root(x):
+    """The square root of an fp64 scalar: a step of Newton's from the fp32 one is cheaper than an fp64 one."""
+    r = tl.sqrt_rn(x.to(tl.float32))
+    half = tl.where(r == 0.0, 0.0, 0.5 / r).to(tl.float64)
+    r = r.to(tl.float64)
+    return r + (x - r * r) * half
+
+
+@triton.jit
 def _level(alphas_cumprod_ptr, t, num_timesteps):
-    """sqrt(ab_t) and sqrt(1 - ab_t) in fp32; (1, 0) at the clean latent, t = -1; NaN outside the schedule."""
-    signal, sigma, _ = _coefficients(alphas_cumprod_ptr, t, num_timesteps, -1)
-    return tl.where(t == -1, 1.0, signal), tl.where(t == -1, 0.0, sigma)
+    """sqrt(ab_t) and sqrt(1 - ab_t) in fp64; (1, 0) at the clean latent, t = -1; NaN outside the schedule."""
+    valid = (t >= 0) & (t < num_timesteps)
+    ab = tl.load(alphas_cumprod_ptr + t, mask=valid, other=float("nan"))
+    ab = tl.where(t == -1, 1.0, ab).to(tl.float64)
+    return _root(ab), _root(1.0 - ab)
 
 
 @triton.jit
 def _move(alphas_cumprod_ptr, timesteps_ptr, next_timesteps_ptr, i_n, num_timesteps, PREDICTION: tl.constexpr):
-    """The coefficients a of x_t and b of the model's output; (1, 0) for a step from t to t."""
+    """The coefficients a of x_t and b of the model's output; (1, 0) for a step from t to t.
+
+    In fp64 and rounded once: an error here is shared by every element of the sample, and b is a difference.
+    """
     now = tl.load(timesteps_ptr + i_n)
     then = tl.load(next_timesteps_ptr + i_n)
     from_signal, from_sigma = _level(alphas_cumprod_ptr, now, num_timesteps)
     to_signal, to_sigma = _level(alphas_cumprod_ptr, then, num_timesteps)
     if PREDICTION == 0:
-        a = tl.div_rn(to_signal, from_signal)
+        a = to_signal / from_signal
         b = to_sigma - a * from_sigma
     elif PREDICTION == 1:
         # Without noise there is none to carry over: the undefined epsilon counts as 0. NaN stays NaN.
         clean = from_sigma == 0.0
-        a = tl.where(clean, 0.0, tl.div_rn(to_sigma, tl.where(clean, 1.0, from_sigma)))
+        a = tl.where(clean, 0.0, to_sigma / tl.where(clean, 1.0, from_sigma))
         b = to_signal - a * from_signal
     else:
         a = to_signal * from_signal + to_sigma * from_sigma
         b = to_sigma * from_signal - to_signal * from_sigma
     stays = (now == then) & (now >= -1) & (now < num_timesteps)
-    return tl.where(stays, 1.0, a), tl.where(stays, 0.0, b)
+    return tl.where(stays, 1.0, a).to(tl.float32), tl.where(stays, 0.0, b).to(tl.float32)
 
 
 @triton.jit

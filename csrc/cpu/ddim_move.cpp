@@ -16,23 +16,30 @@ struct Move {
     A a, b;  // of x_t and of the model's output; an input whose coefficient is 0 is left out, whatever it holds
 };
 
+// In double and rounded once: an error here is shared by every element of the sample, and b is a difference.
+inline Mix<double> level_of(double ab) {
+    return {root(ab), root(1.0 - ab), false};
+}
+
 template <class A>
 Move<A> move_of(const void* alphas_cumprod, int64_t now, int64_t then, int64_t num_timesteps, int32_t prediction) {
     if (now < -1 || then < -1 || now >= num_timesteps || then >= num_timesteps) return {A(NAN), A(NAN)};
     if (now == then) return {A(1), A(0)};
-    const Mix<A> clean = {A(1), A(0), false};
-    const Mix<A> from = now < 0 ? clean : mix_of<A>(alphas_cumprod, now, num_timesteps);
-    const Mix<A> to = then < 0 ? clean : mix_of<A>(alphas_cumprod, then, num_timesteps);
+    const A* const table = static_cast<const A*>(alphas_cumprod);
+    const Mix<double> from = level_of(now < 0 ? 1.0 : table[now]), to = level_of(then < 0 ? 1.0 : table[then]);
+    double a, b;
     if (prediction == SDXL_FAST_EPSILON) {
-        const A a = to.signal / from.signal;
-        return {a, to.sigma - a * from.sigma};
-    }
-    if (prediction == SDXL_FAST_SAMPLE) {
+        a = to.signal / from.signal;
+        b = to.sigma - a * from.sigma;
+    } else if (prediction == SDXL_FAST_SAMPLE) {
         // Without noise there is none to carry over: the undefined epsilon counts as 0.
-        const A a = from.sigma > A(0) ? to.sigma / from.sigma : A(0);
-        return {a, to.signal - a * from.signal};
+        a = from.sigma > 0.0 ? to.sigma / from.sigma : 0.0;
+        b = to.signal - a * from.signal;
+    } else {
+        a = to.signal * from.signal + to.sigma * from.sigma;
+        b = to.sigma * from.signal - to.signal * from.sigma;
     }
-    return {to.signal * from.signal + to.sigma * from.sigma, to.sigma * from.signal - to.signal * from.sigma};
+    return {A(a), A(b)};
 }
 
 template <class V>

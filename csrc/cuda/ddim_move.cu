@@ -8,46 +8,17 @@
 //            left out, so that the step from t to t is the identity whatever the model said.
 // Grid       x: blocks of 256 threads over one sample, y: samples (strided). Without noise a thread owns 16 bytes of
 //            x_t; with it the four elements of a Philox call, or in channels-last a 4 pixel by 4 channel square.
-// Registers  the coefficients (computed by every thread: a few instructions on two cached loads), one vector of each
-//            operand, words and normals of the calls.
+// Registers  the coefficients (computed by every thread: some fifty instructions on two cached loads), one vector of
+//            each operand, words and normals of the calls.
 // Bytes      reads 2 and writes 1 element per element, 2 with the noised copy; backward reads 1 (2) and writes 2.
 // Wrong      nowhere known; wide ragged channels-last tensors are noised element by element.
 //
 // A timestep outside the schedule makes its sample NaN: reading it back to report it would synchronise.
-#include "noising.cuh"
+#include "ddim_move_device.cuh"
 
 namespace sdxl_fast {
 namespace cuda {
 namespace {
-
-struct Route {
-    const float* alphas_cumprod;
-    const int64_t *timesteps, *next_timesteps, *renoise_timesteps;
-    int64_t num_timesteps;
-    int32_t prediction;
-};
-
-struct Move {
-    float a, b;
-};
-
-__device__ __forceinline__ Move move_of(const Route& route, int64_t sample) {
-    const int64_t now = route.timesteps[sample], then = route.next_timesteps[sample], total = route.num_timesteps;
-    if (now < -1 || then < -1 || now >= total || then >= total) return {nanf(""), nanf("")};
-    if (now == then) return {1.0f, 0.0f};
-    const Level from = now < 0 ? Level{1.0f, 0.0f} : level_at(route.alphas_cumprod, now, total);
-    const Level to = then < 0 ? Level{1.0f, 0.0f} : level_at(route.alphas_cumprod, then, total);
-    if (route.prediction == SDXL_FAST_EPSILON) {
-        const float a = to.signal / from.signal;
-        return {a, to.sigma - a * from.sigma};
-    }
-    if (route.prediction == SDXL_FAST_SAMPLE) {
-        // Without noise there is none to carry over: the undefined epsilon counts as 0.
-        const float a = from.sigma > 0.0f ? to.sigma / from.sigma : 0.0f;
-        return {a, to.signal - a * from.signal};
-    }
-    return {to.signal * from.signal + to.sigma * from.sigma, to.sigma * from.signal - to.signal * from.sigma};
-}
 
 __device__ __forceinline__ float scaled_sum(const Move& move, float x, float output) {
     const float second = move.b == 0.0f ? 0.0f : move.b * output;

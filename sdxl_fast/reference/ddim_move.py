@@ -9,7 +9,8 @@ clean latent), the step is ``x_next = alpha' x0 + sigma' epsilon``, where the mo
     v_prediction   x0 = alpha x_t - sigma m            epsilon = alpha m + sigma x_t
 
 All three are linear, so the op is ``x_next = a x_t + b m`` with two numbers per sample; a step from t to t has a = 1
-and b = 0. An input whose coefficient is 0 is left out, whatever it holds. The result, rounded to x_t's dtype, is what
+and b = 0. They are computed in float64 and rounded once: every element of a sample shares their error, which no mean
+over elements makes smaller, and one of them is a difference. An input whose coefficient is 0 is left out, whatever it holds. The result, rounded to x_t's dtype, is what
 is noised: ``x_renoised = sqrt(ab_r) x_next + sqrt(1 - ab_r) noise`` with the noise of ``forward_diffusion``.
 Sources: Song et al. 2021, eq. 12 (arXiv:2010.02502); Salimans & Ho 2022, section 4 and appendix D (arXiv:2202.00512);
 Lin et al. 2024, eq. 3-5 and 25 (arXiv:2402.13929).
@@ -32,7 +33,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def _level(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, acc: torch.dtype) -> Pair:
-    """sqrt(ab_t) and sqrt(1 - ab_t), [N]; (1, 0) at index -1."""
+    """sqrt(ab_t) and sqrt(1 - ab_t), [N] of ``acc``; (1, 0) at index -1."""
     ab = alphas_cumprod.to(acc)[timesteps.clamp(min=0)]
     ab = torch.where(timesteps < 0, torch.ones_like(ab), ab)
     return ab.sqrt(), (1 - ab).sqrt()
@@ -45,9 +46,9 @@ def coefficients(
     prediction_type: str,
     acc: torch.dtype,
 ) -> Pair:
-    """Returns a and b of ``x_next = a x_t + b m`` for each sample: [N] of ``acc``."""
-    alpha, sigma = _level(alphas_cumprod, timesteps, acc)
-    next_alpha, next_sigma = _level(alphas_cumprod, next_timesteps, acc)
+    """Returns a and b of ``x_next = a x_t + b m`` for each sample: [N] of ``acc``, rounded from float64."""
+    alpha, sigma = _level(alphas_cumprod, timesteps, torch.float64)
+    next_alpha, next_sigma = _level(alphas_cumprod, next_timesteps, torch.float64)
     if prediction_type == "epsilon":
         a = next_alpha / alpha
         b = next_sigma - a * sigma
@@ -59,7 +60,7 @@ def coefficients(
         a = next_alpha * alpha + next_sigma * sigma
         b = next_sigma * alpha - next_alpha * sigma
     stays = timesteps == next_timesteps
-    return torch.where(stays, torch.ones_like(a), a), torch.where(stays, torch.zeros_like(b), b)
+    return torch.where(stays, torch.ones_like(a), a).to(acc), torch.where(stays, torch.zeros_like(b), b).to(acc)
 
 
 def _scaled(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

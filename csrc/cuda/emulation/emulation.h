@@ -64,6 +64,9 @@ inline float __expf(float x) {
 inline float __fdividef(float a, float b) {
     return a / b;
 }
+inline float __fmul_rn(float a, float b) {
+    return a * b;
+}
 inline float rsqrtf(float x) {
     return 1.0f / sqrtf(x);
 }
