@@ -32,9 +32,14 @@ struct LayerNormForward {
     int32_t param_dtype;
 };
 
+// Blocks an SM must hold: with more, 64 values a thread spill on sm_120.
+constexpr int resident(int values) {
+    return values > 40 ? 3 : 4;
+}
+
 // A warp per row. The last vectors of a row may be missing: their values are kept as 0 and not counted.
 template <class T, class P, int VEC, int ITEMS>
-__global__ void __launch_bounds__(kRowWarps * 32, 4) layer_norm_fwd_kernel(LayerNormForward<T> p) {
+__global__ void __launch_bounds__(kRowWarps * 32, resident(ITEMS* VEC)) layer_norm_fwd_kernel(LayerNormForward<T> p) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (row >= p.rows) return;  // the whole warp
