@@ -70,4 +70,6 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(layer_norm_fwd_cuda);
     EXPOSE(layer_norm_bwd_cpu);
     EXPOSE(layer_norm_bwd_cuda);
+    EXPOSE(to_uint8_fwd_cpu);
+    EXPOSE(to_uint8_fwd_cuda);
 }

@@ -66,4 +66,8 @@ int64_t sdxl_fast_layer_norm_workspace_cuda(int64_t, int64_t) {
     return 0;
 }
 
+int32_t sdxl_fast_to_uint8_fwd_cuda(const void*, void*, int64_t, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 }  // extern "C"

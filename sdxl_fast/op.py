@@ -74,10 +74,10 @@ class FusedOp:
     name: ClassVar[str]
     parameters: ClassVar[tuple[str, ...]]
     fwd_schema: ClassVar[str]
-    bwd_schema: ClassVar[str]
+    bwd_schema: ClassVar[str] = ""
     rules: ClassVar[tuple[Rule, ...]]
     backends: ClassVar[tuple[Backend, ...]]
-    differentiable: ClassVar[int] = 1
+    differentiable: ClassVar[int] = 1  # 0: an op without a derivative, whose outputs are no floats
 
     def __init__(self, public: Callable[..., Any]) -> None:
         """Registers the op under its name; ``public`` is the function users call."""
@@ -159,7 +159,7 @@ class FusedOp:
             counts[self.name, kernels.backend] += 1
         args = self.prepare(args)
         self.check_values(args)
-        if torch.is_grad_enabled():
+        if self.differentiable and torch.is_grad_enabled():
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.requires_grad:
                     return _Fused.apply(self, kernels, *args)
@@ -253,10 +253,9 @@ class _Fused(torch.autograd.Function):
 
 
 def _define_library_ops(op: FusedOp) -> None:
-    """Registers ``sdxl_fast::<op>_fwd`` with its gradient, and ``_bwd``, both with fakes."""
-    fwd_name, bwd_name = f"sdxl_fast::{op.name}_fwd", f"sdxl_fast::{op.name}_bwd"
+    """Registers ``sdxl_fast::<op>_fwd`` and, unless the op has no derivative, its gradient ``_bwd``; with fakes."""
+    fwd_name = f"sdxl_fast::{op.name}_fwd"
     torch.library.define(fwd_name, op.fwd_schema)
-    torch.library.define(bwd_name, op.bwd_schema)
 
     def fwd(*args: Any) -> Any:
         kernels = op.plan(args)
@@ -270,6 +269,16 @@ def _define_library_ops(op: FusedOp) -> None:
     def fake_fwd(*args: Any) -> Any:
         op.check(dict(zip(op.parameters, args, strict=True)))
         return op.fake_fwd(op.prepare(args))
+
+    torch.library.impl(fwd_name, "CompositeExplicitAutograd")(fwd)
+    torch.library.register_fake(fwd_name)(fake_fwd)
+    if op.differentiable:
+        _define_library_gradient(op, fwd_name)
+
+
+def _define_library_gradient(op: FusedOp, fwd_name: str) -> None:
+    bwd_name = f"sdxl_fast::{op.name}_bwd"
+    torch.library.define(bwd_name, op.bwd_schema)
 
     def bwd(*args: Any) -> Any:
         # Below autograd grad mode may be on, but nothing here is recorded: the raw functions are closed formulas.
@@ -293,8 +302,6 @@ def _define_library_ops(op: FusedOp) -> None:
         found = op.gradients(dy, ctx.saved_tensors, ctx.scalars, ctx.needs_input_grad, library_bwd)
         return tuple(t if need else None for t, need in zip(found, ctx.needs_input_grad, strict=True))
 
-    torch.library.impl(fwd_name, "CompositeExplicitAutograd")(fwd)
     torch.library.impl(bwd_name, "CompositeExplicitAutograd")(bwd)
-    torch.library.register_fake(fwd_name)(fake_fwd)
     torch.library.register_fake(bwd_name)(lambda *args: op.fake_bwd(args))
     torch.library.register_autograd(fwd_name, backward, setup_context=setup_context)

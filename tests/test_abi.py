@@ -23,6 +23,7 @@ from sdxl_fast.dispatch import registry
 ROOT = Path(__file__).parent.parent
 HEADER = (ROOT / "csrc" / "include" / "sdxl_fast.h").read_text()
 PROTOTYPES = dict(re.findall(r"SDXL_FAST_API [\w ]+\*? ?(sdxl_fast_\w+)\(([^)]*)\)", HEADER))
+WITHOUT_DERIVATIVE = {"to_uint8"}
 KERNELS = sorted(p.stem for p in (ROOT / "csrc" / "cpu").glob("*.cpp") if "SDXL_FAST_ISA" in p.read_text())
 
 
@@ -77,9 +78,11 @@ def test_library_needs_neither_python_nor_torch():
 
 @pytest.mark.parametrize("op", sorted(registry()))
 def test_every_op_has_its_functions(op):
-    for suffix in ("fwd_cpu", "fwd_cuda", "bwd_cpu", "bwd_cuda"):
-        assert f"sdxl_fast_{op}_{suffix}" in PROTOTYPES
-        assert hasattr(native.load(), f"{op}_{suffix}")
+    for direction in ("fwd", "bwd") if op not in WITHOUT_DERIVATIVE else ("fwd",):
+        for device in ("cpu", "cuda"):
+            assert f"sdxl_fast_{op}_{direction}_{device}" in PROTOTYPES
+            assert hasattr(native.load(), f"{op}_{direction}_{device}")
+    assert (f"sdxl_fast_{op}_bwd_cpu" in PROTOTYPES) == (op not in WITHOUT_DERIVATIVE)
 
 
 def test_the_binding_has_every_function_with_its_arguments():
@@ -215,6 +218,8 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, 1e-5, 0, 1, 2, 3, 1) == 2
     assert binding.forward_diffusion_fwd_cpu(p, p, p, p, p, p, p, 1, 1, 1, 1, 1, 0, -1, 0, 0, 1) == 1
     assert binding.forward_diffusion_bwd_cpu(p, p, p, p, 0, 1, 1, -1, 0, 1) == 0
+    assert binding.to_uint8_fwd_cpu(p, p, 1, 3, 1, 2, 0, 1) == binding.to_uint8_fwd_cpu(p, p, 1, -3, 1, 0, 0, 1) == 1
+    assert binding.to_uint8_fwd_cpu(p, p, 1, 3, 1, 0, 4, 1) == 2
     norm = (p, 0, 0, 0, p, 0, p, p, 1, 8)
     assert binding.layer_norm_fwd_cpu(*norm, -1.0, 0, 0, 1) == binding.layer_norm_fwd_cpu(*norm, math.nan, 0, 0, 1) == 1
     assert binding.layer_norm_fwd_cpu(*norm, 1e-5, 2, 3, 1) == 2
@@ -266,6 +271,8 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
                     noising = {"renoise_timesteps": 9 - steps, "seeds": seeds, "stream": 2**40}
                     y = ops.ddim_move(x, output, prediction_type=kind, **levels, **noising)
                     found += [*y, *torch.autograd.grad(y, (x, output), [torch.ones_like(t) for t in y])]
+        for form in (torch.contiguous_format, torch.channels_last):
+            found.append(ops.to_uint8(torch.randn(n, 3, 33, 47).to(dtype).contiguous(memory_format=form)))
         for cols in (1009, 640, 5003):
             x, residual = ((torch.randn(13 * n, cols) * 2 + 1).to(dtype).requires_grad_() for _ in range(2))
             weight, bias = (torch.randn(cols).to(dtype).requires_grad_() for _ in range(2))

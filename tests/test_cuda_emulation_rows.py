@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels that work row by row, run on a CPU: layer_norm. See test_cuda_emulation.py."""
+"""The CUDA kernels of layer_norm and to_uint8, run on a CPU. See test_cuda_emulation.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sdxl_fast.reference import layer_norm as layer_norm_reference
-from sdxl_fast.testing.emulation import COMPILER, check, unaligned
+from sdxl_fast.reference import to_uint8 as to_uint8_reference
+from sdxl_fast.testing.emulation import COMPILER, channels_last, check, unaligned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,6 +110,37 @@ def test_layer_norm_of_nothing(kernels: Any) -> None:
     assert fwd(torch.zeros(4, 0), None, None, None, 1e-5)[0].shape == (4, 0)
 
 
+# ---- to_uint8 ----
+
+# Whole vectors of planes and ragged ones, other numbers of channels, more pixels than a block, one element, nothing.
+PICTURES = [
+    (2, 3, 8, 16),
+    (1, 3, 5, 7),
+    (2, 4, 4, 8),
+    (1, 1, 4, 8),
+    (1, 5, 3, 3),
+    (1, 3, 80, 80),
+    (1, 1, 1, 1),
+    (0, 3, 2, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nhwc", [True, False], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("shape", PICTURES, ids=str)
+def test_to_uint8_gives_the_bytes_of_the_reference(kernels: Any, shape: Any, nhwc: bool, dtype: torch.dtype) -> None:
+    x = 1.3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    flat = x.flatten()
+    special = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan, 1.0, -1.0, 1 / 255, 3 / 255])
+    flat[: len(special)] = special[: flat.numel()]
+    x = flat.view(shape).to(dtype)
+    fwd, _ = kernels("to_uint8")
+    expected = to_uint8_reference.fwd(x)
+    x = channels_last(x) if nhwc else x
+    assert torch.equal(fwd(x), expected)
+    assert torch.equal(fwd(unaligned(x)), expected)
+
+
 # ---- the C ABI ----
 
 
@@ -134,3 +166,12 @@ def test_layer_norm_statuses(library: ctypes.CDLL) -> None:
     assert fwd(weight=p) == fwd(residual=p) == fwd(sum=p) == fwd(rows=-1) == fwd(eps=-1.0) == bwd(cols=-1) == 1
     assert fwd(eps=float("nan")) == bwd(dweight=p) == 1
     assert fwd(dtype=1, param_dtype=1) == fwd(dtype=2, param_dtype=3) == bwd(dtype=1, param_dtype=1) == 2
+
+
+def test_to_uint8_statuses(library: ctypes.CDLL) -> None:
+    memory = torch.zeros(64)
+    p = memory.data_ptr()
+    convert = library.sdxl_fast_to_uint8_fwd_cuda
+    assert convert(p, p, 1, 3, 4, 0, 0, 0) == convert(None, None, 0, 3, 4, 0, 0, 0) == 0
+    assert convert(p, p, -1, 3, 4, 0, 0, 0) == convert(p, p, 1, 3, 4, 2, 0, 0) == convert(p, p, 1, 3, 4, 0, 9, 0) == 1
+    assert convert(p, p, 1, 3, 4, 0, 1, 0) == 2

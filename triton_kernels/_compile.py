@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 _POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
+    torch.uint8: "*u8",
 }  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,8 +56,8 @@ class Resources:
     kernel: str
     variant: str
     arch: int
-    registers: int
     threads: int
+    registers: int
     stack_bytes: int
     shared_bytes: int
 
@@ -191,12 +192,22 @@ def _ddim_move_cases(dtype: torch.dtype) -> None:
         ddim_move_bwd(said, None, x_t, *levels, at, (True, False))
 
 
+def _to_uint8_cases(dtype: torch.dtype) -> None:
+    from .to_uint8 import to_uint8_fwd
+
+    for shape in ((1, 3, 1024, 1024), (2, 5, 7, 3), (1, 3, 32768, 32769)):
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        to_uint8_fwd(x)
+        to_uint8_fwd(x.to(memory_format=torch.channels_last))
+
+
 CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _group_norm_silu_cases,
     _layer_norm_cases,
     _geglu_cases,
     _forward_diffusion_cases,
     _ddim_move_cases,
+    _to_uint8_cases,
 )
 
 

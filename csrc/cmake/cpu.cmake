@@ -6,7 +6,8 @@ set(kernel_sources
     cpu/geglu.cpp
     cpu/group_norm_silu.cpp
     cpu/group_norm_silu_backward.cpp
-    cpu/layer_norm.cpp)
+    cpu/layer_norm.cpp
+    cpu/to_uint8.cpp)
 
 # Multiply-adds are written as fma() where one is meant: contraction would make the numbers depend on the compiler.
 set(kernel_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)

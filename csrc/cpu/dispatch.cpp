@@ -25,7 +25,8 @@ namespace {
      isa::forward_diffusion_fwd,        \
      isa::forward_diffusion_bwd,        \
      isa::ddim_move_fwd,                \
-     isa::ddim_move_bwd}
+     isa::ddim_move_bwd,                \
+     isa::to_uint8_fwd}
 
 // The baseline first, the best last.
 constexpr KernelTable kTables[] = {

@@ -23,6 +23,7 @@ struct KernelTable {
     void (*forward_diffusion_bwd)(const DiffusionBackward&);
     void (*ddim_move_fwd)(const MoveForward&);
     void (*ddim_move_bwd)(const MoveBackward&);
+    void (*to_uint8_fwd)(const ToUint8Call&);
 };
 
 // The kernels that run elements of `dtype`.

@@ -119,4 +119,14 @@ int32_t sdxl_fast_ddim_move_bwd_cpu(const void* dx_next, const void* dx_renoised
     return SDXL_FAST_OK;
 }
 
+int32_t sdxl_fast_to_uint8_fwd_cpu(const void* x, void* out, int64_t n, int64_t c, int64_t hw, int32_t layout,
+                                   int32_t dtype, int32_t num_threads) {
+    if (!known_dtype(dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    if (any_negative({n, c, hw}) || !is_flag(layout)) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n == 0 || c == 0 || hw == 0) return SDXL_FAST_OK;
+    if (any_null({x, out})) return SDXL_FAST_INVALID_ARGUMENT;
+    kernels(dtype).to_uint8_fwd({x, out, n, c, hw, layout == SDXL_FAST_NHWC, dtype, num_threads});
+    return SDXL_FAST_OK;
+}
+
 }  // extern "C"

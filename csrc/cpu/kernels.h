@@ -91,6 +91,14 @@ struct LayerNormBackward {
     int32_t dtype, param_dtype, num_threads;
 };
 
+struct ToUint8Call {
+    const void* x;
+    void* out;
+    int64_t n, c, hw;
+    bool nhwc;
+    int32_t dtype, num_threads;
+};
+
 // Declares the kernels compiled for one instruction set.
 #define SDXL_FAST_DECLARE_KERNELS(isa)                         \
     namespace isa {                                            \
@@ -104,6 +112,7 @@ struct LayerNormBackward {
     void ddim_move_bwd(const MoveBackward& call);              \
     void layer_norm_fwd(const LayerNormForward& call);         \
     void layer_norm_bwd(const LayerNormBackward& call);        \
+    void to_uint8_fwd(const ToUint8Call& call);                \
     }
 
 SDXL_FAST_DECLARE_KERNELS(baseline)

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 3
+#define SDXL_FAST_ABI 4
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -213,6 +213,15 @@ SDXL_FAST_API int32_t sdxl_fast_layer_norm_bwd_cuda(const void* dy, const void* 
                                                     void* dx_or_null, void* dweight_or_null, void* dbias_or_null,
                                                     void* workspace, int64_t rows, int64_t cols, int32_t dtype,
                                                     int32_t param_dtype, void* stream);
+
+/* ---- to_uint8: pictures in -1..1 to bytes ----
+ * x: [n, c, h, w] of `dtype` in `layout`; out: uint8 [n, h, w, c]. round(255 clamp(x / 2 + 1/2, 0, 1)), ties to even,
+ * each step rounded to f32 (f64 for f64); NaN gives 0. */
+
+SDXL_FAST_API int32_t sdxl_fast_to_uint8_fwd_cpu(const void* x, void* out, int64_t n, int64_t c, int64_t hw,
+                                                 int32_t layout, int32_t dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_to_uint8_fwd_cuda(const void* x, void* out, int64_t n, int64_t c, int64_t hw,
+                                                  int32_t layout, int32_t dtype, void* stream);
 
 #ifdef __cplusplus
 }

@@ -44,9 +44,14 @@ class TritonDevice:
         return f"{self.arg} must be a cuda tensor (or a cpu one in the interpreter, TRITON_INTERPRET=1)"
 
 
+def no_backward(*args: Any) -> Any:
+    """Stands where an op without a derivative has no backward."""
+    raise NotImplementedError("this op has no derivative")
+
+
 def eager(reference: ModuleType) -> Backend:
     """The reference as a backend: any device, any float dtype."""
-    return Backend("eager", lambda: (reference.fwd, reference.bwd))
+    return Backend("eager", lambda: (reference.fwd, getattr(reference, "bwd", no_backward)))
 
 
 def triton(op: str, lead: str, *rules: Rule) -> Backend:
@@ -59,7 +64,7 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
             module = importlib.import_module(f"sdxl_fast.triton_kernels.{op}")
         except ImportError as error:
             raise UnavailableError(f"the Triton kernels do not import: {error}") from None
-        return getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd")
+        return getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd", no_backward)
 
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
