@@ -182,6 +182,8 @@ class Gate:
 def same_function(got: Tensors, oracle: Tensors, *, rows: int = 0) -> Verdict:
     """Compares every tensor's relative L2 error with what a peer may have; NaN never passes.
 
+    Integers may be one off, where a peer's arithmetic rounds to the other side of a tie.
+
     Args:
         got: what a peer computed.
         oracle: the same in float64.
@@ -191,6 +193,12 @@ def same_function(got: Tensors, oracle: Tensors, *, rows: int = 0) -> Verdict:
     for name, expected in oracle.items():
         if not bool(torch.isfinite(got[name]).all()):
             return Verdict(False, f"{name} is not finite")
+        if not expected.is_floating_point():
+            off = int((got[name].long() - expected.long()).abs().max()) if expected.numel() else 0
+            if off > 1:
+                return Verdict(False, f"{name}: {off} off")
+            worst = max(worst, float(off))
+            continue
         relative = _relative(got[name], expected)
         allowed = PEER_ULPS * torch.finfo(got[name].dtype).eps + math.sqrt(rows) * torch.finfo(torch.float32).eps
         if not relative <= allowed:

@@ -147,6 +147,9 @@ def test_peer_has_to_compute_the_same_function() -> None:
     assert same_function({"y": y}, {"y": y.double()}).passed
     assert not same_function({"y": y * (1 + 1e-3)}, {"y": y.double()}).passed
     assert not same_function({"y": y / 0}, {"y": y.double()}).passed
+    levels = torch.arange(8, dtype=torch.uint8)
+    assert same_function({"y": levels + 1}, {"y": levels}).passed
+    assert not same_function({"y": levels + 2}, {"y": levels}).passed
 
 
 # ---- every op ----

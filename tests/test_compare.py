@@ -42,6 +42,16 @@ def test_a_single_wrong_element_is_found(dtype):
     assert "exceeds the bound" in str(outcome) and "toy y" in str(outcome) and "(17, 33)" in str(outcome)
 
 
+def test_integers_are_right_or_wrong():
+    """The oracle in float64 may lie on the other side of a tie; the reference in the tested dtype decides."""
+    reference = torch.arange(12, dtype=torch.uint8).view(3, 4)
+    assert compare(reference.clone(), reference + 1, reference).passed
+    wrong = reference.clone()
+    wrong[1, 2] += 1
+    assert "1 differ, 7 at (1, 2) for 6" in _text(compare(wrong, reference, reference))
+    assert "dtype" in _text(compare(reference.int(), reference, reference))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_small_elements_have_small_bounds(dtype):
     """An error that would be invisible on the largest element is seen on a column of zeros."""

@@ -9,6 +9,8 @@ in the accumulator, ``sqrt(M)`` units. k is 2 for outputs and 3 for gradients.
 
 The largest error catches a wrong element; the root mean square, the relative L2, the cosine and the bias catch what
 is wrong a little everywhere: a truncation instead of a rounding, a missing epsilon, a low-precision accumulator.
+
+Integers have no rounding to allow for: ``got`` must be what the reference makes in the tested dtype.
 """
 
 from __future__ import annotations
@@ -124,6 +126,12 @@ def compare(
     if outcome.problems or got.numel() == 0:
         return outcome
     got, oracle, baseline = got.detach(), oracle.detach(), baseline.detach()
+    if not got.is_floating_point():
+        differs = got != baseline
+        if bool(differs.any()):
+            index, count = _index(differs.double()), int(differs.sum())
+            outcome.problems.append(f"{count} differ, {got[index].item()} at {index} for {baseline[index].item()}")
+        return outcome
     # What overflows in the tested dtype is expected to: its infinity is the right answer.
     rounded = oracle.to(got.dtype)
     same_special = torch.where(
