@@ -201,6 +201,25 @@ class SameShape:
 
 
 @dataclass(frozen=True)
+class DimsLike:
+    """``arg`` has the sizes of ``other`` in the dimensions ``dims``, called ``layout`` in messages."""
+
+    arg: str
+    other: str
+    dims: tuple[int, ...]
+    layout: str
+
+    def check(self, values: Values) -> str | None:
+        value, other = values[self.arg], values[self.other]
+        if value.ndim == other.ndim and all(value.shape[dim] == other.shape[dim] for dim in self.dims):
+            return None
+        return f"{self.describe()}; got {self.arg} {_shape(value)} with {self.other} {_shape(other)}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must have the sizes {self.layout} of {self.other}"
+
+
+@dataclass(frozen=True)
 class EvenLast:
     """The last dimension of ``arg`` is even."""
 
@@ -227,6 +246,44 @@ class LastAtMost:
 
     def describe(self) -> str:
         return f"the last dimension of {self.arg} must be at most {self.most}"
+
+
+@dataclass(frozen=True)
+class LastMultiple:
+    """The last dimension of ``arg`` is a multiple of ``of``."""
+
+    arg: str
+    of: int
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        return None if value.shape[-1] % self.of == 0 else f"{self.describe()}, got shape {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"the last dimension of {self.arg} must be a multiple of {self.of}"
+
+
+@dataclass(frozen=True)
+class DimBetween:
+    """Dimension ``dim`` of ``arg``, called ``what`` in messages, lies in ``least`` to ``most`` (no limit if None)."""
+
+    arg: str
+    dim: int
+    what: str
+    least: int = 0
+    most: int | None = None
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        size = value.shape[self.dim]
+        if size >= self.least and (self.most is None or size <= self.most):
+            return None
+        return f"{self.describe()}, got shape {_shape(value)}"
+
+    def describe(self) -> str:
+        limits = [f"at least {self.least}"] if self.least else []
+        limits += [f"at most {self.most}"] if self.most is not None else []
+        return f"{self.arg} must have {' and '.join(limits)} {self.what} (dimension {self.dim})"
 
 
 @dataclass(frozen=True)
@@ -277,17 +334,20 @@ class Integer:
 
 @dataclass(frozen=True)
 class NonNegative:
-    """``arg`` is a finite number >= 0."""
+    """``arg`` is a finite number >= 0; with ``optional`` it may also be None."""
 
     arg: str
+    optional: bool = False
 
     def check(self, values: Values) -> str | None:
         value = values[self.arg]
+        if value is None and self.optional:
+            return None
         good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
         return None if good else f"{self.describe()}, got {value!r}"
 
     def describe(self) -> str:
-        return f"{self.arg} must be a finite number >= 0"
+        return f"{self.arg} must be a finite number >= 0" + (" or None" if self.optional else "")
 
 
 @dataclass(frozen=True)

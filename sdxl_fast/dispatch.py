@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs a call, and why the others do not.
 
-Every op offers up to four backends. ``cuda`` and ``cpu`` are the native library, ``triton`` the Triton kernels and
-``eager`` the reference in plain PyTorch, which runs anywhere. A backend is used when it loads on this machine, its
-rules hold for the call, and it comes first in the preference for the tensor's device; :func:`use_backend` forces one.
+Every op offers some of five backends. ``cuda`` and ``cpu`` are the native library, ``triton`` the Triton kernels,
+``library`` the libraries PyTorch brings (fused attention, matrix products, convolutions: where there is no better
+kernel) and ``eager`` the reference in plain PyTorch, which runs anywhere. A backend is used when it loads on this
+machine, its rules hold for the call, and it comes first in the preference for the tensor's device; :func:`use_backend`
+forces one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from sdxl_fast.constraints import Rule, Values, dtype_name, first_problem, join
 from sdxl_fast.errors import UnavailableError, UnsupportedError
 
-BACKENDS = ("cuda", "triton", "cpu", "eager")
+BACKENDS = ("cuda", "triton", "cpu", "library", "eager")
 
 _forced: ContextVar[str | None] = ContextVar("sdxl_fast_backend", default=None)
 _recorder: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("sdxl_fast_recorder", default=None)
@@ -112,7 +114,7 @@ def use_backend(name: str) -> Iterator[None]:
     call: the choice is made when the graph runs, not when it is traced.
 
     Args:
-        name: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``.
+        name: ``"cuda"``, ``"triton"``, ``"cpu"``, ``"library"`` or ``"eager"``.
 
     Raises:
         ValueError: for an unknown name.
@@ -204,7 +206,8 @@ def select(info: OpInfo, values: Values) -> Kernels:
         found = _refusal(info, name, values)
         if not isinstance(found, str):
             return found
-        reasons.append(f"{name}: {found}")
+        if info.backend(name) is not None:
+            reasons.append(f"{name}: {found}")
     raise UnsupportedError(f"{info.name}: no backend can run this call; " + "; ".join(reasons))
 
 

@@ -15,6 +15,8 @@ from sdxl_fast.constraints import (
     Condition,
     DeviceLike,
     DeviceType,
+    DimBetween,
+    DimsLike,
     Divides,
     Dtype,
     DtypeLike,
@@ -23,6 +25,7 @@ from sdxl_fast.constraints import (
     Integer,
     IsTensor,
     LastAtMost,
+    LastMultiple,
     Ndim,
     NoGradient,
     NonNegative,
@@ -38,6 +41,36 @@ HALF = X.half()
 
 # rule, values that satisfy it, values that do not, what the refusal says
 EXAMPLES = [
+    (
+        LastMultiple("x", 4),
+        {"x": X},
+        {"x": X[..., :3]},
+        "the last dimension of x must be a multiple of 4, got shape [2, 8, 4, 3]",
+    ),
+    (
+        DimBetween("x", 1, "tokens", least=1, most=8),
+        {"x": X},
+        {"x": X[:, :0]},
+        "x must have at least 1 and at most 8 tokens (dimension 1), got shape [2, 0, 4, 4]",
+    ),
+    (
+        DimBetween("x", 1, "keys", most=7),
+        {"x": X[:, :7]},
+        {"x": X},
+        "x must have at most 7 keys (dimension 1), got shape [2, 8, 4, 4]",
+    ),
+    (
+        DimsLike("y", "x", (0, 2, 3), "[N,H,D]"),
+        {"x": X, "y": X[:, :5]},
+        {"x": X, "y": X[:, :, :3]},
+        "y must have the sizes [N,H,D] of x; got y [2, 8, 3, 4] with x [2, 8, 4, 4]",
+    ),
+    (
+        NonNegative("n", optional=True),
+        {"n": None},
+        {"n": -1.0},
+        "n must be a finite number >= 0 or None, got -1.0",
+    ),
     (
         LastAtMost("x", 4),
         {"x": X},

@@ -96,7 +96,7 @@ def test_other_threads_are_not_forced():
 
 def test_unknown_backend_is_refused():
     with (
-        pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'cpu' or 'eager', got 'gpu'"),
+        pytest.raises(ValueError, match="backend must be 'cuda', 'triton', 'cpu', 'library' or 'eager', got 'gpu'"),
         use_backend("gpu"),
     ):
         pass
@@ -200,7 +200,7 @@ def test_preference_rows_narrow_by_op_dtype_and_size(monkeypatch):
 
 def test_matrix_has_a_row_per_op():
     lines = matrix_markdown().splitlines()
-    assert lines[0] == "| op | cuda | triton | cpu | eager |"
+    assert lines[0] == "| op | cuda | triton | cpu | library | eager |"
     assert [re.match(r"\| `(\w+)` \|", line).group(1) for line in lines[2:]] == sorted(ops.__all__)
 
 

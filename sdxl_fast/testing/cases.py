@@ -2,9 +2,9 @@
 """The inputs ops are tested and timed on: every distinct SDXL shape, read off the models themselves, and odd ones.
 
 The SDXL U-Net, VAE and text encoders are built from their published configurations on the meta device (no memory, no
-arithmetic) and run once; hooks note what every GroupNorm, LayerNorm and GEGLU receives. That takes several seconds, so
-the shapes of a 1024 px image are kept in ``sdxl_1024.json``: ``python -m sdxl_fast.testing.cases`` writes it, a test
-traces anew and compares.
+arithmetic) and run once; hooks note what every GroupNorm, LayerNorm, GEGLU and attention receives. That takes several
+seconds, so the shapes of a 1024 px image are kept in ``sdxl_1024.json``: ``python -m sdxl_fast.testing.cases`` writes
+it, a test traces anew and compares.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _is_group_norm_with_silu(name: str) -> bool:
 
 
 def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], Case]) -> None:
-    """Runs ``call`` and adds the distinct inputs of the model's GroupNorm, LayerNorm and GEGLU modules to ``found``."""
+    """Runs ``call`` and adds the distinct inputs of the model's norms, gates and attentions to ``found``."""
     hooks = []
     modules = dict(model.named_modules())
 
@@ -143,6 +143,9 @@ def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], 
                 found.setdefault(("geglu", shape), Case(_label(shape), shape))
 
             hooks.append(module.proj.register_forward_hook(note_geglu))
+        elif type(module).__name__ == "Attention":
+            note_attention = functools.partial(_note_attention, found)
+            hooks.append(module.register_forward_pre_hook(note_attention, with_kwargs=True))
     try:
         with torch.no_grad():
             call()
@@ -151,11 +154,25 @@ def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], 
             handle.remove()
 
 
+def _note_attention(found: dict[tuple[Any, ...], Case], module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """Notes the q that a module of diffusers' `Attention` makes of its input, and for other keys their number."""
+    x, context = args[0], kwargs.get("encoder_hidden_states")
+    tokens = x.shape[1] if x.ndim == 3 else x.shape[2] * x.shape[3]
+    head_dim = module.to_q.out_features // module.heads
+    op = "vae_attention" if module.heads == 1 else "self_attention" if context is None else "cross_attention"
+    heads = () if module.heads == 1 else (module.heads,)
+    shape = (x.shape[0], tokens, *heads, head_dim)
+    options = {} if context is None else {"keys": context.shape[1]}
+    suffix = "".join(f"-keys{keys}" for keys in options.values())
+    found.setdefault((op, shape, *options.values()), Case(_label(shape) + suffix, shape, options))
+
+
 def sdxl_cases(op: str, *, height: int = 1024, width: int = 1024, batch: int = 1) -> tuple[Case, ...]:
     """Returns the distinct shapes of ``op`` in SDXL's networks for one image size.
 
     Args:
-        op: ``"group_norm_silu"``, ``"layer_norm"``, ``"geglu"``, or ``"forward_diffusion"`` for any op on latents.
+        op: ``"group_norm_silu"``, ``"layer_norm"``, ``"geglu"``, one of the attentions, or ``"forward_diffusion"`` for
+            any op on latents.
         height, width: of the image in pixels, multiples of 32. Any size but 1024 x 1024 is traced anew.
         batch: images at a time.
 
@@ -167,7 +184,7 @@ def sdxl_cases(op: str, *, height: int = 1024, width: int = 1024, batch: int = 1
         return (Case(_label(shape), shape),)
     found = _recorded() if (height, width) == (1024, 1024) else trace(height, width)
     if op not in found:
-        raise ValueError(f"op must be 'group_norm_silu', 'layer_norm', 'geglu' or 'forward_diffusion', got {op!r}")
+        raise ValueError(f"op must be {', '.join(map(repr, found))} or 'forward_diffusion', got {op!r}")
     return tuple(_with_batch(case, batch) for case in found[op])
 
 
@@ -206,15 +223,15 @@ def trace(height: int, width: int) -> dict[str, tuple[Case, ...]]:
     return {op: tuple(case for key, case in found.items() if key[0] == op) for op in ops}
 
 
-def shrunk(cases: Iterable[Case], *, longest: int) -> tuple[Case, ...]:
-    """Returns the cases with every dimension between the first two and the last cut to ``longest``, duplicates dropped.
+def shrunk(cases: Iterable[Case], *, longest: int, dims: tuple[int, ...] | None = None) -> tuple[Case, ...]:
+    """Returns the cases with the dimensions ``dims`` cut to ``longest``, duplicates dropped.
 
-    Of [N,C,H,W] the map is cut, of [N,tokens,2C] the tokens: channel counts and groups, on which the vector paths and
-    the tilings depend, stay SDXL's.
+    By default those of the map of [N,C,H,W], or the tokens of [N,tokens,2C]: channel counts and groups, on which the
+    vector paths and the tilings depend, stay SDXL's.
     """
     kept: dict[tuple[Any, ...], Case] = {}
     for case in cases:
-        spatial = (2, 3) if len(case.shape) == 4 else (1,)
+        spatial = dims or ((2, 3) if len(case.shape) == 4 else (1,))
         shape = tuple(min(size, longest) if dim in spatial else size for dim, size in enumerate(case.shape))
         suffix = case.name.removeprefix(_label(case.shape))
         kept.setdefault((shape, *case.options.values()), replace(case, name=_label(shape) + suffix, shape=shape))

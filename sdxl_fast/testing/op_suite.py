@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 
-from sdxl_fast.dispatch import BACKENDS, available_backends, explain, use_backend
+from sdxl_fast.dispatch import available_backends, explain, use_backend
 from sdxl_fast.op import FusedOp
 from sdxl_fast.testing.cases import Case
 from sdxl_fast.testing.compare import Comparison, Scale, assert_all, compare_all, error_scale
@@ -24,6 +24,8 @@ Tensors = dict[str, torch.Tensor]
 Values = dict[str, Any]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# Backends that run on a GPU only and lack float64.
+GPU_ONLY = ("triton", "cuda")
 # Elements of the lead tensor beyond which Triton's interpreter takes longer than a test should.
 INTERPRETED_ELEMENTS = 6_000
 # Below this size PyTorch's own error is the worst of several draws: a lucky rounding of one statistic would decide.
@@ -111,30 +113,41 @@ class OpSuite:
 
     @classmethod
     def pytest_generate_tests(cls, metafunc: pytest.Metafunc) -> None:
-        """Gives every test the arguments it names; backends that interpret get only small cases."""
+        """Gives every test the arguments it names, of the backends the op has; interpreted ones get small cases only.
+
+        ``exact`` stands for a backend with float64, ``gpu`` for one without.
+        """
         names = metafunc.fixturenames
+        backends = cls.backends()
         if "full" in names:
-            rows = list(itertools.product(cls.full_size, ("fp32", "bf16"), BACKENDS))
+            rows = list(itertools.product(cls.full_size, ("fp32", "bf16"), backends))
             metafunc.parametrize("full,dtype,backend", rows, ids=str)
         elif "case" in names:
             metafunc.parametrize("case,dtype,layout,backend", list(cls._matrix()), ids=str)
-        elif "backend" in names and not any(
-            mark.args[0] == "backend" for mark in metafunc.definition.iter_markers("parametrize")
-        ):
-            metafunc.parametrize("backend", BACKENDS)
+        elif "backend" in names:
+            metafunc.parametrize("backend", backends)
+        elif "exact" in names:
+            metafunc.parametrize("exact", [b for b in backends if b not in GPU_ONLY])
+        elif "gpu" in names:
+            metafunc.parametrize("gpu", [b for b in backends if b in GPU_ONLY])
         if "variant" in names:
             metafunc.parametrize("variant", cls.wrong)
 
     @classmethod
+    def backends(cls) -> list[str]:
+        """Returns the names of the backends the op has."""
+        return [backend.name for backend in cls.op.backends]
+
+    @classmethod
     def _matrix(cls) -> Iterator[tuple[Case, str, str, str]]:
-        for case, backend in itertools.product((*cls.cases, *cls.sdxl), BACKENDS):
+        for case, backend in itertools.product((*cls.cases, *cls.sdxl), cls.backends()):
             dtypes = DTYPES if case in cls.cases else ("fp32", "bf16")
             layouts = cls.formats if case in cls.cases else tuple(f for f in cls.formats if f != "nhwc_slice")
             slow = backend == "triton" and device_of(backend) == "cpu"
             if slow and case.numel > INTERPRETED_ELEMENTS:
                 continue
             for dtype, layout in itertools.product(dtypes, layouts):
-                if dtype == "fp64" and backend in ("triton", "cuda"):
+                if dtype == "fp64" and backend in GPU_ONLY:
                     continue  # they do not have it, and say so in test_refuses_float64
                 if slow and layout not in ("contiguous", "channels_last"):
                     continue  # made dense before the backend sees them
@@ -317,15 +330,14 @@ class OpSuite:
             oracle, baseline = _cpu(penalty(reference, exact)), _cpu(penalty(reference, values))
             assert_all(compare_all(_cpu(got), oracle, baseline, op=self.op.name, gradients=list(oracle)))
 
-    @pytest.mark.parametrize("backend", ["eager", "cpu"])
-    def test_gradcheck(self, backend: str) -> None:
+    def test_gradcheck(self, exact: str) -> None:
         """Analytic derivatives equal numerical ones in float64, first and second."""
-        values = self.ready(backend, dtype=torch.float64)
+        values = self.ready(exact, dtype=torch.float64)
         names = [n for n in self.inputs if values[n] is not None]
         leaves = [values[n].requires_grad_() for n in names]
 
         def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            with use_backend(backend):
+            with use_backend(exact):
                 return tuple(self.roots(self.public(**{**values, **dict(zip(names, tensors, strict=True))})))
 
         assert torch.autograd.gradcheck(call, leaves)
