@@ -14,12 +14,12 @@ import torch
 
 from benchmarks.gate import Subject, Values
 from benchmarks.timing import quotient
-from sdxl_fast.dispatch import use_backend
+from sdxl_fast.dispatch import registry, use_backend
 from sdxl_fast.testing.cases import Case
 
 FORWARD, BOTH = "forward", "forward+backward"
 GATE_FAILED = "failed its gate"
-NATIVE = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
+NATIVE = {"cpu": ("cpu", "library"), "cuda": ("cuda", "triton", "library")}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -60,6 +60,7 @@ class OpBench:
         rows: over how many rows an element of an output or gradient sums, by case.
         cost: what else the cost model needs to know of a case.
         own: outputs that a peer draws for itself.
+        peers: further ways of stock PyTorch to compute the same on a GPU, by name.
         targets: what is to be reached.
     """
 
@@ -76,6 +77,7 @@ class OpBench:
     rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
     cost: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
     own: tuple[str, ...] = ()
+    peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
 
     @property
@@ -86,12 +88,12 @@ class OpBench:
     def cases(self, device: str, *, quick: bool = False) -> tuple[Case, ...]:
         """Returns the first cases for a device type; ``quick`` cuts them to a size that only tries the code out."""
         found = self.cpu_cases if device == "cpu" else self.gpu_cases
-        return tuple(_cut(case) for case in found) if quick else found
+        return tuple(_cut(case, images=self.images) for case in found) if quick else found
 
 
-def _cut(case: Case, longest: int = 8) -> Case:
-    """Returns the case with its maps or tokens cut to ``longest``; channels and batch stay."""
-    kept = (0, 1) if len(case.shape) == 4 else (len(case.shape) - 1,)
+def _cut(case: Case, longest: int = 8, *, images: bool) -> Case:
+    """Returns the case with its maps or tokens cut to ``longest``; channels, heads and the batch of maps stay."""
+    kept = (0, 1) if images else (2, 3) if len(case.shape) == 4 else (len(case.shape) - 1,)
     shape = tuple(size if dim in kept else min(size, longest) for dim, size in enumerate(case.shape))
     return dataclasses.replace(case, name=f"{case.name} cut to {'x'.join(map(str, shape))}", shape=shape)
 
@@ -149,16 +151,17 @@ def works(bench: OpBench, cases: tuple[Case, ...], *, modes: tuple[str, ...] | N
 
 
 def contestants(bench: OpBench, device: str, *, compile: bool) -> list[Contestant]:
-    """Returns our backends for the device, stock PyTorch in each memory layout, and that compiled if asked for."""
+    """Returns the op's backends for the device, stock PyTorch in each memory layout, and that compiled if asked for."""
     found = []
-    for backend in NATIVE[device]:
+    info = registry()[bench.subject.op]
+    for backend in (name for name in NATIVE[device] if info.backend(name)):
 
         def ours(backend: str = backend, **values: Any) -> Any:
             with use_backend(backend):
                 return bench.subject.public(**values)
 
         found.append(Contestant(backend, bench.layout, ours, backend))
-    calls = {"eager": bench.stock}
+    calls = {"eager": bench.stock, **(bench.peers if device == "cuda" else {})}
     if compile:
         mode = "max-autotune-no-cudagraphs" if device == "cuda" else "default"
         calls["compile"] = torch.compile(bench.stock, mode=mode, dynamic=False)

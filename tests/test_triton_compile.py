@@ -13,8 +13,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+from sdxl_fast.triton_kernels._attention_config import SHARED_BYTES
+
 # Kernels with more registers than this leave fewer than two programs of four warps per scheduler.
 MAX_REGISTERS = 168
+# The attention kernels live on registers and shared memory instead of occupancy, up to what a program may have.
+MAX_ATTENTION_REGISTERS = 255
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -39,9 +43,13 @@ def test_every_kernel_compiles_without_spills(arch: int, dtypes: tuple[str, ...]
     results = json.loads(report.read_text())
     assert {r["arch"] for r in results} == {arch}
     assert not [r for r in results if r["stack_bytes"]]
-    assert not [r for r in results if not 0 < r["registers"] <= MAX_REGISTERS]
+    attention = [r for r in results if "_attention_" in r["kernel"]]
+    streaming = [r for r in results if r not in attention]
+    assert attention and not [r for r in attention if not 0 < r["registers"] <= MAX_ATTENTION_REGISTERS]
+    assert not [r for r in streaming if not 0 < r["registers"] <= MAX_REGISTERS]
     assert not [r for r in results if r["registers"] * r["threads"] > 65536]  # an SM has no more: it would not launch
-    assert max(r["shared_bytes"] for r in results) <= 48 * 1024
+    assert max(r["shared_bytes"] for r in streaming) <= 48 * 1024
+    assert max(r["shared_bytes"] for r in attention) <= SHARED_BYTES[arch]
 
 
 def test_a_kernel_without_a_case_is_named() -> None:

@@ -31,6 +31,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from ._attention_config import Target, assuming
+from ._compile_attention import TARGETS, self_attention_cases
+
 _POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
     torch.uint8: "*u8",
@@ -207,13 +210,14 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _geglu_cases,
     _forward_diffusion_cases,
     _ddim_move_cases,
+    self_attention_cases,
     _to_uint8_cases,
 )
 
 
-def all_launches(dtypes: tuple[torch.dtype, ...] = _DTYPES) -> dict[Launch, JITFunction]:
-    """Every distinct launch of the cases. Raises ValueError naming the kernels that no case reaches."""
-    with recording() as launches:
+def all_launches(dtypes: tuple[torch.dtype, ...] = _DTYPES, arch: int = 90) -> dict[Launch, JITFunction]:
+    """Every distinct launch of the cases on sm_<arch>. Raises ValueError naming the kernels that no case reaches."""
+    with assuming(TARGETS.get(arch, Target(arch, 100))), recording() as launches:
         for dtype in dtypes:
             for case in CASES:
                 case(dtype)
@@ -264,8 +268,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every result here")
     args = parser.parse_args(argv)
     dtypes = tuple(getattr(torch, name) for name in args.dtype) if args.dtype else _DTYPES
-    launches = all_launches(dtypes)
-    results = [compile_launch(launch, fn, arch) for arch in args.arch or [90] for launch, fn in launches.items()]
+    results = [
+        compile_launch(launch, fn, arch)
+        for arch in args.arch or [90]
+        for launch, fn in all_launches(dtypes, arch).items()
+    ]
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=1))
     print(f"triton {triton.__version__}: {len(results)} kernels compiled")
