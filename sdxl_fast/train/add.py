@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
@@ -20,14 +20,14 @@ from ..models.config import scheduler_arguments
 from ..models.discriminators import AddDiscriminator
 from ..models.feature_nets import Features, feature_network
 from ..nn import fuse
-from ..random import generator, image_seeds
-from . import losses
-from .bench import Bench, Condition, load_teacher, make_bench
+from ..random import image_seeds
+from . import distributed, losses
+from .bench import Bench, Condition, lay_out, load_teacher, make_bench
 from .checkpoint import Average
 from .config import AddConfig
 from .export import new_folder
 from .teacher import call_unet, preview_prompts
-from .trainer import Task, make_optimizer, optimize
+from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
 SHEET_STEPS = (1, 2, 4)
@@ -84,6 +84,17 @@ class ScoreTeacher:
         return x_t
 
 
+class Drawn(NamedTuple):
+    """A micro-batch as both networks see it."""
+
+    condition: Condition
+    x0: Tensor
+    pictures: Tensor
+    fake: list[Tensor]
+    real: Features
+    image: Tensor
+
+
 class AddTask(Task):
     """One discriminator and one student step per batch, from the same x̂_θ; neither loss reaches the other's weights.
 
@@ -97,22 +108,25 @@ class AddTask(Task):
         self.student: Any = copy.deepcopy(bench.base).requires_grad_(True)
         negative = {key: rows[-1:] for key, rows in bench.conditions.items()}
         self.teacher = ScoreTeacher(bench, copy.deepcopy(bench.base), negative)
-        self.features = feature_network(config.feature_network).to(config.torch_device)
+        self.features = feature_network(config.feature_network).to(config.torch_device, config.dtype)
         self.image_encoder = (
-            feature_network(config.image_encoder).to(config.torch_device) if config.image_encoder else self.features
+            feature_network(config.image_encoder).to(config.torch_device, config.dtype)
+            if config.image_encoder
+            else self.features
         )
         text = bench.conditions["pooled"].shape[1]
         self.discriminator = AddDiscriminator(self.features.widths, text, self.image_encoder.embedding)
-        self.discriminator.to(config.torch_device)
+        self.discriminator.to(config.torch_device, config.dtype)
         if config.fuse:
             for network in (self.student, self.teacher.unet, bench.vae):
                 fuse(network)
-        self.optimizer = make_optimizer(config.optimizer, list(self.student.parameters()))
-        self.d_optimizer = make_optimizer(config.discriminator_optimizer, list(self.discriminator.parameters()))
+        lay_out(config, self.student, self.teacher.unet)
+        self.update = Update(config.optimizer, self.student.parameters(), config.images)
+        self.d_update = Update(config.discriminator_optimizer, self.discriminator.parameters(), config.images)
         self.average = Average(self.student, config.ema_half_life)
         self.parts = {
-            **{"student": self.student, "optimizer": self.optimizer, "average": self.average},
-            **{"discriminator": self.discriminator, "d_optimizer": self.d_optimizer},
+            **{"student": self.student, "optimizer": self.update.optimizer, "average": self.average},
+            **{"discriminator": self.discriminator, "d_optimizer": self.d_update.optimizer},
         }
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -138,27 +152,44 @@ class AddTask(Task):
                 return features, features.embedding
             return features, self.image_encoder.features(pictures).embedding
 
-    def discriminator_step(
-        self, real: Features, fake: list[Tensor], text: Tensor, image: Tensor, images: int
-    ) -> dict[str, float]:
-        """Hinge loss summed over heads, plus R1 on the heads' real inputs (eq. 3)."""
-        inputs = [tokens.detach().requires_grad_() for tokens in real.tokens]
+    def _draw(self, images: int) -> Drawn:
+        """The student's estimates from the micro-batch, their pictures and features, and those of the real ones."""
+        latents, condition = self.bench.batch(images, "add")
+        x_s, s = self.bench.noised(latents, self.config.timesteps, images, "add")
+        self.seen = {"x_s": x_s, "timesteps": s, "latents": latents}
+        real, image = self._real(latents)
+        x0 = self._estimate(x_s, s, condition)
+        with self.config.autocast():
+            pictures = self._decode(x0)
+            fake = self.features.features(pictures).tokens
+        return Drawn(condition, x0, pictures, fake, real, image)
+
+    def discriminator_loss(self, drawn: Drawn) -> tuple[Tensor, dict[str, float]]:
+        """Hinge loss summed over heads, plus R1 on the heads' real inputs (eq. 3); the student gets no gradient."""
+        text, image = drawn.condition["pooled"], drawn.image
+        inputs = [tokens.detach().requires_grad_() for tokens in drawn.real.tokens]
         with self.config.autocast():
             real_logits = self.discriminator(inputs, text, image)
-            fake_logits = self.discriminator([tokens.detach() for tokens in fake], text, image)
+            fake_logits = self.discriminator([tokens.detach() for tokens in drawn.fake], text, image)
         pairs = list(zip(real_logits, fake_logits, strict=True))
         hinge = torch.stack([losses.hinge_discriminator(*pair) for pair in pairs]).sum()
         r1 = losses.r1_penalty(real_logits, inputs)
-        config = self.config
-        norm = optimize(self.d_optimizer, hinge + config.r1 * r1, config.discriminator_optimizer, images, config.images)
         accuracy = losses.accuracy(*(torch.cat(side, dim=1) for side in zip(*pairs, strict=True))).item()
-        return {"d_loss": hinge.item(), "r1": r1.item(), "d_accuracy": accuracy, "d_grad_norm": norm}
+        return hinge + self.config.r1 * r1, {"d_loss": hinge.item(), "r1": r1.item(), "d_accuracy": accuracy}
+
+    def student_loss(self, drawn: Drawn, images: int) -> tuple[Tensor, dict[str, float]]:
+        """The heads' verdict and the teacher's (eq. 1); the discriminator must not require gradients."""
+        with self.config.autocast():
+            logits = self.discriminator(drawn.fake, drawn.condition["pooled"], drawn.image)
+        adversarial = torch.stack([losses.hinge_generator(logit) for logit in logits]).sum()
+        distance = self._distance(drawn.x0, drawn.pictures, drawn.condition, images)
+        facts = {"g_loss": adversarial.item(), "distillation": distance.item()}
+        return adversarial + self.config.distillation_weight * distance, facts
 
     def _distance(self, x0: Tensor, pictures: Tensor, condition: Condition, images: int) -> Tensor:
         """E[c(t) d(x̂_θ, x̂_ψ)], d the mean squared difference (eq. 4); t is uniform, which the paper leaves open."""
         bench, config = self.bench, self.config
-        draw = generator(config.seed, images, "teacher")
-        t = torch.randint(schedule.NUM_TRAIN_TIMESTEPS, (len(x0),), generator=draw).to(bench.device)
+        t = bench.timesteps(range(schedule.NUM_TRAIN_TIMESTEPS), images, "teacher")
         x_t, _ = ops.forward_diffusion(
             x0.detach(),
             alphas_cumprod=bench.alphas_cumprod,
@@ -175,29 +206,30 @@ class AddTask(Task):
         return (weight * (mine.float() - wanted.float()).square().mean((1, 2, 3))).mean()
 
     def step(self, images: int) -> dict[str, float]:
-        config = self.config
-        latents, condition = self.bench.batch(images, "add")
-        x_s, s = self.bench.noised(latents, config.timesteps, images, "add")
-        real, image = self._real(latents)
+        """D first, then the student against it; a single micro-batch keeps the student's graph in between."""
+        config, bench = self.config, self.bench
         trains_student = images >= config.d_warmup
-        with torch.set_grad_enabled(trains_student):
-            x0 = self._estimate(x_s, s, condition)
-            with config.autocast():
-                pictures = self._decode(x0)
-                fake = self.features.features(pictures).tokens
-        logged = self.discriminator_step(real, fake, condition["pooled"], image, images)
+        keeps = trains_student and config.accumulate == 1
+        facts = []
+        for _ in bench.shares():
+            with torch.set_grad_enabled(keeps):
+                drawn = self._draw(images)
+            loss, fact = self.discriminator_loss(drawn)
+            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            facts.append(fact)
+        logged = {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
         if not trains_student:
             return logged
         self.discriminator.eval().requires_grad_(False)  # nor may spectral norm's vectors move
-        with config.autocast():
-            logits = self.discriminator(fake, condition["pooled"], image)
-        adversarial = torch.stack([losses.hinge_generator(logit) for logit in logits]).sum()
-        distance = self._distance(x0, pictures, condition, images)
-        loss = adversarial + config.distillation_weight * distance
-        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        facts = []
+        for _ in bench.shares():
+            loss, fact = self.student_loss(drawn if keeps else self._draw(images), images)
+            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            facts.append(fact)
         self.discriminator.train().requires_grad_(True)
+        logged |= {**mean_of(facts), "grad_norm": self.update.step(images)}
         self.average.update(self.student, images + self.batch, self.batch)
-        return {**logged, "g_loss": adversarial.item(), "distillation": distance.item(), "grad_norm": norm}
+        return logged
 
     def _averaged(self) -> Any:
         student = copy.deepcopy(self.bench.base)
@@ -213,23 +245,26 @@ class AddTask(Task):
         condition = bench.condition(torch.tensor(chosen, device=bench.device))
         blocks = []
         for steps in SHEET_STEPS:
-            x_t = sampling.pure_noise(bench.data.shape, image_seeds(len(chosen), "preview").to(bench.device))
+            x_t = bench.pure_noise(image_seeds(len(chosen), "preview"))
             grid = schedule.trailing_timesteps(steps)
             for now, then in zip(grid, [*grid[1:], -1], strict=True):
                 t = torch.full((len(chosen),), now, device=bench.device)
                 output = call_unet(unet, x_t, t, condition, bench.size)
-                seeds = image_seeds(len(chosen), "preview", now).to(bench.device)
-                noise = sampling.pure_noise(bench.data.shape, seeds)
+                noise = bench.pure_noise(image_seeds(len(chosen), "preview", now))
                 levels = (t, torch.full_like(t, then))
                 x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
             blocks.append(bench.decode(x_t))
-        with replacing(path) as writing:
-            to_sheet(torch.cat(blocks), len(chosen)).save(writing, format="PNG")
+        if distributed.is_first():
+            with replacing(path) as writing:
+                to_sheet(torch.cat(blocks), len(chosen)).save(writing, format="PNG")
 
     def export(self, folder: Path) -> None:
         """A diffusers folder like SDXL-Turbo's: the student and an ancestral Euler scheduler, trailing timesteps."""
         pipe = load_teacher(self.config)
+        student = self._averaged()
+        if not distributed.is_first():
+            return
         arguments = scheduler_arguments(self.bench.prediction_type)
-        pipe.register_modules(unet=self._averaged().cpu(), scheduler=EulerAncestralDiscreteScheduler(**arguments))
+        pipe.register_modules(unet=student.cpu(), scheduler=EulerAncestralDiscreteScheduler(**arguments))
         with new_folder(folder) as writing:
             pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -16,6 +17,7 @@ from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..models.conditioning import encode_prompts
 from ..random import generator, image_seeds
+from . import distributed
 from .config import DistillationConfig
 from .teacher import latents_of
 from .trainer import export_of, run_folder
@@ -35,7 +37,11 @@ class Renoise:
 
 @dataclass
 class Bench(Generic[C]):
-    """What all stages of a run share: data, text conditions, schedule, and the frozen base model."""
+    """What all stages of a run share: data, text conditions, schedule, and the frozen base model.
+
+    Everything random is drawn for the global batch, of which `share` is what this process works on at the moment: any
+    number of processes and micro-batches sees the same samples.
+    """
 
     config: C
     base: nn.Module
@@ -44,6 +50,15 @@ class Bench(Generic[C]):
     conditions: Condition  # one row per caption and further prompt
     prediction_type: PredictionType
     alphas_cumprod: Tensor
+    share: slice = field(default_factory=lambda: slice(None))
+
+    def shares(self) -> Iterator[None]:
+        """Goes through the micro-batches of this process."""
+        whole = self.share
+        for share in distributed.shares(self.config.batch, self.config.accumulate):
+            self.share = share
+            yield
+        self.share = whole
 
     @property
     def size(self) -> int:
@@ -60,20 +75,27 @@ class Bench(Generic[C]):
         return self.alphas_cumprod.device
 
     def seeds(self, *key: int | str) -> Tensor:
-        """One noise seed per sample of a batch."""
-        return image_seeds(self.config.batch, self.config.seed, *key).to(self.device)
+        """One noise seed per sample."""
+        return image_seeds(self.config.batch, self.config.seed, *key)[self.share].to(self.device)
 
-    def batch(self, *key: int | str) -> tuple[Tensor, Condition]:
-        """Clean latents and their text, a function of `key`."""
+    def batch(self, *key: int | str, text_of_next: bool = False) -> tuple[Tensor, Condition]:
+        """Clean latents and their text, or that of the sample behind; a function of `key`."""
         config = self.config
         latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
-        return latents.contiguous(memory_format=torch.channels_last), self.condition(captions)
+        captions = captions.roll(-1) if text_of_next else captions
+        latents = latents[self.share].to(config.dtype)
+        return latents.contiguous(memory_format=torch.channels_last), self.condition(captions[self.share])
+
+    def timesteps(self, allowed: Sequence[int], *key: int | str, weights: Sequence[float] = ()) -> Tensor:
+        """One of the `allowed` timesteps per sample, a function of `key`; `weights` as many, else equal."""
+        draw = generator(self.config.seed, *key, "timesteps")
+        odds = torch.tensor(weights or [1.0] * len(allowed))
+        choice = torch.multinomial(odds, self.config.batch, replacement=True, generator=draw)
+        return torch.tensor(allowed)[choice][self.share].to(self.device)
 
     def noised(self, latents: Tensor, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor]:
         """x_t (pure noise at the last timestep, §3.5) and t, drawn from `timesteps`; a function of `key`."""
-        count = len(latents)
-        choice = torch.randint(len(timesteps), (count,), generator=generator(self.config.seed, *key, "timesteps"))
-        t = torch.tensor(timesteps)[choice].to(self.device)
+        t = self.timesteps(timesteps, *key)
         x_t, _ = ops.forward_diffusion(
             latents,
             alphas_cumprod=self.alphas_cumprod,
@@ -88,6 +110,10 @@ class Bench(Generic[C]):
         """A batch that is a function of `key`: x_t, t and the text."""
         latents, condition = self.batch(*key)
         return *self.noised(latents, timesteps, *key), condition
+
+    def pure_noise(self, seeds: Tensor) -> Tensor:
+        """Latents of unit normal noise, one per seed."""
+        return sampling.pure_noise(self.data.shape, seeds.to(self.device), dtype=self.config.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] of latents as the UNet sees them."""
@@ -146,12 +172,18 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
     source = run_folder(config.teacher)
     cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
+    if distributed.is_first():
+        latents_of(config.data, cache, vae, config.draws, config.seed)
+    distributed.barrier()  # the others read what the first has made
     data = latents_of(config.data, cache, vae, config.draws, config.seed)
+    pipe.to(dtype=config.dtype)
     with torch.no_grad():
         embeds, pooled = encode_prompts(
             [*data.captions, *prompts], (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
         )
     base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    if config.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
     return Bench(
         config=config,
         base=base,
@@ -159,5 +191,16 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
         data=data,
         conditions={"prompt_embeds": embeds, "pooled": pooled},
         prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
-        alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device),
+        alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device, config.dtype),
     )
+
+
+def lay_out(config: DistillationConfig, student: Any, *others: Any) -> None:
+    """Prepares fused networks for training as the recipe says: recomputation, compilation, shards."""
+    if config.gradient_checkpointing:
+        student.train()  # diffusers recomputes in training mode only; nothing else depends on it
+    for network in (student, *others):
+        if config.compile:
+            network.compile()
+        if config.parallel == "fsdp" and distributed.size() > 1:
+            distributed.spread(network, distributed.unet_blocks(network))

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from . import distributed
+from .distributed import local, whole
+
+SHARDS = "shards"
 
 
 class Stateful(Protocol):
@@ -65,21 +72,44 @@ def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, kee
         keep: complete checkpoints to leave.
     """
     target = folder / f"checkpoint-{state['images']:09d}"
-    writing = folder / f".{target.name}.{os.getpid()}"
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    writing = folder / f".{target.name}"
+    tensors: dict[str, dict[str, Tensor]] = {}
     structure = {}
     for name, part in parts.items():
-        tensors, structure[name] = flatten(part.state_dict())
-        save_file({key: value.clone() for key, value in tensors.items()}, writing / f"{name}.safetensors")
-    (writing / "state.json").write_text(json.dumps({**state, "structure": structure}))
-    shutil.rmtree(target, ignore_errors=True)
-    writing.rename(target)
-    for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    for stale in folder.glob(".checkpoint-*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        tensors[name], structure[name] = flatten(part.state_dict())
+    try:
+        _write(writing, tensors, {**state, "structure": structure})
+        if distributed.is_first():
+            shutil.rmtree(target, ignore_errors=True)
+            writing.rename(target)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(writing, ignore_errors=True)
+        kept = latest(folder)
+        raise OSError(f"cannot write {target}: {error}; the last whole checkpoint is {kept or 'none'}") from error
+    if distributed.is_first():
+        for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        for stale in folder.glob(".checkpoint-*"):
+            shutil.rmtree(stale, ignore_errors=True)
+    distributed.barrier()
     return target
+
+
+def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """One safetensors file per part; of spread tensors (FSDP2) each process writes its shards, by torch's DCP."""
+    if distributed.is_first():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(state))
+    spread = any(isinstance(tensor, DTensor) for part in tensors.values() for tensor in part.values())
+    if spread:
+        distributed.barrier()
+        flat = {f"{name}/{path}": tensor for name, part in tensors.items() for path, tensor in part.items()}
+        dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+    elif distributed.is_first():
+        for name, part in tensors.items():
+            save_file({key: value.clone() for key, value in part.items()}, folder / f"{name}.safetensors")
+    distributed.barrier()
 
 
 def latest(folder: Path) -> Path | None:
@@ -102,12 +132,41 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     missing = sorted(set(parts) - set(structure))
     if missing:
         raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}")
+    shards = checkpoint / SHARDS
+    loaded = _read_shards(shards, parts) if shards.is_dir() else {}
     for name, part in parts.items():
-        tensors = load_file(checkpoint / f"{name}.safetensors")
+        tensors = loaded[name] if loaded else load_file(checkpoint / f"{name}.safetensors")
         part.load_state_dict(unflatten(structure[name], tensors))
         if isinstance(part, torch.optim.Optimizer):
             _match_layout(part)
     return state
+
+
+def _read_shards(folder: Path, parts: dict[str, Stateful]) -> dict[str, dict[str, Tensor]]:
+    """What this process needs of a spread checkpoint, written by any number of processes."""
+    wanted = {}
+    for name, part in parts.items():
+        if isinstance(part, torch.optim.Optimizer):
+            _initialise(part)
+        wanted[name] = flatten(part.state_dict())[0]
+    flat = {f"{name}/{path}": tensor for name, part in wanted.items() for path, tensor in part.items()}
+    dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    return wanted
+
+
+def _initialise(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the state an optimiser would have after its first step, without moving a weight."""
+    if optimizer.state:
+        return
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def _match_layout(optimizer: torch.optim.Optimizer) -> None:
@@ -139,18 +198,22 @@ class Average:
         half_life = min(self.half_life, max(images * self.ramp, 1e-8))
         weight = 1.0 - 0.5 ** (batch / half_life)
         live = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.values.values()), [live[name].detach() for name in self.values], weight)
+        averages = [local(value) for value in self.values.values()]
+        torch._foreach_lerp_(averages, [local(live[name].detach()) for name in self.values], weight)
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
-        """Writes the average into a module of the same architecture."""
+        """Writes the average into a module of the same architecture, spread like it or whole."""
         live = dict(module.named_parameters())
         for name, value in self.values.items():
-            live[name].copy_(value)
+            if isinstance(live[name], DTensor):
+                local(live[name]).copy_(local(value))
+            else:
+                live[name].copy_(whole(value))
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self.values)
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         for name, value in state_dict.items():
-            self.values[name].copy_(value)
+            local(self.values[name]).copy_(local(value))

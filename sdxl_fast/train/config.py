@@ -15,8 +15,10 @@ from ..data.render import SCALE
 from ..models.config import PipelineConfig
 from ..models.lora import LORA_TARGETS
 from . import losses
+from .distributed import Parallel
 
 RECIPES = Path(__file__).parent / "recipes"
+CPU = torch.device("cpu")
 
 
 def cache_folder() -> Path:
@@ -52,6 +54,7 @@ class OptimizerConfig(Config):
     decay: int = Field(0, ge=0, description="images before the end over which the rate falls linearly to `final`")
     final: float = Field(0.05, ge=0, le=1, description="share of the rate left at the very end")
     max_grad_norm: float = Field(1.0, gt=0)
+    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps moments in 8 bits (bitsandbytes)")
 
 
 class RunConfig(Config):
@@ -61,8 +64,10 @@ class RunConfig(Config):
     seed: int = 0
     batch: int = Field(gt=0)
     images: int = Field(gt=0, description="training length")
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp64", "fp32", "bf16"] = Field("bf16", description="bf16 is mixed, with float32 weights")
     device: str = Field("auto", description="auto is the GPU where there is one; else a torch device")
+    deterministic: bool = Field(False, description="refuse CUDA kernels whose result depends on timing")
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="beside metrics.jsonl")
     checkpoint_every: int = Field(20_000, gt=0, description="images between checkpoints")
     keep_checkpoints: int = Field(2, ge=1)
     log_every: int = Field(1_000, gt=0, description="images between metric lines")
@@ -72,8 +77,14 @@ class RunConfig(Config):
     @property
     def torch_device(self) -> torch.device:
         """Where the run computes."""
-        automatic = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.device(automatic if self.device == "auto" else self.device)
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
 
     def autocast(self) -> torch.autocast:
         """bfloat16 mixed precision when the recipe asks for it."""
@@ -140,8 +151,12 @@ class StageConfig(Config):
 
 
 class DistillationConfig(RunConfig):
-    """What every distillation starts from."""
+    """What every distillation starts from, and how it is laid out on the machine."""
 
+    accumulate: int = Field(1, ge=1, description="micro-batches per step; `batch` counts all, over all processes")
+    parallel: Parallel = Field("ddp", description="ddp: every process holds everything; fsdp: shards of it (FSDP2)")
+    gradient_checkpointing: bool = Field(False, description="recompute the UNets' blocks in backward to save memory")
+    compile: bool = Field(False, description="torch.compile the UNets of student and teacher")
     teacher: str = Field(description="run or folder of the teacher")
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -17,13 +16,13 @@ from ..diffusion import prediction, sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..files import replacing
 from ..models.discriminators import LightningDiscriminator
-from ..random import generator, image_seeds
-from . import losses
+from ..random import image_seeds
+from . import distributed, losses
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
 from .teacher import call_unet, preview_prompts
-from .trainer import Task, make_optimizer, optimize
+from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
 
@@ -102,12 +101,23 @@ class StudentTask(Task):
 
     def __init__(self, student: Student, optimizer: OptimizerConfig, total: int) -> None:
         bench = student.bench
-        self.bench, self.student, self.optimizer_config, self.total = bench, student, optimizer, total
+        self.bench, self.student = bench, student
         self.batch = bench.config.batch
-        trained = [p for p in student.unet.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(optimizer, trained)
+        self.update = Update(optimizer, (p for p in student.unet.parameters() if p.requires_grad), total)
         self.average = Average(student.unet, bench.config.ema_half_life)
-        self.parts = {"student": student.unet, "optimizer": self.optimizer, "average": self.average}
+        self.parts = {"student": student.unet, "optimizer": self.update.optimizer, "average": self.average}
+
+    def start(self, *key: int | str) -> Start:
+        """The inputs of the micro-batch, a function of `key`."""
+        start = Start(*self.bench.inputs(self.student.timesteps, *key))
+        self.seen = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
+        return start
+
+    def finish(self, facts: list[dict[str, float]], images: int) -> dict[str, float]:
+        """Moves the student by what the micro-batches gathered; the means of what they have to log."""
+        logged = {**mean_of(facts), "grad_norm": self.update.step(images)}
+        self.average.update(self.student.unet, images + self.batch, self.batch)
+        return logged
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -126,15 +136,16 @@ class StudentTask(Task):
         captions = bench.data.captions
         chosen = [captions.index(p) for p in preview_prompts(captions) for _ in range(2)]
         condition = bench.condition(torch.tensor(chosen, device=bench.device))
-        start = sampling.pure_noise(bench.data.shape, image_seeds(len(chosen), "preview").to(bench.device))
+        start = bench.pure_noise(image_seeds(len(chosen), "preview"))
         latents = sampling.sample(
             lambda x, t: call_unet(student.unet, x, t, condition, bench.size),
             start,
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
         )
-        with replacing(path) as writing:
-            to_sheet(bench.decode(latents), 12).save(writing, format="PNG")
+        if distributed.is_first():
+            with replacing(path) as writing:
+                to_sheet(bench.decode(latents), 12).save(writing, format="PNG")
 
     def preview(self, path: Path) -> None:
         with self.averaged():
@@ -166,19 +177,22 @@ class RegressionTask(StudentTask):
             output = call_unet(self.teacher.unet, x_t, t, condition, bench.size)
         return prediction.to_x0(output, x_t, t, bench.alphas_cumprod, bench.prediction_type)
 
-    def step(self, images: int) -> dict[str, float]:
-        x_t, t, condition = self.bench.inputs(self.student.timesteps, images, "regression")
+    def _loss(self, start: Start) -> Tensor:
         if self.convert:
-            wanted = self._target_x0(x_t, t, condition)
+            wanted = self._target_x0(*start)
             with self.bench.config.autocast():
-                moved = call_unet(self.student.unet, x_t, t, condition, self.bench.size)
-        else:
-            wanted = self.teacher.walk(x_t, t, condition, self.substeps)
-            moved = self.student.move(x_t, t, condition).x
-        loss = losses.distance(moved, wanted, self.bench.config.distance)
-        norm = optimize(self.optimizer, loss, self.optimizer_config, images, self.total)
-        self.average.update(self.student.unet, images + self.batch, self.batch)
-        return {"loss": loss.item(), "grad_norm": norm}
+                output = call_unet(self.student.unet, *start, self.bench.size)
+            return losses.distance(output, wanted)
+        wanted = self.teacher.walk(*start, self.substeps)
+        return losses.distance(self.student.move(*start).x, wanted, self.bench.config.distance)
+
+    def step(self, images: int) -> dict[str, float]:
+        facts = []
+        for _ in self.bench.shares():
+            loss = self._loss(self.start(images, "regression"))
+            (loss / self.bench.config.accumulate).backward()
+            facts.append({"loss": loss.item()})
+        return self.finish(facts, images)
 
 
 class AdversarialTask(StudentTask):
@@ -192,26 +206,22 @@ class AdversarialTask(StudentTask):
         discriminator: LightningDiscriminator,
         phase: AdversarialPhase,
     ) -> None:
-        config = student.bench.config
+        config: LightningConfig = student.bench.config
         optimizer = config.adversarial_optimizer
         if phase.lr is not None:
             optimizer = optimizer.model_copy(update={"lr": phase.lr})
         super().__init__(student, optimizer, phase.images)
         self.teacher, self.substeps, self.phase, self.discriminator = teacher, substeps, phase, discriminator
-        self.d_config = config.discriminator_optimizer
         discriminator.encoder.requires_grad_(not config.discriminator.freeze_backbone)
-        self.d_parameters = [p for p in discriminator.parameters() if p.requires_grad]
-        self.d_optimizer = make_optimizer(self.d_config, self.d_parameters)
-        self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_optimizer}
+        trained = (p for p in discriminator.parameters() if p.requires_grad)
+        self.d_update = Update(config.discriminator_optimizer, trained, phase.images)
+        self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _renoise(self, *key: int | str) -> Renoise | None:
         """What the discriminator's inputs are noised with; the same key gives the same t* and ε*."""
         if not self.phase.renoise:
             return None
-        weights = torch.tensor(self.phase.renoise_weights or [1.0] * len(self.phase.renoise))
-        random = generator(self.bench.config.seed, *key, "renoise")
-        choice = torch.multinomial(weights, self.batch, replacement=True, generator=random)
-        t_star = torch.tensor(self.phase.renoise)[choice].to(self.bench.device)
+        t_star = self.bench.timesteps(self.phase.renoise, *key, "renoise", weights=self.phase.renoise_weights)
         return Renoise(t_star, self.bench.seeds(*key))
 
     def _judge(self, shown: Sequence[Tensor], level: Tensor, start: Start, text: Condition) -> tuple[Tensor, ...]:
@@ -225,49 +235,64 @@ class AdversarialTask(StudentTask):
             features = d.features(torch.cat(list(shown)), level.repeat(count), texts)
             return tuple(d.judge(feature, feature_t) for feature in features.chunk(count))
 
-    def discriminator_step(self, images: int) -> dict[str, float]:
+    def _discriminator_loss(self, *key: int | str) -> tuple[Tensor, dict[str, float]]:
         """Real: the teacher's x_{t-ns}; fake: the student's."""
-        key, options = (images, "discriminator"), self.bench.config.discriminator
-        start = Start(*self.bench.inputs(self.student.timesteps, *key))
+        bench, options = self.bench, self.bench.config.discriminator
+        start = self.start(*key)
         with torch.no_grad():
             renoise = self._renoise(*key)
             real = self.teacher.walk(*start, self.substeps)
-            real = real if renoise is None else self.bench.renoised(real, renoise)
+            real = real if renoise is None else bench.renoised(real, renoise)
             fake = self.student.move(*start, renoise)
         shown = [real.requires_grad_(options.r1 > 0), fake.shown]
         if options.approximate_r1:
-            noise = torch.randn(real.shape, generator=generator(self.bench.config.seed, *key, "r1"))
-            shown.append(real.detach() + options.approximate_r1_std * noise.to(real.device))
+            noise = bench.pure_noise(bench.seeds(*key, "r1"))
+            shown.append(real.detach() + options.approximate_r1_std * noise)
         real_logits, fake_logits, *noisy = self._judge(shown, fake.level, start, start.condition)
         loss = losses.non_saturating_discriminator(real_logits, fake_logits)
-        logged = {"d_loss": loss.item(), "d_accuracy": losses.accuracy(real_logits, fake_logits).item()}
+        facts = {"d_loss": loss.item(), "d_accuracy": losses.accuracy(real_logits, fake_logits).item()}
         if options.r1:
             loss = loss + options.r1 * losses.gradient_penalty(real_logits, real)
         if noisy:
-            loss = loss + options.approximate_r1 * (noisy[0].float() - real_logits.float()).square().mean()
+            loss = loss + options.approximate_r1 * losses.distance(noisy[0], real_logits)
         if options.misaligned_text:
-            others = {name: value.roll(1, 0) for name, value in start.condition.items()}
+            _, others = bench.batch(*key, text_of_next=True)
             (misaligned,) = self._judge([real.detach()], fake.level, start, others)
-            loss = loss + options.misaligned_text * F.softplus(misaligned.float()).mean()
-        return logged | {"d_grad_norm": optimize(self.d_optimizer, loss, self.d_config, images, self.total)}
+            loss = loss + options.misaligned_text * losses.non_saturating_generator(-misaligned)
+        return loss, facts
 
-    def student_step(self, images: int) -> dict[str, float]:
-        """The non-saturating loss through D, whose weights neither move nor collect gradients."""
-        key, weight = (images, "student"), self.phase.regression_weight
-        start = Start(*self.bench.inputs(self.student.timesteps, *key))
-        self.discriminator.requires_grad_(False)
+    def discriminator_step(self, images: int) -> dict[str, float]:
+        """Moves D alone; the student computes no gradient."""
+        facts = []
+        for _ in self.bench.shares():
+            loss, fact = self._discriminator_loss(images, "discriminator")
+            (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
+            facts.append(fact)
+        return {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
+
+    def _student_loss(self, *key: int | str) -> tuple[Tensor, dict[str, float]]:
+        start, weight = self.start(*key), self.phase.regression_weight
         fake = self.student.move(*start, self._renoise(*key))
         (logits,) = self._judge([fake.shown], fake.level, start, start.condition)
         loss = losses.non_saturating_generator(logits)
-        logged = {"g_loss": loss.item()}
+        facts = {"g_loss": loss.item()}
         if weight:
             regression = losses.distance(fake.x, self.teacher.walk(*start, self.substeps))
-            loss, logged["regression"] = loss + weight * regression, regression.item()
-        norm = optimize(self.optimizer, loss, self.optimizer_config, images, self.total)
-        for parameter in self.d_parameters:
+            loss, facts["regression"] = loss + weight * regression, regression.item()
+        return loss, facts
+
+    def student_step(self, images: int) -> dict[str, float]:
+        """The non-saturating loss through D, whose weights neither move nor collect gradients."""
+        for parameter in self.d_update.parameters:
+            parameter.requires_grad_(False)
+        facts = []
+        for _ in self.bench.shares():
+            loss, fact = self._student_loss(images, "student")
+            (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
+            facts.append(fact)
+        for parameter in self.d_update.parameters:
             parameter.requires_grad_(True)
-        self.average.update(self.student.unet, images + self.batch, self.batch)
-        return logged | {"grad_norm": norm}
+        return self.finish(facts, images)
 
     def step(self, images: int) -> dict[str, float]:
         logged = self.discriminator_step(images)

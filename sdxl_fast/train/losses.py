@@ -1,4 +1,4 @@
-"""Losses as pure functions on tensors; logits and errors are taken in float32."""
+"""Losses as pure functions on tensors; logits and errors are taken in float32, float64 stays."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 Distance = Literal["mse", "l1", "huber"]
 HUBER_C = 1e-3  # of latent consistency models' trainers
 
 
 def distance(prediction: Tensor, target: Tensor, kind: Distance = "mse") -> Tensor:
     """Mean distance of two tensors, scalar: squared (SDXL-Lightning eq. 16), absolute, or pseudo-Huber, c = 1e-3."""
-    error = prediction.float() - target.float()
+    error = _wide(prediction) - _wide(target)
     if kind == "mse":
         return error.square().mean()
     if kind == "l1":
@@ -28,22 +33,22 @@ def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Te
 
     Written with softplus, which neither overflows nor loses the small probabilities. 2 ln 2 = 1.386 at chance.
     """
-    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+    return F.softplus(-_wide(real_logits)).mean() + F.softplus(_wide(fake_logits)).mean()
 
 
 def non_saturating_generator(fake_logits: Tensor) -> Tensor:
     """-log D(fake), averaged over samples (SDXL-Lightning eq. 20)."""
-    return F.softplus(-fake_logits.float()).mean()
+    return F.softplus(-_wide(fake_logits)).mean()
 
 
 def hinge_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """max(0, 1 - real) + max(0, 1 + fake), averaged (ADD eq. 3 without its penalty). 2 at chance."""
-    return F.relu(1.0 - real_logits.float()).mean() + F.relu(1.0 + fake_logits.float()).mean()
+    return F.relu(1.0 - _wide(real_logits)).mean() + F.relu(1.0 + _wide(fake_logits)).mean()
 
 
 def hinge_generator(fake_logits: Tensor) -> Tensor:
     """-fake, averaged (ADD eq. 2)."""
-    return -fake_logits.float().mean()
+    return -_wide(fake_logits).mean()
 
 
 def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
@@ -56,9 +61,9 @@ def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     Returns:
         scalar; its own gradient reaches the heads' weights.
     """
-    scores = torch.stack([logit.float().mean(1).sum() for logit in logits]).sum()
+    scores = torch.stack([_wide(logit).mean(1).sum() for logit in logits]).sum()
     gradients = torch.autograd.grad(scores, list(inputs), create_graph=True)
-    return torch.stack([g.float().square().sum((1, 2)).mean() for g in gradients]).sum()
+    return torch.stack([_wide(g).square().sum((1, 2)).mean() for g in gradients]).sum()
 
 
 def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
@@ -68,8 +73,8 @@ def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
         logits: [N], each a function of its own sample alone.
         inputs: [N, ...], requiring gradients.
     """
-    (gradient,) = torch.autograd.grad(logits.float().sum(), inputs, create_graph=True)
-    return gradient.float().square().flatten(1).sum(1).mean()
+    (gradient,) = torch.autograd.grad(_wide(logits).sum(), inputs, create_graph=True)
+    return _wide(gradient).square().flatten(1).sum(1).mean()
 
 
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from ..diffusion.prediction import PredictionType
 from ..models.discriminators import LightningDiscriminator, UNetEncoder
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
-from .bench import Bench, load_teacher, make_bench
+from . import distributed
+from .bench import Bench, lay_out, load_teacher, make_bench
 from .config import AdversarialPhase, LightningConfig, StageConfig
 from .export import export_pipeline
 from .lightning import AdversarialTask, RegressionTask, Student, StudentTask, Teacher
@@ -157,7 +158,7 @@ class Lineage:
             conditional=phase.condition,
             side=self.base.config.sample_size // 2**levels,
             head_channels=self.config.discriminator.head_channels,
-        ).to(self.config.torch_device)
+        ).to(self.config.torch_device, self.config.dtype)
         before = self.units[unit.index - 1] if unit.index else None
         if before is not None and before.stage is unit.stage and before.phase is not None:
             kept = load_file(before.folder(self.run) / "discriminator.safetensors")
@@ -172,11 +173,19 @@ class Lineage:
         if unit.trains == "lora":
             alpha = self.config.lora_alpha or self.config.lora_rank
             pairs = _adapter_pairs(unet)
-            write_lora(
-                path, pairs, alpha=alpha, num_inference_steps=unit.stage.steps, prediction_type=self.prediction_type
-            )
+            if distributed.is_first():
+                write_lora(
+                    path, pairs, alpha=alpha, num_inference_steps=unit.stage.steps, prediction_type=self.prediction_type
+                )
         else:
-            save_file({key: value.detach().contiguous() for key, value in unet.state_dict().items()}, path)
+            _write_weights(unet, path)
+
+
+def _write_weights(module: nn.Module, path: Path) -> None:
+    """The whole weights in one file; every process must call."""
+    weights = {key: distributed.whole(value.detach()).contiguous() for key, value in module.state_dict().items()}
+    if distributed.is_first():
+        save_file(weights, path)
 
 
 def _adapter_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -185,9 +194,13 @@ def _adapter_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def _whole_weight(layer: Any) -> torch.Tensor:
+    return distributed.whole(layer.weight.detach())
+
+
 def _adapter_pairs(unet: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     return {
-        name: (module.lora_A[ADAPTER].weight.detach(), module.lora_B[ADAPTER].weight.detach())
+        name: (_whole_weight(module.lora_A[ADAPTER]), _whole_weight(module.lora_B[ADAPTER]))
         for name, module in _adapter_layers(unet)
     }
 
@@ -219,11 +232,17 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     if config.fuse:
         fuse(unet)
         fuse(network)
+    lay_out(config, network, unet)
     if unit.phase is None:
         return RegressionTask(student, teacher, substeps, config.optimizer, unit.images, convert=unit.convert)
     discriminator = lineage.discriminator_of(unit, unit.phase)
     if config.fuse:
         fuse(discriminator.encoder.unet)
+    if config.gradient_checkpointing:
+        discriminator.train()
+    if config.parallel == "fsdp" and distributed.size() > 1:
+        blocks = distributed.unet_blocks(discriminator.encoder.unet)
+        distributed.spread(discriminator, blocks, methods=("features", "judge"))
     return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
 
 
@@ -269,10 +288,13 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         with task.averaged() if config.hand_on_average else nullcontext():
             lineage.write_student(unit, task.student.unet)
         if isinstance(task, AdversarialTask):
-            weights = {key: value.detach().contiguous() for key, value in task.discriminator.state_dict().items()}
-            save_file(weights, folder / "discriminator.safetensors")
-        _record(unit, run, time.perf_counter() - started)
-    _export(config, lineage, run)
+            _write_weights(task.discriminator, folder / "discriminator.safetensors")
+        if distributed.is_first():
+            _record(unit, run, time.perf_counter() - started)
+        distributed.barrier()  # the next unit reads these files
+    if distributed.is_first():
+        _export(config, lineage, run)
+    distributed.barrier()
     return True
 
 

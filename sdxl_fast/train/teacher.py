@@ -21,7 +21,7 @@ from ..nn import fuse
 from ..random import generator, image_seeds
 from .checkpoint import Average
 from .config import DataConfig, TeacherConfig
-from .trainer import Task, export_of, make_optimizer, optimize
+from .trainer import Task, Update, export_of
 from .vae import art_of, to_sheet
 
 PREVIEW_PROMPTS = (
@@ -91,10 +91,10 @@ class TeacherTask(Task):
         if config.fuse:
             fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
-        self.optimizer = make_optimizer(config.optimizer, list(self.networks.parameters()))
+        self.update = Update(config.optimizer, self.networks.parameters(), config.images)
         self.average = Average(self.networks, config.ema_half_life)
         self.alphas_cumprod = schedule.alphas_cumprod().to(device)
-        self.parts = {"networks": self.networks, "optimizer": self.optimizer, "average": self.average}
+        self.parts = {"networks": self.networks, "optimizer": self.update.optimizer, "average": self.average}
 
     def _start_from(self, folder: Path) -> None:
         pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
@@ -118,13 +118,15 @@ class TeacherTask(Task):
             seeds=image_seeds(count, config.seed, images).to(self.device),
             stream=sampling.STREAM_TRAIN,
         )
+        self.seen = {"x_t": x_t, "timesteps": timesteps, "captions": captions}
         with config.autocast():
             condition = self.conditioner(self.ids[captions])
             condition = {key: value * keep.reshape(-1, *[1] * (value.ndim - 1)) for key, value in condition.items()}
             output = call_unet(self.unet, x_t, timesteps, condition, config.data.resolution)
         wanted = prediction.target(latents, noise, timesteps, self.alphas_cumprod, config.prediction_type)
         loss = F.mse_loss(output.float(), wanted)
-        norm = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = self.update.step(images)
         self.average.update(self.networks, images + count, count)
         return {"loss": loss.item(), "grad_norm": norm}
 

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..eval.plots import plot_losses
-from . import checkpoint
+from . import checkpoint, distributed
 from .config import (
     AddConfig,
     AnyConfig,
+    DistillationConfig,
     LightningConfig,
     OptimizerConfig,
     RunConfig,
@@ -29,6 +33,7 @@ from .config import (
     cache_folder,
     load_recipe,
 )
+from .log import Log
 
 
 class Task(ABC):
@@ -36,6 +41,8 @@ class Task(ABC):
 
     parts: dict[str, checkpoint.Stateful]
     batch: int
+    seen: dict[str, torch.Tensor]
+    """What the last step worked on, kept for the guard against values that are not finite."""
 
     @abstractmethod
     def step(self, images: int) -> dict[str, float]:
@@ -58,30 +65,58 @@ def learning_rate(config: OptimizerConfig, images: int, total: int) -> float:
 
 
 def make_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over the parameters; fused where torch has it for their device."""
-    return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def optimize(
-    optimizer: torch.optim.Optimizer, loss: torch.Tensor, config: OptimizerConfig, images: int, total: int
-) -> float:
-    """Backward, clip, step at the scheduled rate; returns the gradient norm before clipping.
+    """AdamW over the parameters; fused where torch has it for their device, or in 8 bits by bitsandbytes.
 
     Raises:
-        FloatingPointError: the loss or a gradient is not finite; nothing was updated.
+        ValueError: 8 bits are asked for and bitsandbytes is not installed.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    if not torch.isfinite(norm):
-        raise FloatingPointError(f"gradient norm is {norm.item()} with loss {loss.item()} after {images} images")
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(config, images, total)
-    optimizer.step()
-    return norm.item()
+    settings: dict[str, Any] = {
+        **{"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    }
+    if config.kind == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ValueError("optimizer.kind is adamw8bit, which needs: pip install bitsandbytes") from None
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
+    return optimizer
+
+
+class Update:
+    """What moves one network: its optimiser with the schedule of its rate, over gradients of several micro-batches.
+
+    Args:
+        config: rates and clipping.
+        parameters: those that train.
+        total: length of the training in images, where the schedule ends.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter], total: int) -> None:
+        self.config, self.parameters, self.total = config, list(parameters), total
+        self.optimizer = make_optimizer(config, self.parameters)
+
+    def step(self, images: int) -> float:
+        """Gathers the gradients of all processes, clips, moves the weights; returns the norm before clipping.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; nothing was updated.
+        """
+        distributed.average_gradients(self.parameters)
+        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = distributed.whole(clipped).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm is {norm} after {images} images")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, images, self.total)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+def mean_of(facts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each entry over micro-batches."""
+    return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
 
 
 class _StopRequest:
@@ -100,31 +135,43 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     """Trains `task` to `total` images in `folder`, from its newest checkpoint if `resume`; False when asked to stop.
 
     Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` and at the end
-    a checkpoint, a contact sheet and the loss curves are written.
+    a checkpoint, a contact sheet and the loss curves are written. Of several processes the first writes.
+
+    Raises:
+        FloatingPointError: a loss or gradient is not finite; the batch lies in `not-finite-<images>.safetensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    torch.use_deterministic_algorithms(config.deterministic)
     images = _restore(task, folder) if resume else 0
-    stop = _StopRequest()
+    stop, device = _StopRequest(), config.torch_device
     # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
     # embedded teacher (bf16, 16 tokens, one core).
-    attention = sdpa_kernel(SDPBackend.MATH) if config.torch_device.type == "cpu" else nullcontext()
+    attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     sums: defaultdict[str, list[float]] = defaultdict(list)
     started, logged = time.perf_counter(), images
     with (
         attention,
-        open(folder / "metrics.jsonl", "a") as metrics,
-        tqdm(total=total, initial=images, unit="img", desc=label, mininterval=5.0) as bar,
+        Log(folder, config, label) as log,
+        tqdm(
+            total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()
+        ) as bar,
     ):
-        while images < total and not stop.set:
-            for name, value in task.step(images).items():
+        while images < total and not distributed.agreed(stop.set, device):
+            try:
+                step = task.step(images)
+            except FloatingPointError as error:
+                path = folder / f"not-finite-{images:09d}.safetensors"
+                save_file({name: value.detach().cpu().contiguous() for name, value in task.seen.items()}, path)
+                raise FloatingPointError(f"{error}; nothing was updated, the batch is kept in {path}") from None
+            for name, value in step.items():
                 sums[name].append(value)
             images += task.batch
             bar.update(task.batch)
             if images - logged >= config.log_every or images >= total:
                 rate = (images - logged) / (time.perf_counter() - started)
-                line = {name: sum(values) / len(values) for name, values in sums.items()}
-                metrics.write(json.dumps({"images": images, "images_per_second": rate, **line}) + "\n")
-                metrics.flush()
+                means = {name: sum(values) / len(values) for name, values in sums.items()}
+                line = distributed.average(means, device)
+                log.write({"images": images, "images_per_second": rate, **line})
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()})
                 sums.clear()
                 started, logged = time.perf_counter(), images
@@ -141,7 +188,7 @@ def _save(task: Task, folder: Path, images: int, keep: int) -> None:
     """A checkpoint, its contact sheet, and the loss curves up to it."""
     checkpoint.save(folder, task.parts, {"images": images}, keep=keep)
     task.preview(folder / f"sheet-{images:09d}.png")
-    if (folder / "metrics.jsonl").stat().st_size:
+    if distributed.is_first() and (folder / "metrics.jsonl").stat().st_size:
         plot_losses(folder / "metrics.jsonl", folder / "losses.png", title=folder.name)
 
 
@@ -152,7 +199,7 @@ def _restore(task: Task, folder: Path) -> int:
         return 0
     images = int(checkpoint.load(newest, task.parts)["images"])
     path = folder / "metrics.jsonl"
-    if path.is_file():
+    if path.is_file() and distributed.is_first():
         lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
         path.write_text("".join(line + "\n" for line in lines))
     return images
@@ -182,6 +229,9 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
         ValueError: bad recipe or `resume`, or the run's folder already holds a run.
     """
     config = load_recipe(recipe, overrides)
+    distributed.start(config.torch_device)
+    if distributed.size() > 1 and not isinstance(config, DistillationConfig):
+        raise ValueError(f"{distributed.size()} processes were started, but a run of kind {config.kind} takes one")
     folder = cache_folder() / "runs" / config.run
     if resume not in (None, "latest"):
         raise ValueError(f"--resume is {resume!r}; allowed: latest")
@@ -190,8 +240,10 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
         return folder
     if resume is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run; pass --resume latest, or another name with --set run=NAME")
+    distributed.barrier()  # before the first process fills the folder
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    if distributed.is_first():
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     finished = _run_kind(config, folder, resume is not None)
     print(f"{folder / 'export'}" if finished else f"stopped; `--resume latest` goes on in {folder}")
     return folder / "export"

@@ -20,7 +20,7 @@ from ..random import generator
 from . import losses
 from .checkpoint import Average
 from .config import DataConfig, VaeConfig, cache_folder
-from .trainer import Task, export_of, make_optimizer, optimize
+from .trainer import Task, Update, export_of
 
 
 def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
@@ -62,17 +62,16 @@ class VaeTask(Task):
             fuse(self.vae)
         self.features = EfficientNetLite0().to(config.torch_device)
         self.art = art_of(config.data)[0].to(config.torch_device)
-        self.trained = [p for p in self.vae.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(config.optimizer, self.trained)
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        self.update = Update(config.optimizer, trained, config.images)
         self.average = Average(self.vae, config.ema_half_life)
-        self.parts = {"vae": self.vae, "optimizer": self.optimizer, "average": self.average}
+        self.parts = {"vae": self.vae, "optimizer": self.update.optimizer, "average": self.average}
         if config.adversarial:
             if config.discriminator_optimizer is None:
                 raise ValueError("adversarial is on, but discriminator_optimizer is missing; give its lr")
             self.discriminator = PatchDiscriminator().to(config.torch_device)
-            self.d_config = config.discriminator_optimizer
-            self.d_optimizer = make_optimizer(self.d_config, list(self.discriminator.parameters()))
-            self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_optimizer}
+            self.d_update = Update(config.discriminator_optimizer, self.discriminator.parameters(), config.images)
+            self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _pictures(self, count: int, *key: int | str) -> Tensor:
         draw = generator(self.config.seed, *key)
@@ -93,6 +92,7 @@ class VaeTask(Task):
     def step(self, images: int) -> dict[str, float]:
         config = self.config
         pictures = self._pictures(self.batch, images, "vae")
+        self.seen = {"pictures": pictures}
         with config.autocast():
             latents, kl = self._encode(pictures, images)
             decoded = self.vae.decode(latents).sample
@@ -106,7 +106,8 @@ class VaeTask(Task):
             logged |= self._discriminator_step(pictures, decoded.detach(), images)
             self.discriminator.requires_grad_(False)
             loss = loss + config.adversarial * losses.hinge_generator(self.discriminator(decoded.float()))
-        logged["grad_norm"] = optimize(self.optimizer, loss, config.optimizer, images, config.images)
+        loss.backward()
+        logged["grad_norm"] = self.update.step(images)
         if config.adversarial:
             self.discriminator.requires_grad_(True)
         self.average.update(self.vae, images + self.batch, self.batch)
@@ -116,7 +117,8 @@ class VaeTask(Task):
     def _discriminator_step(self, real: Tensor, fake: Tensor, images: int) -> dict[str, float]:
         logits = self.discriminator(torch.cat([real, fake.float()]))
         loss = losses.hinge_discriminator(*logits.chunk(2))
-        optimize(self.d_optimizer, loss, self.d_config, images, self.config.images)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.d_update.step(images)
         return {"d_loss": loss.item(), "d_accuracy": losses.accuracy(*logits.chunk(2)).item()}
 
     def _averaged(self) -> Any:

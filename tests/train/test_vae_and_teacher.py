@@ -135,17 +135,37 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert learning_rate(config, 100, 100) == pytest.approx(0.1)
 
 
-def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights() -> None:
-    from sdxl_fast.train.config import OptimizerConfig
-    from sdxl_fast.train.trainer import make_optimizer, optimize
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
 
-    layer = torch.nn.Linear(2, 1)
-    config = OptimizerConfig(lr=1.0)
-    before = layer.weight.detach().clone()
-    loss = layer(torch.tensor([[float("nan"), 1.0]])).sum()
-    with pytest.raises(FloatingPointError, match="after 40 images"):
-        optimize(make_optimizer(config, list(layer.parameters())), loss, config, 40, 100)
-    assert torch.equal(layer.weight, before)
+    from sdxl_fast.train.config import OptimizerConfig, load_recipe
+    from sdxl_fast.train.trainer import Task, Update, fit
+
+    class Diverging(Task):
+        def __init__(self) -> None:
+            self.layer, self.batch = torch.nn.Linear(2, 1), 4
+            self.update = Update(OptimizerConfig(lr=1.0), self.layer.parameters(), 100)
+            self.parts = {"layer": self.layer}
+
+        def step(self, images: int) -> dict[str, float]:
+            self.seen = {"inputs": torch.tensor([[1.0, float("nan") if images == 8 else 1.0]])}
+            self.layer(self.seen["inputs"]).sum().backward()
+            self.before = self.layer.weight.detach().clone()
+            return {"grad_norm": self.update.step(images)}
+
+        def preview(self, path: Path) -> None: ...
+
+        def export(self, folder: Path) -> None: ...
+
+    task = Diverging()
+    config = load_recipe("emoji_teacher")
+    with pytest.raises(
+        FloatingPointError, match=r"after 8 images; nothing was updated, the batch is kept in .*000000008"
+    ):
+        fit(task, config, 100, tmp_path, resume=False, label="test")
+    assert torch.equal(task.layer.weight, task.before)
+    kept = load_file(tmp_path / "not-finite-000000008.safetensors")["inputs"]
+    assert kept.isnan().any() and kept[0, 0] == 1.0
 
 
 def test_a_run_leaves_its_recipe_metrics_curves_and_sheets(vae_recipe: Path, cache: Path) -> None:

@@ -1,0 +1,130 @@
+"""One process or many: who this one is, how a batch is shared out, how gradients meet, how networks are spread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+Parallel = Literal["ddp", "fsdp"]
+
+
+def start(device: torch.device) -> None:
+    """Joins the processes that torchrun started, by gloo on CPU and NCCL on GPUs; does nothing without torchrun."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+
+def rank() -> int:
+    """Number of this process; 0 when it is alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the files."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Waits for every process."""
+    if size() > 1:
+        dist.barrier()
+
+
+def agreed(flag: bool, device: torch.device) -> bool:
+    """Whether any process says so."""
+    if size() == 1:
+        return flag
+    said = torch.tensor(float(flag), device=device)
+    dist.all_reduce(said, dist.ReduceOp.MAX)
+    return bool(said.item())
+
+
+def shares(batch: int, accumulate: int) -> list[slice]:
+    """The micro-batches of this process, as ranges of the global batch's samples.
+
+    Raises:
+        ValueError: the batch does not divide into equal micro-batches.
+    """
+    parts = size() * accumulate
+    if batch % parts:
+        raise ValueError(
+            f"batch is {batch}; {size()} processes that accumulate {accumulate} micro-batches each need a multiple "
+            f"of {parts}"
+        )
+    each = batch // parts
+    first = rank() * accumulate
+    return [slice((first + i) * each, (first + i + 1) * each) for i in range(accumulate)]
+
+
+def average(facts: dict[str, float], device: torch.device) -> dict[str, float]:
+    """The mean over processes of what each has to log."""
+    if size() == 1 or not facts:
+        return facts
+    values = torch.tensor([facts[name] for name in sorted(facts)], dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return dict(zip(sorted(facts), (values / size()).tolist(), strict=True))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's shard of a spread tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A spread tensor put together (every process must ask); any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """The mean over processes of the gradients of replicated parameters, one message per dtype.
+
+    A discriminator runs several times before each backward and is skipped by the student's, which the hooks of
+    `DistributedDataParallel` do not allow for. Spread parameters (FSDP2) have met already.
+    """
+    if size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+    for dtype in {g.dtype for g in gradients}:
+        some = [g for g in gradients if g.dtype == dtype]
+        flat = torch.cat([g.flatten() for g in some])
+        dist.all_reduce(flat)
+        flat /= size()
+        for gradient, mean in zip(some, flat.split([g.numel() for g in some]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def spread(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str] = ()) -> None:
+    """Shards a module's parameters over the processes (FSDP2): each of `blocks` by itself, the rest as one group.
+
+    `methods` are what is called of the module beside its forward. Weights become contiguous, which FSDP2 asks for;
+    activations may be channels_last nevertheless.
+    """
+    module.to(memory_format=torch.contiguous_format)
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(module)
+    for method in methods:
+        register_fsdp_forward_method(module, method)
+
+
+def unet_blocks(unet: Any) -> list[nn.Module]:
+    """What of a UNet is sharded by itself: transformer blocks and resnets, so that one at a time is whole."""
+    kinds = ("BasicTransformerBlock", "ResnetBlock2D")
+    return [module for module in unet.modules() if type(module).__name__ in kinds]

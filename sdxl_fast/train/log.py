@@ -1,0 +1,65 @@
+"""Where a run's metrics go: JSON lines always, TensorBoard and Weights & Biases when the recipe asks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import distributed
+from .config import RunConfig
+
+
+class Log:
+    """Metrics of one run or stage; of several processes the first writes.
+
+    Args:
+        folder: where `metrics.jsonl` is appended to.
+        config: its `loggers` are opened.
+        label: name of the run or stage.
+
+    Raises:
+        ValueError: a logger is not installed.
+    """
+
+    def __init__(self, folder: Path, config: RunConfig, label: str) -> None:
+        self._path = folder / "metrics.jsonl"
+        self._board: Any = None
+        self._wandb: Any = None
+        if not distributed.is_first():
+            return
+        self._path.touch()
+        if "tensorboard" in config.loggers:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise ValueError("loggers has tensorboard, which needs: pip install tensorboard") from None
+            self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        if "wandb" in config.loggers:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("loggers has wandb, which needs: pip install wandb") from None
+            self._wandb = wandb.init(project="sdxl_fast", name=label, dir=folder, config=config.model_dump(mode="json"))
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def write(self, line: dict[str, float]) -> None:
+        """One line; `images` is where it stands."""
+        if not distributed.is_first():
+            return
+        with open(self._path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        values = {name: value for name, value in line.items() if name != "images"}
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, int(line["images"]))
+        if self._wandb is not None:
+            self._wandb.log(values, step=int(line["images"]))

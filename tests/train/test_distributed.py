@@ -1,0 +1,95 @@
+"""Many processes follow one: the same losses to 1e-8 in float64, by DDP and FSDP2, and any of them resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from sdxl_fast.train import distributed
+
+RUN = "import sys, torch; torch.set_num_threads(1); from sdxl_fast.train import run; run(sys.argv[1], sys.argv[2:], {})"
+
+
+def _losses(cache: Path, recipe: Path, name: str, *overrides: str, processes: int = 1, resume: bool = False) -> Any:
+    """The metric lines of a run by this many processes, by unit."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    script = cache / f"run-{resume}.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(RUN.format("resume='latest'" if resume else "resume=None"))
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(recipe), f"run={name}", *overrides],
+        env={**os.environ, "SDXL_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    folder = cache / "runs" / name
+    return {
+        str(path.parent.relative_to(folder)): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in sorted(folder.rglob("metrics.jsonl"))
+    }
+
+
+def _assert_same(one: Any, other: Any) -> None:
+    assert one.keys() == other.keys()
+    compared = 0
+    for unit, lines in one.items():
+        for a, b in zip(lines, other[unit], strict=True):
+            assert a.keys() == b.keys()
+            for name in a.keys() - {"images", "images_per_second"}:
+                assert a[name] == pytest.approx(b[name], rel=1e-8, abs=1e-10), (unit, a["images"], name)
+                compared += 1
+    assert compared > 20
+
+
+@pytest.fixture(scope="module")
+def recipe(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A regression and one adversarial phase against the conditional D, 20 steps each, in float64."""
+    tree = yaml.safe_load(lightning_recipe.read_text())
+    tree |= {"precision": "fp64", "log_every": 4, "checkpoint_every": 40}
+    regression, adversarial = tree["stages"][:2]
+    regression["images"] = 80
+    adversarial["phases"] = [{**adversarial["phases"][0], "images": 80, "d_warmup": 8}]
+    tree["stages"] = [regression, adversarial]
+    path = tmp_path_factory.mktemp("recipe") / "lightning64.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return _losses(tmp_path_factory.mktemp("alone"), recipe, "alone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_follow_one(recipe: Path, alone: Any, parallel: str, tmp_path: Path) -> None:
+    _assert_same(alone, _losses(tmp_path, recipe, "two", f"parallel={parallel}", processes=2))
+
+
+@pytest.mark.slow
+def test_micro_batches_follow_the_batch(recipe: Path, alone: Any, tmp_path: Path) -> None:
+    _assert_same(alone, _losses(tmp_path, recipe, "micro", "accumulate=2", "gradient_checkpointing=true"))
+
+
+def test_shares_are_disjoint_and_must_divide() -> None:
+    assert distributed.shares(8, 2) == [slice(0, 4), slice(4, 8)]
+    with pytest.raises(
+        ValueError, match="batch is 6; 1 processes that accumulate 4 micro-batches each need a multiple"
+    ):
+        distributed.shares(6, 4)
+
+
+def test_one_process_needs_no_group() -> None:
+    assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
+    assert distributed.average({"loss": 2.0}, torch.device("cpu")) == {"loss": 2.0}
+    assert distributed.agreed(True, torch.device("cpu")) and not distributed.agreed(False, torch.device("cpu"))
