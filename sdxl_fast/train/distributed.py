@@ -116,7 +116,7 @@ def spread(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str
     `methods` are what is called of the module beside its forward. Weights become contiguous, which FSDP2 asks for;
     activations may be channels_last nevertheless.
     """
-    module.to(memory_format=torch.contiguous_format)
+    module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     for block in blocks:
         fully_shard(block)
     fully_shard(module)
