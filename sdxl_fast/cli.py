@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_data import prepare
 from .errors import SdxlFastError
 from .files import replacing
 
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+data_app.command("prepare")(prepare)
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder, hub id or .safetensors file; the embedded pipeline if left out.")

@@ -74,6 +74,7 @@ LAYERS: dict[str, int] = {
     "train": 5,
     "inference": 5,
     "cli": 6,
+    "cli_data": 6,
     "demo": 6,
     "env": 6,
     "__main__": 6,

@@ -26,7 +26,8 @@ def truncated(tokenizer: Any, prompts: Sequence[str]) -> list[str]:
     limit = tokenizer.model_max_length
     # a token covers at least one byte of text, so short prompts need no second look
     suspects = [prompt for prompt in prompts if len(prompt.encode()) > limit - 2]
-    return [prompt for prompt in suspects if len(tokenizer(prompt).input_ids) > limit]
+    # not verbose: its warning says that the encoders will fail, which cut what is too long
+    return [prompt for prompt in suspects if len(tokenizer(prompt, verbose=False).input_ids) > limit]
 
 
 def encode_prompts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,17 +92,21 @@ def _download(hub_id: str) -> Path:
     raise ModelError(f"{hub_id}: no such folder, and not to be had from the hub ({_one_line(failure)})")
 
 
-def load(path: Path, *, dtype: torch.dtype, device: torch.device | str) -> Components:
+def load(
+    path: Path, *, dtype: torch.dtype, device: torch.device | str, networks: Sequence[str] = NETWORKS
+) -> Components:
     """Load a diffusers SDXL folder or an all-in-one SDXL file, weights checked before anything opens them.
+
+    Networks that `networks` leaves out are None.
 
     Raises:
         ModelError: not an SDXL pipeline, a pickled, truncated or corrupt weight file, weights of another architecture.
     """
     with _no_progress_bars():
-        parts = _load_folder(path, dtype) if path.is_dir() else _load_file(path, dtype)
-    if parts.unet.config.get("time_cond_proj_dim") is not None:
+        parts = _load_folder(path, dtype, networks) if path.is_dir() else _load_file(path, dtype, networks)
+    if parts.unet is not None and parts.unet.config.get("time_cond_proj_dim") is not None:
         raise ModelError(f"{path}: its UNet takes a guidance embedding (a full LCM), which is not supported")
-    for name in NETWORKS:
+    for name in networks:
         getattr(parts, name).to(device).eval().requires_grad_(False)
     return parts
 
@@ -116,14 +120,15 @@ def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype)
     return unet.eval().requires_grad_(False), lora.prediction_type or "epsilon"
 
 
-def _load_folder(folder: Path, dtype: torch.dtype) -> Components:
+def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
     index = _read_json(folder / "model_index.json", f"{folder}: not a diffusers pipeline folder")
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise ModelError(f"{folder}: holds a {index.get('_class_name')}, not a Stable Diffusion XL pipeline")
     loras = find_loras(folder)
     loras = loras if (folder / "unet_base").is_dir() else {}
-    networks, metadata = {}, {}
-    for name in NETWORKS:
+    networks: dict[str, Any] = dict.fromkeys(NETWORKS)
+    metadata: dict[str, str] = {}
+    for name in wanted:
         networks[name], facts = _load_network(folder, name, dtype)
         if name == "unet":
             metadata = facts
@@ -198,7 +203,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
 
 
-def _load_file(path: Path, dtype: torch.dtype) -> Components:
+def _load_file(path: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
     """An all-in-one checkpoint in the original SDXL key layout; configs and tokenizers come from the hub's cache."""
     header = check_safetensors(path)
     if any("lora" in key for key in header):
@@ -218,7 +223,7 @@ def _load_file(path: Path, dtype: torch.dtype) -> Components:
         scheduler=dict(pipe.scheduler.config, _class_name=type(pipe.scheduler).__name__),
         source=path,
         metadata=header.get("__metadata__", {}),
-        **{name: getattr(pipe, name) for name in NETWORKS},
+        **{name: getattr(pipe, name) if name in wanted else None for name in NETWORKS},
     )
 
 

@@ -1,0 +1,157 @@
+"""`data prepare` by many ranks, killed, taken up again, with other settings: the same files, or a reason."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sdxl_fast.data import precompute
+from sdxl_fast.data.filters import Filters
+from sdxl_fast.data.precompute import PrepareConfig, prepare
+from sdxl_fast.data.shards import LatentShards
+from sdxl_fast.errors import DataError
+from sdxl_fast.testing.pictures import contents, good_files, prepare_small, write_tar
+from sdxl_fast.testing.toy import toy_pipeline
+
+pytest.importorskip("webdataset", reason="the extra data is not installed")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_two_ranks_make_the_files_of_one(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, order: list[int]
+) -> None:
+    prepare_small(source, tmp_path / "out", toy_folder, ranks=[(rank, 2) for rank in order])
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_more_ranks_than_shards(source: Path, made: Path, toy_folder: Path, tmp_path: Path) -> None:
+    prepare_small(source, tmp_path / "out", toy_folder, ranks=[(rank, 5) for rank in (0, 1, 3, 2)])
+    assert contents(tmp_path / "out") == contents(made)
+    config = PrepareConfig(
+        source=str(source), out=tmp_path / "out", model=str(toy_folder), filters=Filters(min_side=32), rows_per_shard=6
+    )
+    assert prepare(config, rank=4, world_size=5) is not None  # nothing to do, and all is there
+
+
+@pytest.mark.parametrize("workers", [1, 7])
+def test_the_number_of_threads_changes_nothing(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, workers: int
+) -> None:
+    prepare_small(source, tmp_path / "out", toy_folder, workers=workers)
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_finished_shards_are_not_done_again(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare_small(source, tmp_path / "out", toy_folder)
+    for name in ("000001.json", "000002.tar"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / ".000003-killed.tar").touch()  # of a part that is done: left alone
+    (tmp_path / "out" / ".000001-killed.tar").touch()
+    made_now = []
+    prepare_part = precompute.prepare_part
+    monkeypatch.setattr(
+        precompute, "prepare_part", lambda number, *rest: made_now.append(number) or prepare_part(number, *rest)
+    )
+    prepare_small(source, tmp_path / "out", toy_folder)
+    assert made_now == [1, 2]
+    (tmp_path / "out" / ".000003-killed.tar").unlink()
+    assert contents(tmp_path / "out") == contents(made)
+
+
+def test_a_repaired_input_is_done_again_and_nothing_else(toy_folder: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / "tars" / f"{number}.tar", good_files(3, 3 * number))
+    good = (tmp_path / "tars" / "1.tar").read_bytes()
+    (tmp_path / "tars" / "1.tar").write_bytes(good[:3000])
+    assert prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder).kept < 6
+    before = (tmp_path / "out" / "000000.tar").stat()
+    (tmp_path / "tars" / "1.tar").write_bytes(good)
+    report = prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder)
+    assert (report.kept, report.damaged, len(LatentShards(tmp_path / "out"))) == (6, [], 6)
+    assert (tmp_path / "out" / "000000.tar").stat() == before
+    (tmp_path / "tars" / "1.tar").unlink()
+    with pytest.raises(DataError, match=r"more parts than .* has now \(000001.json\)"):
+        prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder)
+
+
+# Kills itself at the n-th call of a function that writes; forked before torch has computed anything.
+_KILLED = """
+import os, pathlib, signal, sys
+import diffusers, transformers, webdataset
+from diffusers import AutoencoderKL
+from transformers import CLIPTextModel, CLIPTokenizer
+from sdxl_fast.data.filters import Filters
+from sdxl_fast.data.precompute import PrepareConfig, prepare
+
+source, model, out = sys.argv[1:]
+
+def run_until(owner, name, count):
+    if os.fork() == 0:
+        calls, function = [], getattr(owner, name)
+        def replacement(*arguments, **options):
+            calls.append(None)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+        setattr(owner, name, replacement)
+        filters = Filters(min_side=32)
+        prepare(PrepareConfig(source=source, out=out, model=model, filters=filters, rows_per_shard=10))
+        os._exit(0)
+    return os.WIFSIGNALED(os.wait()[1])
+
+assert run_until(webdataset.TarWriter, "write", 1)
+assert run_until(webdataset.TarWriter, "write", 7)
+print(sorted(os.listdir(out)))
+count, before = 3, None  # two more files each time; the last four are written anew by everyone who gets there
+while run_until(pathlib.Path, "replace", count):
+    print(sorted(os.listdir(out)), flush=True)
+    listing = sorted(name for name in os.listdir(out) if name[0] != ".")
+    count += listing == before
+    before = listing
+"""
+
+
+def test_killed_at_any_moment_and_taken_up_again(source: Path, toy_folder: Path, tmp_path: Path) -> None:
+    """Kill after kill: inside a shard, between a shard and its record, between the files of the end."""
+    prepare_small(source, tmp_path / "whole", toy_folder, rows_per_shard=10)
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(source), str(toy_folder), str(tmp_path / "killed")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    listings = done.stdout.splitlines()
+    assert len(listings) >= 5
+    assert ".000000-" in listings[0]  # a half-written shard, under a name of its own
+    assert all("'index.safetensors'" not in listing for listing in listings)  # whoever can read it reads all of it
+
+
+def test_an_output_folder_begun_otherwise_is_refused(source: Path, toy_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare_small(source, out, toy_folder)
+    before = contents(out)
+    for change, message in (
+        ({"buckets": "square"}, "was begun with another buckets"),
+        ({"filters": Filters(min_side=33)}, "another filters"),
+        ({"precision": "bf16"}, r"another precision \(fp32 there, bf16 now\)"),
+        ({"rows_per_shard": 7}, "another rows_per_shard"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prepare_small(source, out, toy_folder, **change)  # type: ignore[arg-type]
+    assert contents(out) == before
+    (out / "000001.json").unlink()
+    other = toy_pipeline(tmp_path / "toy", seed=1, few_steps=())
+    with pytest.raises(DataError, match="another encoders"):
+        prepare_small(source, out, other)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(DataError, match="holds other files"):
+        prepare_small(source, tmp_path / "full", toy_folder)
