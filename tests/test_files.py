@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_fast.files import replacing
+from sdxl_fast.files import replacing, replacing_folder
 
 
 def test_the_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
@@ -30,3 +30,36 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise RuntimeError
     assert os.listdir(tmp_path) == ["file.txt"]
     assert target.read_text() == "old"
+
+
+def test_a_folder_takes_the_place_of_another_whole(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for number in range(2):
+        with replacing_folder(target) as writing:
+            (writing / f"{number}.txt").write_text("all")
+        assert os.listdir(tmp_path) == ["model"]
+        assert os.listdir(target) == [f"{number}.txt"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert target.stat().st_mode == plain.stat().st_mode
+
+
+@pytest.mark.parametrize("where", ["writing", "renaming"])
+def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if self.name == "new":
+            raise OSError("renaming")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match=where), replacing_folder(target) as writing:
+        (writing / "new.txt").write_text("half")
+        if where == "writing":
+            raise OSError("writing")
+    assert os.listdir(tmp_path) == ["model"]
+    assert (target / "old.txt").read_text() == "old"
