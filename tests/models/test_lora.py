@@ -125,7 +125,7 @@ def test_keys_of_another_model_are_counted_and_named(unet: Any, pairs: dict[str,
     tensors = load_file(path)
     tensors["unet.nowhere.lora_A.weight"] = torch.zeros(3, 4)
     save_file(tensors, path)
-    with pytest.raises(ModelError, match=r"1 LoRA keys match no module.*unet\.nowhere"):
+    with pytest.raises(ModelError, match=r"1 keys match no module of a LoRA: unet\.nowhere"):
         read_lora(path, unet)
 
 
@@ -143,9 +143,19 @@ def test_half_a_pair_is_refused(unet: Any, pairs: dict[str, Any], tmp_path: Path
         read_lora(tmp_path / "l.safetensors", unet)
 
 
-def test_alpha_patterns_are_refused_rather_than_ignored(unet: Any, pairs: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "l.safetensors"
-    facts = {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {"to_q": 2}})}
-    write_lora(path, pairs, alpha=3.0, num_inference_steps=4, prediction_type="epsilon", metadata=facts)
-    with pytest.raises(ModelError, match="not supported"):
+def test_alpha_patterns_count(unet: Any, pairs: dict[str, Any], tmp_path: Path) -> None:
+    path = _write(tmp_path / "l.safetensors", pairs)
+    facts = {"unet.lora_alpha": 3, "unet.alpha_pattern": {"to_q": 6}}
+    save_file(load_file(path), path, metadata={"lora_adapter_metadata": json.dumps(facts)})
+    scales = read_lora(path, unet).scales
+    assert {scale for name, scale in scales.items() if name.endswith("to_q")} == {2.0}
+    assert {scale for name, scale in scales.items() if not name.endswith("to_q")} == {1.0}
+
+
+def test_text_encoders_are_not_forgotten(unet: Any, pairs: dict[str, Any], tmp_path: Path) -> None:
+    path = _write(tmp_path / "l.safetensors", pairs)
+    stem = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    extra = {f"{stem}.lora_A.weight": torch.zeros(3, 32), f"{stem}.lora_B.weight": torch.zeros(128, 3)}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(ModelError, match=f"adapts text encoders too.*{stem}"):
         read_lora(path, unet)
