@@ -80,16 +80,18 @@ class OneStepPipeline:
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
         preset: str | None = None,
+        base: str | Path | None = None,
     ) -> OneStepPipeline:
         """Load a pipeline.
 
         Args:
             model: a diffusers SDXL folder, a hub id, or an all-in-one `.safetensors` file; None is the pipeline that
-                comes with the package.
+                comes with the package. With a `base`, also a UNet alone or a LoRA in any dialect.
             dtype: torch.float32 or torch.bfloat16; None is float32 on a CPU and bfloat16 on a GPU.
             device: None is the GPU if there is one.
             preset: which published checkpoint this is (a key of `presets.PRESETS`), where neither its name nor its
                 scheduler config tells.
+            base: the pipeline that a UNet belongs to or a LoRA is merged into: a folder, a hub id or a file.
 
         Raises:
             ModelError: no such model, not an SDXL pipeline, unsafe or broken weights, or a checkpoint whose sampling
@@ -104,11 +106,12 @@ class OneStepPipeline:
             raise ValueError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16 (SDXL's VAE overflows float16)")
         chosen = None if preset is None else presets.by_key(preset)
         path = loading.resolve(model)
-        parts = loading.load(path, dtype=dtype, device=device)
+        origin = None if base is None else loading.resolve(base)
+        parts = loading.load(path, dtype=dtype, device=device, base=origin)
         if chosen is None:
             is_hub_id = model is not None and not Path(model).expanduser().exists()
             name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
-            chosen = presets.recognise(name, parts.scheduler if path.is_dir() else None, parts.metadata)
+            chosen = presets.recognise(name, parts.scheduler if parts.own_scheduler else None, parts.metadata)
         return cls(parts, preset=chosen)
 
     @property

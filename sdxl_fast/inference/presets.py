@@ -113,7 +113,7 @@ def recognise(name: str, scheduler: Mapping[str, Any] | None, metadata: Mapping[
     if preset is None:
         if scheduler is None:
             raise ModelError(f"{name}: cannot tell which few-step checkpoint this is; give preset={_names()}")
-        return _by_scheduler(name, scheduler)
+        return _by_scheduler(name, scheduler, metadata)
     if scheduler is not None:
         _check_agreement(name, preset, scheduler)
     return preset
@@ -163,8 +163,8 @@ def _by_name(name: str, metadata: Mapping[str, str], scheduler: Mapping[str, Any
     return PRESETS[key]
 
 
-def _by_scheduler(name: str, scheduler: Mapping[str, Any]) -> Preset:
-    """A preset for a checkpoint of no known family, from what its scheduler config says."""
+def _by_scheduler(name: str, scheduler: Mapping[str, Any], metadata: Mapping[str, str]) -> Preset:
+    """A preset for a checkpoint of no known family, from what its scheduler config and its weights' metadata say."""
     kind = str(scheduler.get("_class_name"))
     sampler = SCHEDULERS.get(kind)
     prediction = prediction_type(scheduler.get("prediction_type", "epsilon"))
@@ -178,7 +178,8 @@ def _by_scheduler(name: str, scheduler: Mapping[str, Any]) -> Preset:
         )
     if prediction == "sample":
         return Preset(f"a one-step x0 student ({name})", sampler, "sample", (1,))
-    return Preset(f"a few-step student ({name})", sampler, prediction, (4, 1, 2, 8))
+    steps = (int(metadata[NUM_STEPS_KEY]),) if NUM_STEPS_KEY in metadata else (4, 1, 2, 8)
+    return Preset(f"a few-step student ({name})", sampler, prediction, steps)
 
 
 def _check_agreement(name: str, preset: Preset, scheduler: Mapping[str, Any]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +14,18 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .lora import find_loras, merge_lora, read_lora, stated_prediction_type
-from .safetensors_check import PICKLE_SUFFIXES, check_safetensors
+from .facts import NUM_STEPS_KEY, stated_prediction_type
+from .lora import find_loras, merge_lora, read_lora
+from .networks import NETWORKS, filled
+from .safetensors_check import check_safetensors
+from .source import TOKENIZERS, Model, completed, form_of, open_model, read_json
+from .weights import weight_files
+
+__all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_few_step_unet", "resolve"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 """The pipeline that comes with the package."""
 
-NETWORKS = ("text_encoder", "text_encoder_2", "unet", "vae")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -29,7 +34,7 @@ class Components:
     """The parts of a loaded pipeline, as diffusers and transformers objects in eval mode on one device.
 
     `source` is the folder or file they came from, `few_step_loras` the LoRA files beside it by step count, for the
-    UNet in its subfolder `unet_base`.
+    UNet in its subfolder `unet_base`. `own_scheduler` is False for a single file that does not say how to sample it.
     """
 
     tokenizer: Any
@@ -42,6 +47,7 @@ class Components:
     source: Path
     metadata: dict[str, str] = field(default_factory=dict)
     few_step_loras: dict[int, Path] = field(default_factory=dict)
+    own_scheduler: bool = True
 
     @property
     def base_prediction_type(self) -> str | None:
@@ -58,11 +64,12 @@ class Components:
 
 
 def resolve(model: str | Path | None) -> Path:
-    """The local folder or file for `model`: None is the embedded pipeline, `owner/name` a hub id unless it exists here.
+    """The local folder or file for `model`: `owner/name` is a hub id unless it exists here.
 
+    None, or "embedded" where nothing is called so, is the pipeline that comes with the package.
     A hub id is fetched into the hub's cache, safetensors only, the fp16 variant where there is one.
     """
-    if model is None:
+    if model is None or (model == "embedded" and not Path(model).exists()):
         if not (EMBEDDED / "model_index.json").is_file():
             raise ModelError(f"the embedded pipeline is missing from this installation (looked in {EMBEDDED})")
         return EMBEDDED
@@ -93,17 +100,23 @@ def _download(hub_id: str) -> Path:
 
 
 def load(
-    path: Path, *, dtype: torch.dtype, device: torch.device | str, networks: Sequence[str] = NETWORKS
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    base: Path | None = None,
+    networks: Sequence[str] = NETWORKS,
 ) -> Components:
     """Load a diffusers SDXL folder or an all-in-one SDXL file, weights checked before anything opens them.
 
-    Networks that `networks` leaves out are None.
+    With a `base`, which is one of these, also a UNet alone or a LoRA. Networks that `networks` leaves out are None.
 
     Raises:
         ModelError: not an SDXL pipeline, a pickled, truncated or corrupt weight file, weights of another architecture.
     """
     with _no_progress_bars():
-        parts = _load_folder(path, dtype, networks) if path.is_dir() else _load_file(path, dtype, networks)
+        whole = path.is_dir() and base is None
+        parts = _load_folder(path, dtype, networks) if whole else _assembled(_open(path, base, dtype), dtype, networks)
     if parts.unet is not None and parts.unet.config.get("time_cond_proj_dim") is not None:
         raise ModelError(f"{path}: its UNet takes a guidance embedding (a full LCM), which is not supported")
     for name in networks:
@@ -121,7 +134,7 @@ def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype)
 
 
 def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
-    index = _read_json(folder / "model_index.json", f"{folder}: not a diffusers pipeline folder")
+    index = read_json(folder / "model_index.json", f"{folder}: not a diffusers pipeline folder")
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise ModelError(f"{folder}: holds a {index.get('_class_name')}, not a Stable Diffusion XL pipeline")
     loras = find_loras(folder)
@@ -132,7 +145,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Com
         networks[name], facts = _load_network(folder, name, dtype)
         if name == "unet":
             metadata = facts
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json", f"{folder}: no scheduler config")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", f"{folder}: no scheduler config")
     return Components(
         tokenizer=_load_tokenizer(folder, "tokenizer"),
         tokenizer_2=_load_tokenizer(folder, "tokenizer_2"),
@@ -155,7 +168,8 @@ def _load_network(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, dic
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
         loader, dtype_name = (AutoencoderKL if name == "vae" else UNet2DConditionModel), "torch_dtype"
-    variant, metadata = _check_weights(folder / name)
+    files, variant = weight_files(folder / name)
+    headers = [check_safetensors(file) for file in files]
     try:
         network, info = loader.from_pretrained(
             folder,
@@ -174,22 +188,7 @@ def _load_network(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, dic
         if keys:
             what = kind.replace("_", " ")
             raise ModelError(f"{folder / name}: weights do not fit its config: {len(keys)} {what}, first {keys[0]}")
-    return network, metadata
-
-
-def _check_weights(folder: Path) -> tuple[str | None, dict[str, str]]:
-    """Check every weight file of a component; returns the variant to load and the first file's metadata."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder}: this part of the pipeline is missing")
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = [path for path in sorted(folder.iterdir()) if path.suffix in PICKLE_SUFFIXES]
-        if pickles:
-            raise ModelError(f"{pickles[0]}: a pickled weight file, which could run code; convert it to safetensors")
-        raise ModelError(f"{folder}: no .safetensors file")
-    plain = [path for path in files if ".fp16." not in path.name]
-    headers = [check_safetensors(path) for path in (plain or files)]
-    return None if plain else "fp16", headers[0].get("__metadata__", {})
+    return network, headers[0].get("__metadata__", {})
 
 
 def _load_tokenizer(folder: Path, name: str) -> Any:
@@ -203,27 +202,37 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
 
 
-def _load_file(path: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
-    """An all-in-one checkpoint in the original SDXL key layout; configs and tokenizers come from the hub's cache."""
-    header = check_safetensors(path)
-    if any("lora" in key for key in header):
-        raise ModelError(f"{path}: a LoRA, which needs a base model; give the folder of a pipeline")
-    if not any(key.startswith("model.diffusion_model.") for key in header):
-        what = "a UNet alone" if "conv_in.weight" in header else "not an SDXL checkpoint"
-        raise ModelError(f"{path}: {what}; give an all-in-one file or the folder of a pipeline")
-    from diffusers import StableDiffusionXLPipeline
+def _open(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
+    what = None if base is not None else {"lora": "a LoRA", "unet": "a UNet alone"}.get(form_of(path))
+    if what is not None:
+        raise ModelError(
+            f"{path}: {what}; give an all-in-one file or the folder of a pipeline, or its base as well (--base)"
+        )
+    return completed(open_model(path, base=base, dtype=dtype))
 
-    try:
-        pipe = StableDiffusionXLPipeline.from_single_file(path, torch_dtype=dtype)
-    except Exception as error:
-        raise ModelError(f"{path}: cannot be loaded ({_one_line(error)})") from error
+
+def _assembled(model: Model, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
+    """The objects that `model`'s configurations describe, with its weights."""
+    tokenizers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TOKENIZERS:
+            files = Path(folder) / name
+            files.mkdir()
+            for file, text in model.tokenizers[name].items():
+                (files / Path(file).name).write_text(text, encoding="utf-8")
+            tokenizers[name] = _load_tokenizer(Path(folder), name)
+    networks: dict[str, Any] = dict.fromkeys(NETWORKS)
+    for name in wanted:
+        source = f"{model.path}: {name}"
+        networks[name] = filled(name, model.configs[name], model.tensors[name], dtype, source=source)
+    steps = {} if model.facts.num_steps is None else {NUM_STEPS_KEY: str(model.facts.num_steps)}
     return Components(
-        tokenizer=pipe.tokenizer,
-        tokenizer_2=pipe.tokenizer_2,
-        scheduler=dict(pipe.scheduler.config, _class_name=type(pipe.scheduler).__name__),
-        source=path,
-        metadata=header.get("__metadata__", {}),
-        **{name: getattr(pipe, name) if name in wanted else None for name in NETWORKS},
+        **tokenizers,
+        **networks,
+        scheduler=model.configs["scheduler"],
+        source=model.path,
+        metadata=model.metadata | steps,
+        own_scheduler=model.own_scheduler,
     )
 
 
@@ -243,15 +252,6 @@ def _no_progress_bars() -> Iterator[None]:
         for library, was in zip(libraries, enabled, strict=True):
             if was:
                 library.enable_progress_bar()
-
-
-def _read_json(path: Path, problem: str) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{problem} ({path.name} is missing)") from None
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
 
 
 def _one_line(error: Exception | None, limit: int = 200) -> str:

@@ -74,6 +74,7 @@ def test_unknown_names_are_sampled_as_their_scheduler_says() -> None:
     few = presets.recognise("mine", EULER, {})
     assert (few.sampler, few.prediction_type, sorted(few.steps)) == ("euler", "epsilon", [1, 2, 4, 8])
     assert presets.recognise("mine", {"_class_name": "LCMScheduler"}, {}).sampler == "lcm"
+    assert presets.recognise("mine", EULER, {NUM_STEPS_KEY: "8"}).steps == (8,)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any] | None, str]] = {

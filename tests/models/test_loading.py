@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from sdxl_fast.errors import ModelError
@@ -203,17 +203,17 @@ def test_a_hub_failure_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_single_files_say_what_they_are(toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_files_say_what_they_are(toy_folder: Path, tmp_path: Path) -> None:
     for source, message in ((WEIGHTS, "a UNet alone"), ("toy_4step_lora.safetensors", "a LoRA")):
         with pytest.raises(ModelError, match=message):
             _load(toy_folder / source)
     whole = tmp_path / "model.safetensors"
     save_file({"model.diffusion_model.x": torch.zeros(1)}, whole, metadata={"modelspec.title": "SDXL-Turbo"})
-    stock = StableDiffusionXLPipeline.from_pretrained(toy_folder)
-    monkeypatch.setattr(StableDiffusionXLPipeline, "from_single_file", lambda path, **_: stock)
-    parts = _load(whole)
-    assert parts.title == "SDXL-Turbo"
-    assert parts.scheduler["_class_name"] == "EulerDiscreteScheduler"
+    with pytest.raises(ModelError, match="text_encoder: 196 tensors are missing"):
+        _load(whole)
+    save_file({"transformer.x": torch.zeros(1)}, whole)
+    with pytest.raises(ModelError, match="not an SDXL checkpoint, UNet or LoRA"):
+        _load(whole)
     _truncate(toy_file := shutil.copy(toy_folder / WEIGHTS, tmp_path / "short.safetensors"))
     with pytest.raises(ModelError, match="truncated"):
         _load(Path(toy_file))
