@@ -19,7 +19,7 @@ from safetensors import safe_open
 from sdxl_fast.errors import DataError
 from sdxl_fast.eval import tables
 from sdxl_fast.eval.plots import plot_losses, read_metrics
-from sdxl_fast.eval.report import hash_files
+from sdxl_fast.eval.report import hash_files, model_files
 from sdxl_fast.files import replacing
 
 ATTACHMENTS = "card"  # subfolder of the model for the pictures and logs of its card
@@ -94,9 +94,9 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _contents(model_dir: Path) -> list[str]:
-    files = hash_files(model_dir)
-    size = sum((model_dir / name).stat().st_size for name in files)
+def contents(model_dir: Path) -> list[str]:
+    """The section that lists a model folder's parts by number of values."""
+    size = sum(path.stat().st_size for path in model_files(model_dir))
     lines = ["## What is in the folder", "", "| part | values |", "| --- | ---: |"]
     lines += [f"| `{name}` | {count:,} |" for name, count in parameters(model_dir).items()]
     return [*lines, "", f"Together {size / 1e6:.1f} MB."]
@@ -193,7 +193,7 @@ def write_model_card(
         f"{features['input_size']} px.",
         "",
     ]
-    lines += [*_contents(model_dir), "", *_data(data_dir), "", "## Training", ""]
+    lines += [*contents(model_dir), "", *_data(data_dir), "", "## Training", ""]
     for heading, run in runs.items():
         lines += [*_run(heading, Path(run), model_dir), ""]
     for run in runs.values():

@@ -182,12 +182,19 @@ def _label(source: sources.Source) -> dict[str, str]:
     return {"label": label} if isinstance(label, str) else {}
 
 
+def model_files(folder: str | Path) -> list[Path]:
+    """Every weight, tokenizer and config file of a model folder, sorted."""
+    kept = (".safetensors", ".json", ".txt")
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix in kept and path.is_file())
+
+
 def hash_files(folder: str | Path) -> dict[str, str]:
     """sha256 of every weight, tokenizer and config file of a model folder, by path in it."""
     folder = Path(folder)
-    kept = (".safetensors", ".json", ".txt")
-    files = sorted(path for path in folder.rglob("*") if path.suffix in kept and path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in model_files(folder)
+    }
 
 
 def environment() -> dict[str, str | int]:
