@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_data import prepare
+from .cli_export import export_app
 from .errors import SdxlFastError
 from .files import replacing
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(prepare)
+app.add_typer(export_app, name="export")
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", help="Folder, hub id or .safetensors file; the embedded pipeline if left out.")
@@ -43,6 +45,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16; by d
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture or more each.")] = None,
     model: ModelOption = None,
+    base: Annotated[str | None, typer.Option(help="Pipeline that a --model which is a UNet or LoRA is for.")] = None,
     steps: Annotated[int | None, typer.Option(help="1, 2, 4 or 8, as far as the model can.")] = None,
     seed: Annotated[int | None, typer.Option(help="Picture k of every prompt gets seed + k.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
@@ -61,7 +64,7 @@ def generate(
     seeds = check_seeds(seed, len(prompts), num_images).tolist()
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
-    pipe = _load(model, device, dtype)
+    pipe = _load(model, device, dtype, base)
     images = pipe(
         prompts,
         seed=seeds,
@@ -219,7 +222,7 @@ def format_timings(timings: dict[str, float], count: int) -> str:
     return f"{', '.join(parts)}; {timings['total'] / count * 1e3:.1f} ms per picture"
 
 
-def _load(model: str | None, device: str | None, dtype: str | None) -> OneStepPipeline:
+def _load(model: str | None, device: str | None, dtype: str | None, base: str | None = None) -> OneStepPipeline:
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
     import torch
@@ -227,7 +230,7 @@ def _load(model: str | None, device: str | None, dtype: str | None) -> OneStepPi
     from .inference import OneStepPipeline
 
     return OneStepPipeline.from_pretrained(
-        model, device=device, dtype=None if dtype is None else getattr(torch, _DTYPES[dtype])
+        model, device=device, base=base, dtype=None if dtype is None else getattr(torch, _DTYPES[dtype])
     )
 
 

@@ -37,9 +37,11 @@ PLACES = (
 )
 # Places an op does without, and why: {"place": "reason"}.
 _ATTENTION = ("self_attention",)
+_MATRIX = ("conv2d", "linear", "linear_geglu", "upsample_conv2d")
 MISSING_ON_PURPOSE: dict[str, str] = {
     **{f"csrc/cuda/{op}.cu": "Triton serves every GPU; one by hand waits for a GPU to time it on" for op in _ATTENTION},
     **{f"csrc/cpu/{op}.cpp": "attention on a CPU is PyTorch's library call" for op in _ATTENTION},
+    **{f"csrc/cpu/{op}.cpp": "matrix ops and attention use PyTorch's CPU library calls there" for op in _MATRIX},
 }
 
 # Budgets a file or function may exceed, and why: {"path" or "path::function": "reason"}.
@@ -75,6 +77,7 @@ LAYERS: dict[str, int] = {
     "inference": 5,
     "cli": 6,
     "cli_data": 6,
+    "cli_export": 6,
     "demo": 6,
     "env": 6,
     "__main__": 6,
@@ -124,11 +127,11 @@ def test_ops_are_public():
 
 @pytest.mark.parametrize("name", ops.__all__)
 def test_public_functions_are_narrow(name):
-    """At most eight arguments; only leading tensors are positional; every option is keyword-only."""
+    """At most eight arguments; only leading tensors, or None, are positional; every option is keyword-only."""
     parameters = inspect.signature(getattr(ops, name)).parameters.values()
     assert (len(parameters) > 8) == (name in MANY_ARGUMENTS), "pass fewer, or give the reason in MANY_ARGUMENTS"
     positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
-    assert all(p.default is p.empty and "Tensor" in str(p.annotation) for p in positional)
+    assert all(p.default in (p.empty, None) and "Tensor" in str(p.annotation) for p in positional)
     documentation = getattr(ops, name).__doc__
     assert all(section in documentation for section in ("Args:", "Returns:", "Raises:", "Source:"))
 
