@@ -22,7 +22,7 @@ import tarfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -171,7 +171,8 @@ class LatentShards:
         # positions of each bucket's samples, the buckets being the latent shapes that occur
         shapes = self.index.rows[:, 3]
         self.buckets = [torch.nonzero(shapes == number).flatten() for number in range(len(self.index.shapes))]
-        self._orders: dict[int, Order] = {}
+        counts = [len(bucket) for bucket in self.buckets]
+        self._order = lru_cache(maxsize=4)(partial(Order, counts))  # each remembers permutations of the whole set
         self._files: collections.OrderedDict[str, BinaryIO] = collections.OrderedDict()
         self._lock = threading.Lock()
 
@@ -220,11 +221,7 @@ class LatentShards:
 
     def positions(self, count: int, *, seed: int, images: int, rank: int = 0, world_size: int = 1) -> list[int]:
         """Which samples the batch consists of: `order.Order` says how. A pure function of its arguments."""
-        order = self._orders.get(seed)
-        if order is None:
-            order = Order([len(bucket) for bucket in self.buckets], seed)
-            self._orders = {seed: order}  # one run reads one order; others are made anew
-        bucket, chosen = order.batch(count, images=images, rank=rank, world_size=world_size)
+        bucket, chosen = self._order(seed).batch(count, images=images, rank=rank, world_size=world_size)
         return self.buckets[bucket][chosen].tolist()
 
     def read(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
