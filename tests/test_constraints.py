@@ -32,6 +32,7 @@ from sdxl_fast.constraints import (
     OneOf,
     SameShape,
     ShapeFrom,
+    Sizes,
     Together,
     first_problem,
 )
@@ -41,6 +42,12 @@ HALF = X.half()
 
 # rule, values that satisfy it, values that do not, what the refusal says
 EXAMPLES = [
+    (
+        Sizes("x", "[2, C, 4, 4] with channels", lambda v: (2, None, 4, 4)),
+        {"x": X},
+        {"x": X[:, :0]},
+        "x must have shape [2, C, 4, 4] with channels = [2, any, 4, 4], got [2, 0, 4, 4]",
+    ),
     (
         LastMultiple("x", 4),
         {"x": X},

@@ -1,46 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules about the arguments of an op, as data that can check themselves and describe themselves.
-
-An op lists its rules beside its definition, twice: the rules every call must satisfy (breaking one is a
-:class:`ValueError`) and, per backend, the rules that backend adds (breaking one means that backend is not used).
-A rule is a frozen dataclass: ``check(values)`` returns ``None`` or one sentence that names the argument, what came,
-what is allowed and, where there is one, the remedy; ``describe()`` states the rule itself. ``values`` maps argument
-names to what the caller passed. A rule about an absent (``None``) argument holds unless the rule says otherwise.
-"""
+"""Rules about tensors: kind, dtype, device, shape, gradient."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
-Values = Mapping[str, Any]
-
-
-class Rule(Protocol):
-    """What every rule offers."""
-
-    def check(self, values: Values) -> str | None:
-        """Returns the problem in one sentence, or ``None`` when the rule holds."""
-        ...
-
-    def describe(self) -> str:
-        """Returns the rule itself in words."""
-        ...
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns ``"float32"`` for ``torch.float32``."""
-    return str(dtype).removeprefix("torch.")
-
-
-def join(names: Iterable[str]) -> str:
-    """Returns ``"a, b or c"``."""
-    listed = list(names)
-    return listed[0] if len(listed) == 1 else f"{', '.join(listed[:-1])} or {listed[-1]}"
+from .rule import Values, dtype_name, join
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -220,6 +188,30 @@ class DimsLike:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """``arg`` has the shape ``layout``, whose sizes ``expected(values)`` gives, None standing for any positive size."""
+
+    arg: str
+    layout: str
+    expected: Callable[[Values], tuple[int | None, ...]]
+
+    def check(self, values: Values) -> str | None:
+        value = values[self.arg]
+        if value is None:
+            return None
+        expected = self.expected(values)
+        if value.ndim == len(expected) and all(
+            size > 0 if wanted is None else size == wanted for size, wanted in zip(value.shape, expected, strict=True)
+        ):
+            return None
+        sizes = ", ".join("any" if size is None else str(size) for size in expected)
+        return f"{self.describe()} = [{sizes}], got {_shape(value)}"
+
+    def describe(self) -> str:
+        return f"{self.arg} must have shape {self.layout}"
+
+
+@dataclass(frozen=True)
 class EvenLast:
     """The last dimension of ``arg`` is even."""
 
@@ -305,101 +297,6 @@ class Divides:
 
 
 @dataclass(frozen=True)
-class Integer:
-    """``arg`` is a Python int in ``low <= arg < high``; with ``optional`` it may also be None."""
-
-    arg: str
-    low: int | None = None
-    high: int | None = None
-    optional: bool = False
-
-    def check(self, values: Values) -> str | None:
-        value = values[self.arg]
-        if value is None and self.optional:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
-            return f"{self.describe()}, got {value!r}"
-        if (self.low is not None and value < self.low) or (self.high is not None and value >= self.high):
-            return f"{self.describe()}, got {value}"
-        return None
-
-    def describe(self) -> str:
-        text = f"{self.arg} must be an int"
-        if self.low is not None:
-            text += f" >= {self.low}"
-        if self.high is not None:
-            text += f" and < {self.high}"
-        return text + (" or None" if self.optional else "")
-
-
-@dataclass(frozen=True)
-class NonNegative:
-    """``arg`` is a finite number >= 0; with ``optional`` it may also be None."""
-
-    arg: str
-    optional: bool = False
-
-    def check(self, values: Values) -> str | None:
-        value = values[self.arg]
-        if value is None and self.optional:
-            return None
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
-        return None if good else f"{self.describe()}, got {value!r}"
-
-    def describe(self) -> str:
-        return f"{self.arg} must be a finite number >= 0" + (" or None" if self.optional else "")
-
-
-@dataclass(frozen=True)
-class OneOf:
-    """``arg`` is one of ``choices``."""
-
-    arg: str
-    choices: tuple[str, ...]
-
-    def check(self, values: Values) -> str | None:
-        value = values[self.arg]
-        return None if value in self.choices else f"{self.describe()}, got {value!r}"
-
-    def describe(self) -> str:
-        return f"{self.arg} must be {join(repr(c) for c in self.choices)}"
-
-
-@dataclass(frozen=True)
-class Together:
-    """``first`` and ``second`` are both given or both None."""
-
-    first: str
-    second: str
-
-    def check(self, values: Values) -> str | None:
-        if (values[self.first] is None) == (values[self.second] is None):
-            return None
-        missing = self.first if values[self.first] is None else self.second
-        return f"{self.describe()}, got None only for {missing}"
-
-    def describe(self) -> str:
-        return f"{self.first} and {self.second} must both be given or both be None"
-
-
-@dataclass(frozen=True)
-class ExactlyOne:
-    """Just one of ``first`` and ``second`` is given."""
-
-    first: str
-    second: str
-
-    def check(self, values: Values) -> str | None:
-        given = [values[self.first] is not None, values[self.second] is not None]
-        if sum(given) == 1:
-            return None
-        return f"{self.describe()}, got {'both' if all(given) else 'neither'}"
-
-    def describe(self) -> str:
-        return f"exactly one of {self.first} and {self.second} must be given"
-
-
-@dataclass(frozen=True)
 class NoGradient:
     """``arg`` does not require grad, because the op has no derivative for it."""
 
@@ -413,26 +310,3 @@ class NoGradient:
 
     def describe(self) -> str:
         return f"no gradient is defined for {self.arg}, which requires grad"
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A rule given as a function of the values, for what the classes above cannot say."""
-
-    text: str
-    holds: Callable[[Values], bool]
-
-    def check(self, values: Values) -> str | None:
-        return None if self.holds(values) else self.text
-
-    def describe(self) -> str:
-        return self.text
-
-
-def first_problem(rules: Iterable[Rule], values: Values) -> str | None:
-    """Returns the sentence of the first broken rule, or ``None``."""
-    for rule in rules:
-        problem = rule.check(values)
-        if problem is not None:
-            return problem
-    return None
