@@ -10,8 +10,9 @@ clean latent), the step is ``x_next = alpha' x0 + sigma' epsilon``, where the mo
 
 All three are linear, so the op is ``x_next = a x_t + b m`` with two numbers per sample; a step from t to t has a = 1
 and b = 0. They are computed in float64 and rounded once: every element of a sample shares their error, which no mean
-over elements makes smaller, and one of them is a difference. An input whose coefficient is 0 is left out, whatever it holds. The result, rounded to x_t's dtype, is what
-is noised: ``x_renoised = sqrt(ab_r) x_next + sqrt(1 - ab_r) noise`` with the noise of ``forward_diffusion``.
+over elements makes smaller, and one of them is a difference. An input whose coefficient is 0 is left out, whatever it
+holds. The result, rounded to x_t's dtype, is what is noised: ``x_renoised = sqrt(ab_r) x_next + sqrt(1 - ab_r) noise``
+with the noise of ``forward_diffusion``.
 Sources: Song et al. 2021, eq. 12 (arXiv:2010.02502); Salimans & Ho 2022, section 4 and appendix D (arXiv:2202.00512);
 Lin et al. 2024, eq. 3-5 and 25 (arXiv:2402.13929).
 """
