@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..nn.norm import GroupNormSiLU
-from .conditioning import time_ids
 
 
 class UNetEncoder(nn.Module):
@@ -23,22 +22,19 @@ class UNetEncoder(nn.Module):
 
     Args:
         unet: the network to copy; it is left as it is.
-        size: side of the training pictures in pixels, for SDXL's size conditioning.
     """
 
-    def __init__(self, unet: Any, size: int) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
         self.unet = copy.deepcopy(unet)
         self.unet.up_blocks = nn.ModuleList()
         self.unet.conv_norm_out = self.unet.conv_out = None
         self.unet.requires_grad_(True)
-        self.size = size
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
-        """latents [N, C, h, w], timesteps int64 [N], prompt_embeds and pooled of the same N -> [N, C_mid, h', w']."""
+        """latents [N, C, h, w], timesteps int64 [N], and prompt_embeds, pooled, time_ids -> [N, C_mid, h', w']."""
         unet = self.unet
-        ids = time_ids(self.size, self.size, batch=len(latents), device=latents.device)
-        added = {"text_embeds": condition["pooled"], "time_ids": ids}
+        added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
         embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
         text = condition["prompt_embeds"]
         embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)

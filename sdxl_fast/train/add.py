@@ -26,7 +26,7 @@ from .bench import Bench, Condition, lay_out, load_teacher, make_bench
 from .checkpoint import Average
 from .config import AddConfig
 from .export import new_folder
-from .teacher import call_unet, preview_prompts
+from .teacher import call_unet, preview_prompts, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
@@ -47,24 +47,24 @@ class ScoreTeacher:
         bench, count = self.bench, len(conditions)
         text = {key: torch.cat([c[key] for c in conditions]) for key in conditions[0]}
         with bench.config.autocast():
-            output = call_unet(self.unet, torch.cat([x_t] * count), torch.cat([t] * count), text, bench.size)
+            output = call_unet(self.unet, torch.cat([x_t] * count), torch.cat([t] * count), text)
         return tuple(
             prediction.to_epsilon(part, x_t, t, bench.alphas_cumprod, bench.prediction_type)
             for part in output.chunk(count)
         )
 
     def _guided(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        nothing = {key: torch.zeros_like(value) for key, value in condition.items()}
         scale = self.bench.config.guidance_scale
         if scale == 1.0:
             return self._epsilons(x_t, t, condition)[0]
-        without, with_text = self._epsilons(x_t, t, nothing, condition)
+        without, with_text = self._epsilons(x_t, t, scaled_text(condition, 0.0), condition)
         return without + scale * (with_text - without)
 
     def _noise_free(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """NFSD's direction in place of ε̂ - ε: δ_D + s · δ_C (Katzir et al. 2023, eq. 8-9)."""
-        nothing = {key: torch.zeros_like(value) for key, value in condition.items()}
         negative = {key: value.expand_as(condition[key]) for key, value in self.negative.items()}
+        negative["time_ids"] = condition["time_ids"]
+        nothing = scaled_text(condition, 0.0)
         without, with_text, unwanted = self._epsilons(x_t, t, nothing, condition, negative)
         low = (t < NFSD_LOW)[:, None, None, None]
         return torch.where(low, without, without - unwanted) + self.bench.config.guidance_scale * (with_text - without)
@@ -139,7 +139,7 @@ class AddTask(Task):
         """The student's x̂_θ(x_s, s), float32."""
         bench = self.bench
         with self.config.autocast():
-            output = call_unet(self.student, x_s, s, condition, bench.size)
+            output = call_unet(self.student, x_s, s, condition)
         return prediction.to_x0(output, x_s, s, bench.alphas_cumprod, bench.prediction_type)
 
     @torch.no_grad()
@@ -249,7 +249,7 @@ class AddTask(Task):
             grid = schedule.trailing_timesteps(steps)
             for now, then in zip(grid, [*grid[1:], -1], strict=True):
                 t = torch.full((len(chosen),), now, device=bench.device)
-                output = call_unet(unet, x_t, t, condition, bench.size)
+                output = call_unet(unet, x_t, t, condition)
                 noise = bench.pure_noise(image_seeds(len(chosen), "preview", now))
                 levels = (t, torch.full_like(t, then))
                 x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)

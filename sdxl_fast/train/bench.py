@@ -15,7 +15,7 @@ from .. import ops
 from ..data.captions import LatentSet
 from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
-from ..models.conditioning import encode_prompts
+from ..models.conditioning import encode_prompts, time_ids
 from ..random import generator, image_seeds
 from . import distributed
 from .config import DistillationConfig
@@ -59,11 +59,6 @@ class Bench(Generic[C]):
             self.share = share
             yield
         self.share = whole
-
-    @property
-    def size(self) -> int:
-        """Side of the training pictures in pixels."""
-        return self.config.data.resolution
 
     def condition(self, captions: Tensor) -> Condition:
         """The UNet's text conditions of these captions."""
@@ -181,6 +176,8 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
         embeds, pooled = encode_prompts(
             [*data.captions, *prompts], (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
         )
+    size = config.data.resolution
+    ids = time_ids(size, size, batch=len(embeds))
     base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing()
@@ -189,7 +186,7 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
         base=base,
         vae=vae,
         data=data,
-        conditions={"prompt_embeds": embeds, "pooled": pooled},
+        conditions={"prompt_embeds": embeds, "pooled": pooled, "time_ids": ids.to(embeds)},
         prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
         alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device, config.dtype),
     )

@@ -21,7 +21,7 @@ from . import distributed, losses
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
-from .teacher import call_unet, preview_prompts
+from .teacher import call_unet, preview_prompts, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
@@ -39,11 +39,10 @@ class Teacher:
     def walk(self, x_t: Tensor, t: Tensor, condition: Condition, count: int) -> Tensor:
         """`count` deterministic moves from x_t; a sample that has reached the clean latent stays there."""
         bench = self.bench
-        nothing = {key: torch.zeros_like(value) for key, value in condition.items()}
         predict = sampling.guided(
-            lambda x, now, text: call_unet(self.unet, x, now.clamp(min=0), text, bench.size),
+            lambda x, now, text: call_unet(self.unet, x, now.clamp(min=0), text),
             condition,
-            nothing,
+            scaled_text(condition, 0.0),
             self.guidance,
         )
         for _ in range(count):
@@ -91,7 +90,7 @@ class Student:
         bench = self.bench
         then = schedule.next_timesteps(t, self.stride)
         with bench.config.autocast():
-            output = call_unet(self.unet, x_t, t, condition, bench.size)
+            output = call_unet(self.unet, x_t, t, condition)
         moved, shown = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
         return Moved(moved, shown, then if renoise is None else renoise.timesteps)
 
@@ -138,7 +137,7 @@ class StudentTask(Task):
         condition = bench.condition(torch.tensor(chosen, device=bench.device))
         start = bench.pure_noise(image_seeds(len(chosen), "preview"))
         latents = sampling.sample(
-            lambda x, t: call_unet(student.unet, x, t, condition, bench.size),
+            lambda x, t: call_unet(student.unet, x, t, condition),
             start,
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
@@ -174,14 +173,14 @@ class RegressionTask(StudentTask):
     def _target_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         bench = self.bench
         with torch.no_grad(), bench.config.autocast():
-            output = call_unet(self.teacher.unet, x_t, t, condition, bench.size)
+            output = call_unet(self.teacher.unet, x_t, t, condition)
         return prediction.to_x0(output, x_t, t, bench.alphas_cumprod, bench.prediction_type)
 
     def _loss(self, start: Start) -> Tensor:
         if self.convert:
             wanted = self._target_x0(*start)
             with self.bench.config.autocast():
-                output = call_unet(self.student.unet, *start, self.bench.size)
+                output = call_unet(self.student.unet, *start)
             return losses.distance(output, wanted)
         wanted = self.teacher.walk(*start, self.substeps)
         return losses.distance(self.student.move(*start).x, wanted, self.bench.config.distance)

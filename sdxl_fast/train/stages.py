@@ -151,7 +151,7 @@ class Lineage:
     def discriminator_of(self, unit: Unit, phase: AdversarialPhase) -> LightningDiscriminator:
         """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits."""
         torch.manual_seed(self.config.seed + unit.index)
-        encoder = UNetEncoder(self.plain_base(), self.config.data.resolution)
+        encoder = UNetEncoder(self.plain_base())
         levels = len(self.base.config.down_block_types) - 1
         d = LightningDiscriminator(
             encoder,

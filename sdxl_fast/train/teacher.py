@@ -51,12 +51,26 @@ class Conditioner(nn.Module):
         return {
             "prompt_embeds": torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1),
             "pooled": second[0],
+            "time_ids": time_ids(self.size, self.size, batch=len(token_ids), device=token_ids.device),
         }
 
 
-def call_unet(unet: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor], size: int) -> Tensor:
-    """The UNet's output for latents x_t [N, C, h, w] of pictures of `size` px, in the UNet's compute dtype."""
-    added = {"text_embeds": condition["pooled"], "time_ids": time_ids(size, size, batch=len(x_t), device=x_t.device)}
+def scaled_text(condition: dict[str, Tensor], factor: Tensor | float) -> dict[str, Tensor]:
+    """A condition whose text is multiplied per sample, by 0 to leave it out; the sizes stay."""
+    factor = torch.as_tensor(factor, device=condition["pooled"].device)
+    return {
+        "prompt_embeds": condition["prompt_embeds"] * factor.reshape(-1, 1, 1),
+        "pooled": condition["pooled"] * factor.reshape(-1, 1),
+        "time_ids": condition["time_ids"],
+    }
+
+
+def call_unet(unet: nn.Module, x_t: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
+    """The UNet's output for latents x_t [N, C, h, w], in the UNet's compute dtype.
+
+    condition: prompt_embeds [N, L, D], pooled [N, P], and SDXL's size conditioning time_ids [N, 6].
+    """
+    added = {"text_embeds": condition["pooled"], "time_ids": condition["time_ids"]}
     output: Tensor = unet(x_t, timesteps, condition["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
     return output
 
@@ -120,9 +134,8 @@ class TeacherTask(Task):
         )
         self.seen = {"x_t": x_t, "timesteps": timesteps, "captions": captions}
         with config.autocast():
-            condition = self.conditioner(self.ids[captions])
-            condition = {key: value * keep.reshape(-1, *[1] * (value.ndim - 1)) for key, value in condition.items()}
-            output = call_unet(self.unet, x_t, timesteps, condition, config.data.resolution)
+            condition = scaled_text(self.conditioner(self.ids[captions]), keep)
+            output = call_unet(self.unet, x_t, timesteps, condition)
         wanted = prediction.target(latents, noise, timesteps, self.alphas_cumprod, config.prediction_type)
         loss = F.mse_loss(output.float(), wanted)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -142,12 +155,11 @@ class TeacherTask(Task):
     def preview(self, path: Path) -> None:
         prompts = [prompt for prompt in preview_prompts(self.data.captions) for _ in range(2)]
         unet, conditioner = self._averaged()
-        size = self.config.data.resolution
         condition = conditioner(tokenize(self.tokenizer, prompts).to(self.device))
         predict = sampling.guided(
-            lambda x, t, c: call_unet(unet, x, t, c, size),
+            lambda x, t, c: call_unet(unet, x, t, c),
             condition,
-            {key: torch.zeros_like(value) for key, value in condition.items()},
+            scaled_text(condition, 0.0),
             self.config.preview_guidance,
         )
         start = sampling.pure_noise(self.data.shape, image_seeds(len(prompts), "preview").to(self.device))

@@ -137,9 +137,12 @@ def test_the_exponential_target_is_the_guided_walk(recipe: Path, tmp_path: Path,
     with torch.no_grad():
         expected, now = x_t, t
         for left in range(steps - 1, -1, -1):
-            zero = {key: torch.zeros_like(value) for key, value in condition.items()}
-            without = call_unet(unet, expected, now, zero, 64)
-            epsilon = without + 2.0 * (call_unet(unet, expected, now, condition, 64) - without)
+            zero = {
+                **{key: torch.zeros_like(value) for key, value in condition.items()},
+                "time_ids": condition["time_ids"],
+            }
+            without = call_unet(unet, expected, now, zero)
+            epsilon = without + 2.0 * (call_unet(unet, expected, now, condition) - without)
             estimate = prediction.to_x0(epsilon, expected, now, bench.alphas_cumprod, "epsilon")
             then = (t + 1) * left // steps - 1
             alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, then, 4)

@@ -66,9 +66,12 @@ def test_teacher_walks_like_repeated_guided_moves(lab: Any) -> None:
         walked = teacher.walk(x_t, t, condition, 2)
         for _ in range(2):
             then = schedule.next_timesteps(t, 125)
-            zero = {key: torch.zeros_like(value) for key, value in condition.items()}
-            without = call_unet(unet, x_t, t.clamp(min=0), zero, 32)
-            output = without + 3.0 * (call_unet(unet, x_t, t.clamp(min=0), condition, 32) - without)
+            zero = {
+                **{key: torch.zeros_like(value) for key, value in condition.items()},
+                "time_ids": condition["time_ids"],
+            }
+            without = call_unet(unet, x_t, t.clamp(min=0), zero)
+            output = without + 3.0 * (call_unet(unet, x_t, t.clamp(min=0), condition) - without)
             x0 = prediction.to_x0(output, x_t, t, bench.alphas_cumprod, "epsilon")
             alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, then, 4)
             moved = alpha * x0 + sigma * prediction.to_epsilon(output, x_t, t, bench.alphas_cumprod, "epsilon")
@@ -177,7 +180,7 @@ def test_discriminator_features_are_the_unets_mid_block(lab: Any) -> None:
     t = torch.where(t == 124, -1, t)  # the clean latent, shown as timestep 0
     assert (t == -1).any() and (t == 499).any()
     with torch.no_grad():
-        call_unet(unet, x_t, t.clamp(min=0), condition, 32)
+        call_unet(unet, x_t, t.clamp(min=0), condition)
         features = task.discriminator.features(x_t, t, condition)
         logits = task.discriminator.judge(features, features)
     torch.testing.assert_close(features, caught[0], rtol=1e-4, atol=1e-4)
@@ -216,7 +219,7 @@ def test_conversion_regresses_on_the_frozen_networks_x0(lab: Any) -> None:
     x_t, t, condition = bench.inputs(task.student.timesteps, "x0")
     wanted = task._target_x0(x_t, t, condition)
     with torch.no_grad():
-        epsilon = call_unet(task.teacher.unet, x_t, t, condition, 32)
+        epsilon = call_unet(task.teacher.unet, x_t, t, condition)
     alpha, sigma = schedule.alpha_sigma(bench.alphas_cumprod, t, 4)
     torch.testing.assert_close(wanted, (x_t - sigma * epsilon) / alpha)
 
