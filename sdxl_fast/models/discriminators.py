@@ -52,7 +52,7 @@ class DiscriminatorHead(nn.Module):
     Args:
         in_channels: channels of the feature map, twice the mid block's for the conditional discriminator.
         channels: width of the blocks.
-        side: side of the feature map, a power of two (32 for SDXL at 1024 px).
+        side: shortest side of the feature maps, a power of two (32 for SDXL at 1024 px).
         num_groups: of the normalisation; 32 in the paper.
     """
 
@@ -70,9 +70,9 @@ class DiscriminatorHead(nn.Module):
         self.projection = nn.Conv2d(channels, 1, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        """[N, in_channels, side, side] -> logits [N]."""
+        """[N, in_channels, h, w] -> logits [N]; a map larger than `side` is judged in several places, on average."""
         logits: Tensor = self.projection(self.blocks(features))
-        return logits.flatten()
+        return logits.flatten(1).mean(1)
 
 
 class LightningDiscriminator(nn.Module):

@@ -26,7 +26,7 @@ from .bench import Bench, Condition, lay_out, load_teacher, make_bench
 from .checkpoint import Average
 from .config import AddConfig
 from .export import new_folder
-from .teacher import call_unet, preview_prompts, scaled_text
+from .teacher import call_unet, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
@@ -106,15 +106,14 @@ class AddTask(Task):
         self.bench = bench = make_bench(config, folder, prompts=(config.negative_prompt,))
         torch.manual_seed(config.seed)
         self.student: Any = copy.deepcopy(bench.base).requires_grad_(True)
-        negative = {key: rows[-1:] for key, rows in bench.conditions.items()}
-        self.teacher = ScoreTeacher(bench, copy.deepcopy(bench.base), negative)
+        self.teacher = ScoreTeacher(bench, copy.deepcopy(bench.base), bench.prompts)
         self.features = feature_network(config.feature_network).to(config.torch_device, config.dtype)
         self.image_encoder = (
             feature_network(config.image_encoder).to(config.torch_device, config.dtype)
             if config.image_encoder
             else self.features
         )
-        text = bench.conditions["pooled"].shape[1]
+        text = bench.previews["pooled"].shape[1]
         self.discriminator = AddDiscriminator(self.features.widths, text, self.image_encoder.embedding)
         self.discriminator.to(config.torch_device, config.dtype)
         if config.fuse:
@@ -240,23 +239,22 @@ class AddTask(Task):
     def preview(self, path: Path) -> None:
         """One, two and four ancestral steps of the same prompts and seeds, block below block."""
         bench, unet = self.bench, self._averaged()
-        captions = bench.data.captions
-        chosen = [captions.index(p) for p in preview_prompts(captions)]
-        condition = bench.condition(torch.tensor(chosen, device=bench.device))
+        condition = bench.previews
+        count = len(condition["pooled"])
         blocks = []
         for steps in SHEET_STEPS:
-            x_t = bench.pure_noise(image_seeds(len(chosen), "preview"))
+            x_t = bench.pure_noise(image_seeds(count, "preview"))
             grid = schedule.trailing_timesteps(steps)
             for now, then in zip(grid, [*grid[1:], -1], strict=True):
-                t = torch.full((len(chosen),), now, device=bench.device)
+                t = torch.full((count,), now, device=bench.device)
                 output = call_unet(unet, x_t, t, condition)
-                noise = bench.pure_noise(image_seeds(len(chosen), "preview", now))
+                noise = bench.pure_noise(image_seeds(count, "preview", now))
                 levels = (t, torch.full_like(t, then))
                 x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
             blocks.append(bench.decode(x_t))
         if distributed.is_first():
             with replacing(path) as writing:
-                to_sheet(torch.cat(blocks), len(chosen)).save(writing, format="PNG")
+                to_sheet(torch.cat(blocks), count).save(writing, format="PNG")
 
     def export(self, folder: Path) -> None:
         """A diffusers folder like SDXL-Turbo's: the student and an ancestral Euler scheduler, trailing timesteps."""

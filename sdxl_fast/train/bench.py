@@ -12,18 +12,18 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .. import ops
-from ..data.captions import LatentSet
+from ..data.shards import LatentShards
 from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..models.conditioning import encode_prompts, time_ids
 from ..random import generator, image_seeds
 from . import distributed
 from .config import DistillationConfig
-from .teacher import latents_of
+from .source import Condition, Drawings, Shards, Source
+from .teacher import latents_of, preview_prompts
 from .trainer import export_of, run_folder
 
 LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
-Condition = dict[str, Tensor]
 C = TypeVar("C", bound=DistillationConfig)
 
 
@@ -46,10 +46,12 @@ class Bench(Generic[C]):
     config: C
     base: nn.Module
     vae: Any
-    data: LatentSet
-    conditions: Condition  # one row per caption and further prompt
+    source: Source
+    previews: Condition  # one row per prompt of the contact sheets
+    prompts: Condition  # one row per further prompt that was asked for
     prediction_type: PredictionType
     alphas_cumprod: Tensor
+    stage: str = ""  # each draws anew
     share: slice = field(default_factory=lambda: slice(None))
 
     def shares(self) -> Iterator[None]:
@@ -60,10 +62,6 @@ class Bench(Generic[C]):
             yield
         self.share = whole
 
-    def condition(self, captions: Tensor) -> Condition:
-        """The UNet's text conditions of these captions."""
-        return {key: rows[captions] for key, rows in self.conditions.items()}
-
     @property
     def device(self) -> torch.device:
         """Where all of it lies."""
@@ -71,19 +69,19 @@ class Bench(Generic[C]):
 
     def seeds(self, *key: int | str) -> Tensor:
         """One noise seed per sample."""
-        return image_seeds(self.config.batch, self.config.seed, *key)[self.share].to(self.device)
+        return image_seeds(self.config.batch, self.config.seed, self.stage, *key)[self.share].to(self.device)
 
-    def batch(self, *key: int | str, text_of_next: bool = False) -> tuple[Tensor, Condition]:
-        """Clean latents and their text, or that of the sample behind; a function of `key`."""
+    def batch(self, images: int, use: str, *, text_of_next: bool = False) -> tuple[Tensor, Condition]:
+        """Clean latents and their text, or that of the sample behind, for one use after `images` images."""
         config = self.config
-        latents, captions = self.data.batch(config.batch, config.data.category_share, config.seed, *key, "batch")
-        captions = captions.roll(-1) if text_of_next else captions
-        latents = latents[self.share].to(config.dtype)
-        return latents.contiguous(memory_format=torch.channels_last), self.condition(captions[self.share])
+        key = (config.seed, self.stage, use, "batch")
+        latents, condition = self.source.batch(config.batch, self.share, key, images, text_of_next=text_of_next)
+        latents = latents.to(self.device, config.dtype, memory_format=torch.channels_last)
+        return latents, {name: rows.to(self.device, config.dtype) for name, rows in condition.items()}
 
     def timesteps(self, allowed: Sequence[int], *key: int | str, weights: Sequence[float] = ()) -> Tensor:
         """One of the `allowed` timesteps per sample, a function of `key`; `weights` as many, else equal."""
-        draw = generator(self.config.seed, *key, "timesteps")
+        draw = generator(self.config.seed, self.stage, *key, "timesteps")
         odds = torch.tensor(weights or [1.0] * len(allowed))
         choice = torch.multinomial(odds, self.config.batch, replacement=True, generator=draw)
         return torch.tensor(allowed)[choice][self.share].to(self.device)
@@ -101,14 +99,15 @@ class Bench(Generic[C]):
         )
         return x_t, t
 
-    def inputs(self, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor, Condition]:
-        """A batch that is a function of `key`: x_t, t and the text."""
-        latents, condition = self.batch(*key)
-        return *self.noised(latents, timesteps, *key), condition
+    def inputs(self, timesteps: tuple[int, ...], images: int, use: str) -> tuple[Tensor, Tensor, Condition]:
+        """A batch for one use after `images` images: x_t, t and the text."""
+        latents, condition = self.batch(images, use)
+        return *self.noised(latents, timesteps, images, use), condition
 
-    def pure_noise(self, seeds: Tensor) -> Tensor:
-        """Latents of unit normal noise, one per seed."""
-        return sampling.pure_noise(self.data.shape, seeds.to(self.device), dtype=self.config.dtype)
+    def pure_noise(self, seeds: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+        """Latents of unit normal noise, one per seed; `shape` is C, h, w, that of the contact sheets if left out."""
+        channels, height, width = shape or self.source.shapes[0]
+        return sampling.pure_noise((channels, height, width), seeds.to(self.device), dtype=self.config.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] of latents as the UNet sees them."""
@@ -159,25 +158,15 @@ def load_teacher(config: DistillationConfig) -> Any:
 
 
 def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[C]:
-    """Loads the teacher's pipeline and the latent set (made once, beside the teacher's when it has one).
+    """Loads the teacher's pipeline and opens the data; `prompts` are encoded beside those of the contact sheets.
 
-    `prompts` get rows of `conditions` too, behind the captions'.
+    Raises:
+        ValueError: shards without prompts for the contact sheets.
     """
     pipe = load_teacher(config).to(config.torch_device)
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
-    source = run_folder(config.teacher)
-    cache = (source if (source / "export").is_dir() else run) / "latents.safetensors"
-    if distributed.is_first():
-        latents_of(config.data, cache, vae, config.draws, config.seed)
-    distributed.barrier()  # the others read what the first has made
-    data = latents_of(config.data, cache, vae, config.draws, config.seed)
+    source, previews = _open_source(config, pipe, run)
     pipe.to(dtype=config.dtype)
-    with torch.no_grad():
-        embeds, pooled = encode_prompts(
-            [*data.captions, *prompts], (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
-        )
-    size = config.data.resolution
-    ids = time_ids(size, size, batch=len(embeds))
     base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing()
@@ -185,11 +174,40 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
         config=config,
         base=base,
         vae=vae,
-        data=data,
-        conditions={"prompt_embeds": embeds, "pooled": pooled, "time_ids": ids.to(embeds)},
+        source=source,
+        previews=_encode(pipe, previews, config),
+        prompts=_encode(pipe, prompts, config) if prompts else {},
         prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
         alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device, config.dtype),
     )
+
+
+def _open_source(config: DistillationConfig, pipe: Any, run: Path) -> tuple[Source, Sequence[str]]:
+    """The data, and the prompts of the contact sheets. Drawn latents are made once, beside the teacher's if any."""
+    if config.shards is not None:
+        if not config.preview_prompts:
+            raise ValueError("preview_prompts is empty; give the prompts of the contact sheets beside `shards`")
+        return Shards(LatentShards(config.shards)), config.preview_prompts
+    folder = run_folder(config.teacher)
+    cache = (folder if (folder / "export").is_dir() else run) / "latents.safetensors"
+    if distributed.is_first():
+        latents_of(config.data, cache, pipe.vae, config.draws, config.seed)
+    distributed.barrier()  # the others read what the first has made
+    latents = latents_of(config.data, cache, pipe.vae, config.draws, config.seed)
+    conditions = _encode(pipe, latents.captions, config)
+    previews = config.preview_prompts or preview_prompts(latents.captions)
+    return Drawings(latents, conditions, config.data.category_share), previews
+
+
+@torch.no_grad()
+def _encode(pipe: Any, prompts: Sequence[str], config: DistillationConfig) -> Condition:
+    """One row per prompt of what the UNet is told, for square pictures of the size it was made for."""
+    embeds, pooled = encode_prompts(
+        prompts, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
+    )
+    size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    found = {"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids(size, size, batch=len(embeds))}
+    return {name: rows.to(config.torch_device, config.dtype) for name, rows in found.items()}
 
 
 def lay_out(config: DistillationConfig, student: Any, *others: Any) -> None:

@@ -161,6 +161,8 @@ class DistillationConfig(RunConfig):
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
+    shards: str | None = Field(None, description="folder made by `sdxl-fast data prepare`, in place of `data`")
+    preview_prompts: tuple[str, ...] = Field((), description="of the contact sheets; () takes them from `data`")
 
 
 class DiscriminatorConfig(Config):

@@ -21,7 +21,7 @@ from . import distributed, losses
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
-from .teacher import call_unet, preview_prompts, scaled_text
+from .teacher import call_unet, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
 
@@ -106,9 +106,9 @@ class StudentTask(Task):
         self.average = Average(student.unet, bench.config.ema_half_life)
         self.parts = {"student": student.unet, "optimizer": self.update.optimizer, "average": self.average}
 
-    def start(self, *key: int | str) -> Start:
-        """The inputs of the micro-batch, a function of `key`."""
-        start = Start(*self.bench.inputs(self.student.timesteps, *key))
+    def start(self, images: int, use: str) -> Start:
+        """The inputs of the micro-batch after `images` images."""
+        start = Start(*self.bench.inputs(self.student.timesteps, images, use))
         self.seen = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 
@@ -132,10 +132,8 @@ class StudentTask(Task):
     @torch.no_grad()
     def _sheet(self, path: Path) -> None:
         student, bench = self.student, self.bench
-        captions = bench.data.captions
-        chosen = [captions.index(p) for p in preview_prompts(captions) for _ in range(2)]
-        condition = bench.condition(torch.tensor(chosen, device=bench.device))
-        start = bench.pure_noise(image_seeds(len(chosen), "preview"))
+        condition = {name: rows.repeat_interleave(2, 0) for name, rows in bench.previews.items()}
+        start = bench.pure_noise(image_seeds(len(condition["pooled"]), "preview"))
         latents = sampling.sample(
             lambda x, t: call_unet(student.unet, x, t, condition),
             start,
@@ -234,9 +232,10 @@ class AdversarialTask(StudentTask):
             features = d.features(torch.cat(list(shown)), level.repeat(count), texts)
             return tuple(d.judge(feature, feature_t) for feature in features.chunk(count))
 
-    def _discriminator_loss(self, *key: int | str) -> tuple[Tensor, dict[str, float]]:
+    def _discriminator_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
         """Real: the teacher's x_{t-ns}; fake: the student's."""
         bench, options = self.bench, self.bench.config.discriminator
+        key = (images, "discriminator")
         start = self.start(*key)
         with torch.no_grad():
             renoise = self._renoise(*key)
@@ -245,7 +244,7 @@ class AdversarialTask(StudentTask):
             fake = self.student.move(*start, renoise)
         shown = [real.requires_grad_(options.r1 > 0), fake.shown]
         if options.approximate_r1:
-            noise = bench.pure_noise(bench.seeds(*key, "r1"))
+            noise = bench.pure_noise(bench.seeds(*key, "r1"), real.shape[1:])
             shown.append(real.detach() + options.approximate_r1_std * noise)
         real_logits, fake_logits, *noisy = self._judge(shown, fake.level, start, start.condition)
         loss = losses.non_saturating_discriminator(real_logits, fake_logits)
@@ -264,14 +263,14 @@ class AdversarialTask(StudentTask):
         """Moves D alone; the student computes no gradient."""
         facts = []
         for _ in self.bench.shares():
-            loss, fact = self._discriminator_loss(images, "discriminator")
+            loss, fact = self._discriminator_loss(images)
             (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
             facts.append(fact)
         return {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
 
-    def _student_loss(self, *key: int | str) -> tuple[Tensor, dict[str, float]]:
-        start, weight = self.start(*key), self.phase.regression_weight
-        fake = self.student.move(*start, self._renoise(*key))
+    def _student_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
+        start, weight = self.start(images, "student"), self.phase.regression_weight
+        fake = self.student.move(*start, self._renoise(images, "student"))
         (logits,) = self._judge([fake.shown], fake.level, start, start.condition)
         loss = losses.non_saturating_generator(logits)
         facts = {"g_loss": loss.item()}
@@ -286,7 +285,7 @@ class AdversarialTask(StudentTask):
             parameter.requires_grad_(False)
         facts = []
         for _ in self.bench.shares():
-            loss, fact = self._student_loss(images, "student")
+            loss, fact = self._student_loss(images)
             (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
             facts.append(fact)
         for parameter in self.d_update.parameters:

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ class Lineage:
 
     def __init__(self, bench: Bench[LightningConfig], run: Path) -> None:
         self.config, self.run, self.prediction_type = bench.config, run, bench.prediction_type
+        self.source = bench.source
         self.base: Any = bench.base
         self.units = units_of(bench.config)
 
@@ -153,10 +154,11 @@ class Lineage:
         torch.manual_seed(self.config.seed + unit.index)
         encoder = UNetEncoder(self.plain_base())
         levels = len(self.base.config.down_block_types) - 1
+        shortest = min(min(height, width) for _, height, width in self.source.shapes)
         d = LightningDiscriminator(
             encoder,
             conditional=phase.condition,
-            side=self.base.config.sample_size // 2**levels,
+            side=1 << ((shortest // 2**levels).bit_length() - 1),
             head_channels=self.config.discriminator.head_channels,
         ).to(self.config.torch_device, self.config.dtype)
         before = self.units[unit.index - 1] if unit.index else None
@@ -216,6 +218,7 @@ def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
 def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> StudentTask:
     """The unit's networks, assembled from what came before it."""
     config, stage = bench.config, unit.stage
+    bench = replace(bench, stage=unit.folder(Path()).name)
     unet, teacher_steps = lineage.teacher_of(unit)
     first = teacher_steps == BASE_STEPS
     teacher = Teacher(

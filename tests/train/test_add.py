@@ -129,7 +129,7 @@ def test_each_step_moves_its_own_network_alone(recipe: Path, tmp_path: Path) -> 
 def test_the_exponential_target_is_the_guided_walk(recipe: Path, tmp_path: Path, steps: int) -> None:
     task = _task(recipe, tmp_path, "distillation=exponential", f"teacher_steps={steps}")
     bench, unet = task.bench, task.teacher.unet
-    x0, condition = bench.batch("test")
+    x0, condition = bench.batch(0, "test")
     t = torch.tensor([3, 200, 700, 999])
     x_t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
     from sdxl_fast.train.teacher import call_unet
@@ -154,7 +154,7 @@ def test_the_noise_free_target_needs_no_noise_where_the_teacher_agrees(recipe: P
     """A teacher that ignores the text gives no direction above t = 200: the target is the estimate itself."""
     task = _task(recipe, tmp_path, "distillation=nfsd")
     bench = task.bench
-    x0, condition = bench.batch("test")
+    x0, condition = bench.batch(0, "test")
     silent = {key: torch.zeros_like(value) for key, value in condition.items()}
     teacher = ScoreTeacher(bench, task.teacher.unet, {key: value[:1] for key, value in silent.items()})
     t = torch.tensor([100, 200, 700, 999])

@@ -61,7 +61,7 @@ def test_teacher_walks_like_repeated_guided_moves(lab: Any) -> None:
     _config, bench, lineage, _ = lab
     unet = lineage.plain_base()
     teacher = Teacher(bench, unet, 1000 / 8, guidance=3.0)
-    x_t, t, condition = bench.inputs((999, 124), "test")
+    x_t, t, condition = bench.inputs((999, 124), 0, "test")
     with torch.no_grad():
         walked = teacher.walk(x_t, t, condition, 2)
         for _ in range(2):
@@ -134,7 +134,7 @@ def test_r1_smooths_the_discriminator(lab: Any) -> None:
     def slope(task: AdversarialTask) -> float:
         for images in range(0, 80, 4):
             task.discriminator_step(images)
-        x_t, t, condition = task.bench.inputs(task.student.timesteps, "probe")
+        x_t, t, condition = task.start(0, "probe")
         x_t.requires_grad_()
         feature = task.discriminator.features(x_t, t, condition)
         return losses.gradient_penalty(task.discriminator.judge(feature, feature.detach()), x_t).item()
@@ -152,10 +152,10 @@ def test_a_frozen_backbone_stays(lab: Any) -> None:
 
 def test_regression_beside_the_adversarial_loss(lab: Any) -> None:
     task = _adversarial(lab)
-    plain, facts = task._student_loss(8, "student")
+    plain, facts = task._student_loss(8)
     assert "regression" not in facts
     task.phase = task.phase.model_copy(update={"regression_weight": 50.0})
-    both, facts = task._student_loss(8, "student")
+    both, facts = task._student_loss(8)
     with torch.no_grad():
         start = task.start(8, "student")
         error = task.student.move(*start).x - task.teacher.walk(*start, task.substeps)
@@ -176,7 +176,7 @@ def test_discriminator_features_are_the_unets_mid_block(lab: Any) -> None:
     unet = lineage.plain_base()
     caught: list[torch.Tensor] = []
     unet.mid_block.register_forward_hook(lambda module, inputs, output: caught.append(output))
-    x_t, t, condition = bench.inputs((499, 124), "features")
+    x_t, t, condition = bench.inputs((499, 124), 0, "features")
     t = torch.where(t == 124, -1, t)  # the clean latent, shown as timestep 0
     assert (t == -1).any() and (t == 499).any()
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_renoising_is_shared_by_real_and_fake_and_weighted(lab: Any) -> None:
     renoise = task._renoise(3, "d")
     again = task._renoise(3, "d")
     assert torch.equal(renoise.timesteps, again.timesteps) and torch.equal(renoise.seeds, again.seeds)
-    zeros, t = torch.zeros(4, *bench.data.shape), torch.full((4,), 249)
+    zeros, t = torch.zeros(4, *bench.source.shapes[0]), torch.full((4,), 249)
     moved, moved_and_noised = bench.move(zeros, zeros, (t, t), "epsilon", renoise)
     torch.testing.assert_close(moved, zeros)
     torch.testing.assert_close(moved_and_noised, bench.renoised(zeros, renoise))
@@ -216,7 +216,7 @@ def test_conversion_regresses_on_the_frozen_networks_x0(lab: Any) -> None:
     unit = next(unit for unit in lineage.units if unit.convert)
     task = stages.make_task(unit, bench, lineage)
     assert isinstance(task, RegressionTask) and task.student.prediction_type == "sample"
-    x_t, t, condition = bench.inputs(task.student.timesteps, "x0")
+    x_t, t, condition = task.start(0, "x0")
     wanted = task._target_x0(x_t, t, condition)
     with torch.no_grad():
         epsilon = call_unet(task.teacher.unet, x_t, t, condition)
