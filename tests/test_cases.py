@@ -20,6 +20,11 @@ def test_known_shapes_are_there():
     assert norms[1, 320, 128, 128]["num_groups"] == 32
     assert norms[1, 128, 1024, 1024]["eps"] == 1e-6
     assert {case.shape for case in sdxl_cases("geglu")} == {(1, 4096, 5120), (1, 1024, 10240)}
+    assert {case.shape[1:] for case in sdxl_cases("upsample_conv2d")} == {
+        (1280, 32, 32), (640, 64, 64), (512, 128, 128), (512, 256, 256), (256, 512, 512)
+    }  # fmt: skip
+    out_projections = [c for c in sdxl_cases("linear") if c.shape == (1, 1024, 1280) and c.options["residual"]]
+    assert [case.options["out_features"] for case in out_projections] == [1280]
     assert [case.shape for case in sdxl_cases("forward_diffusion", height=832, width=1216)] == [(1, 4, 104, 152)]
 
 
@@ -35,4 +40,4 @@ def test_batch_and_shrinking_keep_channels_and_drop_duplicates():
 
 def test_unknown_op_is_refused():
     with pytest.raises(ValueError, match="op must be"):
-        sdxl_cases("conv2d")
+        sdxl_cases("conv3d")

@@ -146,6 +146,7 @@ def _run_hooked(model: torch.nn.Module, call: Any, found: dict[tuple[Any, ...], 
         elif type(module).__name__ == "Attention":
             note_attention = functools.partial(_note_attention, found)
             hooks.append(module.register_forward_pre_hook(note_attention, with_kwargs=True))
+    hooks += _hook_products(modules, found)
     try:
         with torch.no_grad():
             call()
@@ -165,6 +166,46 @@ def _note_attention(found: dict[tuple[Any, ...], Case], module: Any, args: Any, 
     options = {} if context is None else {"keys": context.shape[1]}
     suffix = "".join(f"-keys{keys}" for keys in options.values())
     found.setdefault((op, shape, *options.values()), Case(_label(shape) + suffix, shape, options))
+
+
+def _hook_products(modules: dict[str, Any], found: dict[tuple[Any, ...], Case]) -> list[Any]:
+    """Hooks the linear layers and convolutions: the input's shape, and in the options what the weight adds to it.
+
+    What is added to the input of its block in the next step has the option ``residual``.
+    """
+
+    letters = {"out_channels": "to", "out_features": "to", "kernel_size": "k", "stride": "s", "padding": "p"}
+
+    def note(op: str, options: dict[str, Any], _module: torch.nn.Module, args: Any) -> None:
+        shape = tuple(args[0].shape)
+        suffix = "".join(f"-{letters[key]}{value}" for key, value in options.items() if key in letters)
+        suffix += "-residual" if options.get("residual") else ""
+        found.setdefault((op, shape, *options.values()), Case(_label(shape) + suffix, shape, options))
+
+    hooks, taken = [], set()
+    for name, module in modules.items():
+        op, options = "", {}
+        if type(module).__name__ == "Upsample2D":
+            op, options = "upsample_conv2d", {"out_channels": module.conv.out_channels}
+            taken.add(f"{name}.conv")
+        elif type(module).__name__ == "GEGLU":
+            op, options = "linear_geglu", {"out_features": module.proj.out_features // 2}
+            taken.add(f"{name}.proj")
+        elif isinstance(module, torch.nn.Linear) and name not in taken:
+            residual = name.endswith((".to_out.0", ".ff.net.2"))
+            op, options = "linear", {"out_features": module.out_features, "residual": residual}
+        elif isinstance(module, torch.nn.Conv2d) and name not in taken:
+            options = {
+                "out_channels": module.out_channels,
+                "kernel_size": module.kernel_size[0],
+                "stride": module.stride[0],
+                "padding": module.padding[0],
+                "residual": name.endswith(".conv2"),
+            }
+            op = "conv2d"
+        if op:
+            hooks.append(module.register_forward_pre_hook(functools.partial(note, op, options)))
+    return hooks
 
 
 def sdxl_cases(op: str, *, height: int = 1024, width: int = 1024, batch: int = 1) -> tuple[Case, ...]:
