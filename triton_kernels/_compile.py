@@ -40,6 +40,10 @@ _POINTER = {
 }  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# What Triton 3.6 spills and 3.9 does not, in bytes a thread.
+_OLD = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+ALLOWED_SPILLS = {"self_attention_bwd_kv_kernel": 16, "self_attention_fwd_kernel": 8} if _OLD else {}
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -261,7 +265,7 @@ def compile_launch(launch: Launch, fn: JITFunction, arch: int) -> Resources:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compiles, prints a table of the worst case per kernel and arch; exit code 1 if anything spills."""
+    """Compiles, prints a table of the worst case per kernel and arch; exit code 1 if anything spills that may not."""
     parser = argparse.ArgumentParser(description="Compile every Triton kernel without a GPU.")
     parser.add_argument("--arch", type=int, action="append", help="compute capability, as 90 (repeatable)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], action="append")
@@ -282,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
             of = [r for r in results if r.kernel == name and r.arch == arch]
             worst = (max(r.registers for r in of), max(r.stack_bytes for r in of), max(r.shared_bytes for r in of))
             print(f"{name:44} {arch:>4} {len(of):>8} {worst[0]:>9} {worst[1]:>6} {worst[2]:>7}")
-    return int(any(r.stack_bytes for r in results))
+    return int(any(r.stack_bytes > ALLOWED_SPILLS.get(r.kernel, 0) for r in results))
 
 
 if __name__ == "__main__":
