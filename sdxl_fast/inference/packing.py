@@ -1,0 +1,184 @@
+"""Pieces of a packed network: layers that call operations on a module's own parameters, checked to be what they seem.
+
+Nothing is copied that need not be. Where several weights are used as one (query, key and value; the keys and values of
+all layers; the time projections of all blocks), the parameters become views of one tensor: names, values and state
+dicts stay, a LoRA merged in place reaches both, and the memory is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class NotPackableError(Exception):
+    """A network that packed code would compute otherwise than its modules; the message says which part and why."""
+
+
+def pack(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor of all the parameters, joined along the first dimension, of which they become views.
+
+    Parameters that already are just that are left as they are.
+    """
+    first = parameters[0]
+    for parameter in parameters:
+        if parameter.dtype != first.dtype or parameter.device != first.device or parameter.is_meta:
+            raise NotPackableError("its weights are of several dtypes or devices, or not in memory")
+    rows = [len(parameter) for parameter in parameters]
+    if _consecutive(parameters):
+        size = (sum(rows), *first.shape[1:])
+        return first.data.as_strided(size, first.stride(), first.storage_offset())
+    whole = torch.cat([parameter.data for parameter in parameters])
+    for parameter, part in zip(parameters, whole.split(rows), strict=True):
+        parameter.data = part
+    return whole
+
+
+def unpack(network: nn.Module) -> None:
+    """Give every parameter that is a view memory of its own again."""
+    for parameter in network.parameters():
+        if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.element_size():
+            parameter.data = parameter.data.clone()
+
+
+def _consecutive(parameters: Sequence[nn.Parameter]) -> bool:
+    storage = parameters[0].untyped_storage().data_ptr()
+    address = parameters[0].data_ptr()
+    for parameter in parameters:
+        same = parameter.untyped_storage().data_ptr() == storage and parameter.data_ptr() == address
+        if not same or not parameter.is_contiguous():
+            return False
+        address += parameter.numel() * parameter.element_size()
+    return True
+
+
+def plain(module: Any, kind: type[nn.Module], name: str) -> Any:
+    """`module`, if it is a `kind` that does no more than that class does.
+
+    Raises:
+        NotPackableError: it is another class (LoRA layers of peft are), or has hooks or a forward of its own.
+    """
+    home = type(module).__module__.partition(".")[0]
+    if not isinstance(module, kind) or (type(module) is not kind and home not in ("diffusers", "sdxl_fast")):
+        raise NotPackableError(f"{name} is a {type(module).__module__}.{type(module).__name__}, not a {kind.__name__}")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotPackableError(f"{name} has forward hooks")
+    if "forward" in module.__dict__:
+        raise NotPackableError(f"{name} has a forward of its own (offloading?)")
+    return module
+
+
+def nothing_set(module: Any, name: str, *attributes: str) -> None:
+    """Raises NotPackableError if one of the attributes is there and neither None nor False."""
+    for attribute in attributes:
+        value = getattr(module, attribute, None)
+        if value is not None and value is not False:
+            raise NotPackableError(f"{name}.{attribute} is set")
+
+
+class Linear:
+    """x·Wᵀ + b [+ residual]; a 1×1 convolution is one too, over the channels of a channels-last map."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        if isinstance(module, nn.Conv2d):
+            plain(module, nn.Conv2d, name)
+            if module.kernel_size != (1, 1) or module.stride != (1, 1) or module.groups != 1:
+                raise NotPackableError(f"{name} is not a 1×1 convolution")
+        else:
+            plain(module, nn.Linear, name)
+        self.weight, self.bias = module.weight, module.bias
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight = self.weight if self.weight.ndim == 2 else self.weight.flatten(1)
+        y = F.linear(x, weight, self.bias)
+        return y if residual is None else y.add_(residual)
+
+
+class Conv:
+    """A convolution of a channels-last map [+ residual]."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        plain(module, nn.Conv2d, name)
+        if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
+            raise NotPackableError(f"{name} is grouped, dilated or padded otherwise than with zeros")
+        self.weight, self.bias = module.weight, module.bias
+        self.stride, self.padding = module.stride, module.padding
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        return y if residual is None else y.add_(residual)
+
+
+class UpsampledConv:
+    """Nearest-neighbour upsampling by two and a 3×3 convolution."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        from diffusers.models.upsampling import Upsample2D
+
+        plain(module, Upsample2D, name)
+        nothing_set(module, name, "use_conv_transpose", "norm")
+        if not module.use_conv or not module.interpolate or module.name != "conv":
+            raise NotPackableError(f"{name} is no upsampling followed by a convolution")
+        self.conv = Conv(module.conv, f"{name}.conv")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Norm:
+    """GroupNorm [with SiLU] of a map."""
+
+    def __init__(self, module: Any, name: str, *, activation: str) -> None:
+        plain(module, nn.GroupNorm, name)
+        self.weight, self.bias = module.weight, module.bias
+        self.groups, self.eps, self.activation = module.num_groups, module.eps, activation
+
+    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return ops.group_norm_silu(
+            x, self.weight, self.bias, num_groups=self.groups, eps=self.eps, shift=shift, activation=self.activation
+        )
+
+
+class Resnet:
+    """diffusers' `ResnetBlock2D`; its part of the time embedding comes projected."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        from diffusers.models.resnet import ResnetBlock2D
+
+        plain(module, ResnetBlock2D, name)
+        if not isinstance(module.nonlinearity, nn.SiLU):
+            raise NotPackableError(f"{name} has another activation than SiLU")
+        timeless = module.time_emb_proj is None
+        if module.time_embedding_norm != "default" and not (timeless and module.time_embedding_norm == "group"):
+            raise NotPackableError(f"{name} has time_embedding_norm {module.time_embedding_norm!r}")
+        nothing_set(module, name, "upsample", "downsample", "skip_time_act")
+        self.norm1 = Norm(module.norm1, f"{name}.norm1", activation="silu")
+        self.norm2 = Norm(module.norm2, f"{name}.norm2", activation="silu")
+        self.conv1, self.conv2 = Conv(module.conv1, f"{name}.conv1"), Conv(module.conv2, f"{name}.conv2")
+        shortcut = module.conv_shortcut
+        self.shortcut = None if shortcut is None else Conv(shortcut, f"{name}.conv_shortcut")
+        self.divisor = module.output_scale_factor
+        self.time = None if timeless else Linear(module.time_emb_proj, f"{name}.time_emb_proj")
+
+    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h, shift), x if self.shortcut is None else self.shortcut(x))
+        return h if self.divisor == 1.0 else h / self.divisor
+
+
+def tokens(x: Tensor) -> Tensor:
+    """[N, C, H, W] as [N, H·W, C]: a view of a channels-last map."""
+    n, c, h, w = x.shape
+    return x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+
+
+def mapped(x: Tensor, like: Tensor) -> Tensor:
+    """[N, H·W, C] as a channels-last map of the height and width of `like`."""
+    n, _, c = x.shape
+    return x.view(n, like.shape[2], like.shape[3], c).permute(0, 3, 1, 2)
