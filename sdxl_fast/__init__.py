@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from sdxl_fast.dispatch import explain as explain
     from sdxl_fast.dispatch import use_backend as use_backend
     from sdxl_fast.inference import OneStepPipeline as OneStepPipeline
+    from sdxl_fast.inference import optimize as optimize
+    from sdxl_fast.inference import report as report
+    from sdxl_fast.inference import restore as restore
     from sdxl_fast.nn import fuse as fuse
-    from sdxl_fast.nn import restore as restore
 
 try:
     __version__ = version("sdxl-fast")
@@ -29,11 +31,23 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
     "explain": ("sdxl_fast.dispatch", "explain"),
     "fuse": ("sdxl_fast.nn", "fuse"),
     "ops": ("sdxl_fast.ops", None),
-    "restore": ("sdxl_fast.nn", "restore"),
+    "optimize": ("sdxl_fast.inference", "optimize"),
+    "report": ("sdxl_fast.inference", "report"),
+    "restore": ("sdxl_fast.inference", "restore"),
     "use_backend": ("sdxl_fast.dispatch", "use_backend"),
 }
 
-__all__ = ["OneStepPipeline", "__version__", "explain", "fuse", "ops", "restore", "use_backend"]
+__all__ = [
+    "OneStepPipeline",
+    "__version__",
+    "explain",
+    "fuse",
+    "ops",
+    "optimize",
+    "report",
+    "restore",
+    "use_backend",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -90,7 +90,9 @@ PUBLIC_NAMES = {
     "__version__": "errors",
     "explain": "dispatch",
     "fuse": "nn",
-    "restore": "nn",
+    "optimize": "inference",
+    "report": "inference",
+    "restore": "inference",
     "use_backend": "dispatch",
 }
 

@@ -1,5 +1,6 @@
-"""From prompts to pictures in one step, or a few."""
+"""From prompts to pictures in one step, or a few: a pipeline of our own, and diffusers' pipelines made faster."""
 
+from .install import optimize, report, restore
 from .pipeline import OneStepPipeline
 
-__all__ = ["OneStepPipeline"]
+__all__ = ["OneStepPipeline", "optimize", "report", "restore"]

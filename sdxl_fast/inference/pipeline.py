@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,17 @@ from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
 from ..models.conditioning import encode_prompts, time_ids, truncated
-from ..nn import FusionReport, fuse
-from . import presets
+from ..nn import FusionReport
+from . import pictures, presets
+from .accelerated import attach, runner_of
+from .adapters import Adapters, LoraVerbs
+from .install import PartReport, check_quantization, check_shapes, describe
 from .presets import Preset
+from .prompts import PromptCache
 from .request import check_latents, check_noise, check_output, check_prompts, check_size
 from .sampler import OnStep, Sampler
+from .start import check_strength, remaining
+from .texts import TextWatch
 from .timing import StageClock
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -28,11 +34,12 @@ DTYPES = (torch.float32, torch.bfloat16)
 Callback = Callable[["OneStepPipeline", int, int, dict[str, Any]], "dict[str, Any] | None"]
 
 
-class OneStepPipeline:
+class OneStepPipeline(LoraVerbs):
     """A few-step SDXL checkpoint, ready to draw; made by `from_pretrained`.
 
-    Components are diffusers and transformers modules, the UNet and the VAE with the fused operations swapped in
-    (`fusion` reports which). Calling it takes diffusers' arguments:
+    Components are diffusers and transformers modules, the UNet and the VAE with fused operations swapped in (`fusion`
+    reports which) and packed code in front (`report`). LoRAs are merged in place (`load_lora_weights`, `set_adapters`).
+    Calling it takes diffusers' arguments:
 
         prompt: one text or several; or `prompt_embeds` [B, L, D] and `pooled_prompt_embeds` [B, P].
         seed: one per prompt (further pictures of a prompt count up from it), one per picture, or one for all. The noise
@@ -44,7 +51,12 @@ class OneStepPipeline:
         generator: draws the initial noise as diffusers does, instead of `seed`.
         latents: the initial noise, unit normal [N, C, height/f, width/f], with diffusers' meaning: an Euler sampler
             scales it. `seed` is shorthand for the latents that `diffusion.sampling.pure_noise` draws.
-        output_type: "pil"; "np": float32 [N, H, W, 3] in 0..1; "pt": [N, 3, H, W] in 0..1 on the device; "latent".
+        image: pictures to start from instead of noise: PIL, arrays, or tensors [N, 3, H, W] in 0..1, resized to height
+            and width where those are given; `latents` is then the noise to add.
+        strength: how much of such a picture is drawn anew, above 0 and at most 1. Of n steps the last ⌊n·strength⌋ are
+            walked, as in diffusers, and where that is none, one from the timestep round(1000·strength) - 1.
+        output_type: "pil"; "np": float32 [N, H, W, 3] in 0..1; "pt": [N, 3, H, W] in 0..1 on the device; "uint8":
+            [N, H, W, 3] on the device; "latent".
         return_dict: False returns the tuple (images,).
         callback_on_step_end: called as `callback(pipe, step, timestep, tensors)` after every step, with the tensors
             that `callback_on_step_end_tensor_inputs` names ("latents", "prompt_embeds", "add_text_embeds",
@@ -64,8 +76,11 @@ class OneStepPipeline:
         self.device, self.dtype = parts.unet.device, parts.unet.dtype
         self.vae_scale_factor: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
-        self.fusion: dict[str, FusionReport] = {"unet": _prepare(self.unet), "vae": _prepare(self.vae)}
+        self.fusion: dict[str, FusionReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
         self._parts = parts
+        self._prompts, self._texts = PromptCache(), TextWatch()
+        networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+        self._adapters = Adapters(networks, changed=self._prompts.clear)
         self._alphas_cumprod = _noise_schedule(parts).to(self.device)
         self._variants: dict[int, tuple[Any, Preset]] = {}
         self._clock: StageClock | None = None
@@ -81,6 +96,9 @@ class OneStepPipeline:
         device: str | torch.device | None = None,
         preset: str | None = None,
         base: str | Path | None = None,
+        unet: str | Path | None = None,
+        lora: str | Path | Mapping[str | Path, float] | None = None,
+        quantization: str | None = None,
     ) -> OneStepPipeline:
         """Load a pipeline.
 
@@ -92,12 +110,21 @@ class OneStepPipeline:
             preset: which published checkpoint this is (a key of `presets.PRESETS`), where neither its name nor its
                 scheduler config tells.
             base: the pipeline that a UNet belongs to or a LoRA is merged into: a folder, a hub id or a file.
+            unet: a UNet's file or folder to take instead of the model's own; the same as giving it as `model` and the
+                model as `base`.
+            lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`.
+            quantization: None.
 
         Raises:
             ModelError: no such model, not an SDXL pipeline, unsafe or broken weights, or a checkpoint whose sampling
                 settings are unknown or contradictory.
             ValueError: an unknown preset, or a dtype that does not work.
         """
+        check_quantization(quantization)
+        if unet is not None:
+            if base is not None:
+                raise ValueError("give either unet, which belongs to model, or base, which model belongs to")
+            model, base = unet, model or "embedded"
         device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Drawing one picture with the embedded pipeline on one thread of a CPU that has bf16 instructions takes as long
         # in bfloat16 as in float32 (UNet 92 and 69 ms, VAE 49 and 69 ms); on most CPUs bfloat16 is emulated.
@@ -112,7 +139,21 @@ class OneStepPipeline:
             is_hub_id = model is not None and not Path(model).expanduser().exists()
             name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
             chosen = presets.recognise(name, parts.scheduler if parts.own_scheduler else None, parts.metadata)
-        return cls(parts, preset=chosen)
+        pipe = cls(parts, preset=chosen)
+        for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
+            pipe.load_lora_weights(file, weight=strength)
+        return pipe
+
+    @classmethod
+    def from_single_file(cls, path: str | Path, **arguments: Any) -> OneStepPipeline:
+        """Load an all-in-one `.safetensors` file; `arguments` are those of `from_pretrained`.
+
+        Raises:
+            ModelError: no such file, or not one of an SDXL pipeline.
+        """
+        if not Path(path).expanduser().is_file():
+            raise ModelError(f"{path}: no such file")
+        return cls.from_pretrained(path, **arguments)
 
     @property
     def base_prediction_type(self) -> PredictionType | None:
@@ -143,6 +184,33 @@ class OneStepPipeline:
             raise RuntimeError("nothing has been drawn yet")
         return self._ran
 
+    @property
+    def report(self) -> dict[str, PartReport]:
+        """Whether UNet and VAE run packed, why not, how their calls ran, and their CUDA graphs."""
+        found = {name: runner_of(getattr(self, name)) for name in ("unet", "vae")}
+        return describe({name: runner for name, runner in found.items() if runner is not None})
+
+    def memory_report(self) -> dict[str, int]:
+        """Bytes held, by what holds them: networks, UNets of other step counts, LoRAs, caches and CUDA graphs."""
+        networks = {name: [getattr(self, name)] for name in loading.NETWORKS}
+        networks["other step counts"] = [unet for unet, _ in self._variants.values()]
+        held = {name: sum(t.nbytes for n in found for t in n.parameters()) for name, found in networks.items()}
+        parts = self.report.values()
+        held["LoRAs and first weights"] = self._adapters.nbytes
+        held["prompts"] = self._prompts.nbytes + sum(part.cached_bytes for part in parts)
+        held["graphs"] = sum(part.graph_bytes for part in parts)
+        return held
+
+    def warmup(self, shapes: Sequence[tuple[int, int, int]] | None = None) -> None:
+        """Draw once at every (batch, height, width), so that the first real call finds everything ready.
+
+        None is one picture of the native size. On a GPU this captures the CUDA graphs.
+        """
+        shapes = ((1, self.default_size, self.default_size),) if shapes is None else shapes
+        check_shapes(shapes, self)
+        for batch, height, width in shapes:
+            self([""] * batch, seed=0, height=height, width=width, output_type="uint8")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -156,6 +224,8 @@ class OneStepPipeline:
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
+        image: Any = None,
+        strength: float | None = None,
         prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
@@ -168,38 +238,61 @@ class OneStepPipeline:
         prompts = check_prompts(prompt, prompt_embeds, pooled_prompt_embeds)
         presets.check_guidance(self.preset, guidance_scale)
         per_prompt, count = num_images_per_prompt, len(prompts) if prompt_embeds is None else len(prompt_embeds)
+        channels, factor, total = self._parts.vae.config.latent_channels, self.vae_scale_factor, count * per_prompt
+        pixels = self._first_pictures(image, strength, (height, width), total)
+        if pixels is not None:
+            height, width = pixels.shape[2], pixels.shape[3]
         if latents is not None:
-            channels, factor = self.unet.config.in_channels, self.vae_scale_factor
-            height, width = check_latents(latents, count * per_prompt, channels, (height, width), factor)
-        height, width = check_size(height, width, self.default_size, self.vae_scale_factor)
+            height, width = check_latents(latents, total, channels, (height, width), factor)
+        height, width = check_size(height, width, self.default_size, factor)
         noise = check_noise(seed, generator, latents, num_prompts=count, per_prompt=per_prompt)
-        sampler = self._sampler(num_inference_steps)
+        sampler = self._sampler(num_inference_steps, strength)
         on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
         clock = StageClock(self.device)
         with dispatch.record() as counts:
             with clock.stage("text_encoders"):
-                embeds = (prompt_embeds, pooled_prompt_embeds) if prompt_embeds is not None else None
-                state = self._state(embeds or self.encode_prompt(prompts), per_prompt, (height, width))
+                embeds: tuple[Tensor, ...]
+                if prompt_embeds is None or pooled_prompt_embeds is None:
+                    embeds = self._encoded(prompts, per_prompt)
+                else:
+                    embeds = tuple(e.repeat_interleave(per_prompt, 0) for e in (prompt_embeds, pooled_prompt_embeds))
+                state = self._state(embeds, (height, width))
+            first = None
+            if pixels is not None:
+                with clock.stage("vae"):
+                    first = pictures.encode(self.vae, pixels)
+                    first = first.repeat_interleave(total // len(first), 0)
             with clock.stage("unet"):
-                factor = self.vae_scale_factor
-                shape = (count * per_prompt, self.unet.config.in_channels, height // factor, width // factor)
-                images: Any = sampler.run(shape, noise, state, on_step).to(self.dtype)
+                shape = (total, channels, height // factor, width // factor)
+                images: Any = sampler.run(shape, noise, state, on_step, first=first).to(self.dtype)
             if output_type != "latent":
                 with clock.stage("vae"):
                     images = self.decode(images)
-                images = _finish(images, output_type)
+                images = pictures.finish(images, output_type)
         clock.stop()
         self._note(clock, counts)
         return _output(images) if return_dict else (images,)
 
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of texts, on the device in the pipeline's dtype."""
+        """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of texts, on the device in the pipeline's dtype.
+
+        They come from a cache: whoever wants to change them in place should do so on a copy.
+        """
+        return self._encoded(prompts, 1)
+
+    def _encoded(self, prompts: list[str], per_prompt: int) -> tuple[Tensor, Tensor]:
+        """The embeddings with `per_prompt` rows of each text."""
         for text in truncated(self.tokenizer, prompts):
             limit = self.tokenizer.model_max_length - 2
             message = f"the prompt beginning {text[:40]!r} has more than {limit} tokens; the rest is not read"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
+        encoders = (self.text_encoder, self.text_encoder_2)
+        if self._texts.changed(encoders):
+            self._prompts.clear()
         tokenizers = (self.tokenizer, self.tokenizer_2)
-        return encode_prompts(prompts, tokenizers, (self.text_encoder, self.text_encoder_2))
+        found = self._prompts.encode(prompts, per_prompt, lambda texts: encode_prompts(texts, tokenizers, encoders))
+        self._texts.settle()
+        return found
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, H/f, W/f]."""
@@ -212,7 +305,22 @@ class OneStepPipeline:
         pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return pixels
 
-    def _sampler(self, num_steps: int | None) -> Sampler:
+    def _first_pictures(
+        self, image: Any, strength: float | None, sides: tuple[int | None, int | None], total: int
+    ) -> Tensor | None:
+        """The pictures to start from, [N, 3, H, W] in -1..1; None without. Raises ValueError if they do not fit."""
+        if (image is None) != (strength is None):
+            given = "image without strength" if strength is None else "strength without image"
+            raise ValueError(f"{given}: give both, or neither")
+        if image is None or strength is None:
+            return None
+        check_strength(strength)
+        pixels = pictures.pixels_of(image, self.vae_scale_factor, sides)
+        if total % len(pixels):
+            raise ValueError(f"{len(pixels)} pictures in image for {total} to draw")
+        return pixels
+
+    def _sampler(self, num_steps: int | None, strength: float | None = None) -> Sampler:
         """The UNet that draws in `num_steps`: the main one, or the base with the LoRA for them, loaded on first use."""
         num_steps = self.preset.steps[0] if num_steps is None else num_steps
         unet, preset = self.unet, self.preset
@@ -222,15 +330,17 @@ class OneStepPipeline:
                 raise ValueError(f"num_inference_steps is {num_steps}; {preset.name} draws in {allowed}")
             if num_steps not in self._variants:
                 unet, prediction = loading.load_few_step_unet(self._parts, num_steps, dtype=self.dtype)
-                _prepare(unet.to(self.device))
+                attach(unet.to(self.device))
+                self._adapters.add_network("unet", unet)
                 found = Preset(f"the {num_steps}-step LoRA", "euler", presets.prediction_type(prediction), (num_steps,))
                 self._variants[num_steps] = (unet, found)
             unet, preset = self._variants[num_steps]
-        return Sampler(unet, preset, preset.grid(num_steps), self._alphas_cumprod)
+        grid = preset.grid(num_steps)
+        return Sampler(unet, preset, grid if strength is None else remaining(grid, strength), self._alphas_cumprod)
 
-    def _state(self, embeds: tuple[Any, Any], per_prompt: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    def _state(self, embeds: tuple[Any, ...], size: tuple[int, int]) -> dict[str, Tensor]:
         """The UNet's conditions, one row per picture, under the names diffusers gives them in callbacks."""
-        prompt_embeds, pooled = (e.to(self.device, self.dtype).repeat_interleave(per_prompt, 0) for e in embeds)
+        prompt_embeds, pooled = (e.to(self.device, self.dtype) for e in embeds)
         ids = time_ids(*size, batch=len(pooled), dtype=self.dtype, device=self.device)
         return {"prompt_embeds": prompt_embeds, "add_text_embeds": pooled, "add_time_ids": ids}
 
@@ -264,12 +374,6 @@ def _check_device(device: str | torch.device) -> torch.device:
     return device
 
 
-def _prepare(network: Any) -> FusionReport:
-    """Swap in the fused operations; channels-last, which they and the convolutions are fastest in."""
-    network.to(memory_format=torch.channels_last)
-    return fuse(network)
-
-
 def _noise_schedule(parts: loading.Components) -> Tensor:
     """ᾱ [T] of the pipeline's scheduler config."""
     config = parts.scheduler
@@ -283,19 +387,6 @@ def _noise_schedule(parts: loading.Components) -> Tensor:
         config.get("beta_start", schedule.BETA_START),
         config.get("beta_end", schedule.BETA_END),
     )
-
-
-def _finish(pixels: Tensor, output_type: str) -> Any:
-    """Pictures in -1..1 [N, 3, H, W] as the caller wants them."""
-    unit = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
-    if output_type == "pt":
-        return unit
-    unit_NHWC = unit.permute(0, 2, 3, 1)
-    if output_type == "np":
-        return unit_NHWC.cpu().contiguous().numpy()
-    from PIL import Image
-
-    return [Image.fromarray(picture) for picture in (unit_NHWC * 255.0).round().byte().cpu().contiguous().numpy()]
 
 
 def _output(images: Any) -> Any:

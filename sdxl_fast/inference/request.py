@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-OutputType = Literal["pil", "np", "pt", "latent"]
+OutputType = Literal["pil", "np", "pt", "latent", "uint8"]
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
 MAX_SIDE = 4096
 """Pixels; beyond it the VAE alone needs tens of gigabytes, and no few-step model makes sensible pictures."""
@@ -100,7 +100,8 @@ def check_latents(latents: Tensor, count: int, channels: int, sides: tuple[int |
     """Picture height and width that the given initial latents stand for.
 
     Raises:
-        ValueError: latents of another rank, count or channel number, or that contradict a given height or width.
+        ValueError: latents of another rank, count or channel number, that contradict a given height or width, or that
+            are not finite.
     """
     if latents.ndim != 4 or latents.shape[:2] != (count, channels):
         wanted = f"[{count}, {channels}, height/{factor}, width/{factor}]"
@@ -109,6 +110,8 @@ def check_latents(latents: Tensor, count: int, channels: int, sides: tuple[int |
     for name, side, given in zip(("height", "width"), found, sides, strict=True):
         if given is not None and given != side:
             raise ValueError(f"{name} is {given}, but latents are those of {side} pixels; give only one of them")
+    if not bool(torch.isfinite(latents).all()):
+        raise ValueError("latents holds NaN or infinity, which would spread over the whole picture")
     return found
 
 

@@ -37,7 +37,15 @@ class Sampler:
     timesteps: tuple[int, ...]
     alphas_cumprod: Tensor
 
-    def run(self, shape: tuple[int, int, int, int], noise: Noise, state: dict[str, Tensor], on_step: OnStep) -> Tensor:
+    def run(
+        self,
+        shape: tuple[int, int, int, int],
+        noise: Noise,
+        state: dict[str, Tensor],
+        on_step: OnStep,
+        *,
+        first: Tensor | None = None,
+    ) -> Tensor:
         """Walk from noise to the clean latent.
 
         Args:
@@ -46,6 +54,7 @@ class Sampler:
             state: "prompt_embeds", "add_text_embeds" and "add_time_ids", one row per latent.
             on_step: called after every step with its index, its timestep and `state` with "latents" added, in
                 diffusers' scale; what it changes in `state` counts. True stops there.
+            first: clean latents to start from, noised to the first timestep, instead of noise alone.
 
         Returns:
             x̂0 [N, C, h, w] in float32, or float64 for a U-Net in it; the latents as they are, in diffusers' scale, if
@@ -53,9 +62,12 @@ class Sampler:
         """
         start = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device)
         x_t = start.to(torch.promote_types(start.dtype, torch.float32)) * self._start()
+        if first is not None:
+            alpha, sigma = alpha_sigma(self.alphas_cumprod, torch.tensor([self.timesteps[0]], device=x_t.device), 4)
+            x_t = alpha * first.to(x_t.dtype) + sigma * start.to(x_t.dtype)
         for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], -1), strict=True)):
             t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
-            output = self._predict(x_t, t, state)
+            output = self._predict(x_t, now, state)
             x_t = self._move(x_t, output, t, t_next, noise, index)
             scale = self._latents_scale(t_next)
             state["latents"] = latents = x_t * scale
@@ -65,11 +77,11 @@ class Sampler:
                 x_t = state["latents"].to(x_t) / scale
         return x_t
 
-    def _predict(self, x_t: Tensor, t: Tensor, state: dict[str, Tensor]) -> Tensor:
+    def _predict(self, x_t: Tensor, timestep: int, state: dict[str, Tensor]) -> Tensor:
         dtype = self.unet.dtype
         x_t = x_t.to(dtype).contiguous(memory_format=torch.channels_last)
         added = {"text_embeds": state["add_text_embeds"], "time_ids": state["add_time_ids"]}
-        output: Tensor = self.unet(x_t, t, state["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
+        output: Tensor = self.unet(x_t, timestep, state["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
         return output
 
     def _move(self, x_t: Tensor, output: Tensor, t: Tensor, t_next: Tensor, noise: Noise, index: int) -> Tensor:

@@ -183,12 +183,14 @@ def test_prompt_embeddings_replace_the_prompt(pipe: OneStepPipeline) -> None:
 
 
 def test_output_types_show_the_same_picture(pipe: OneStepPipeline) -> None:
-    found = {kind: pipe(PROMPTS, seed=4, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
+    kinds = ("pil", "np", "pt", "uint8", "latent")
+    found = {kind: pipe(PROMPTS, seed=4, output_type=kind).images for kind in kinds}
     assert found["pt"].shape == (2, 3, 32, 32)
     assert found["np"].shape == (2, 32, 32, 3)
     assert found["np"].dtype == np.float32
     assert np.array_equal(found["pt"].permute(0, 2, 3, 1).numpy(), found["np"])
     assert np.array_equal(np.stack([np.asarray(p) for p in found["pil"]]), np.round(found["np"] * 255).astype(np.uint8))
+    assert np.array_equal(found["uint8"].numpy(), np.stack([np.asarray(p) for p in found["pil"]]))
     assert torch.equal(pipe.decode(found["latent"]).mul(0.5).add(0.5).clamp(0, 1), found["pt"])
     (images,) = pipe(PROMPTS, seed=4, output_type="np", return_dict=False)
     assert np.array_equal(images, found["np"])
@@ -250,7 +252,7 @@ def test_it_says_what_ran_where_and_how_long(toy_folder: Path) -> None:
         _ = pipe.timings
     pipe("cat", seed=1)
     ran = pipe.explain()
-    assert set(ran) == {"ddim_move", "forward_diffusion", "geglu", "group_norm_silu"}
+    assert {"ddim_move", "forward_diffusion", "geglu", "group_norm_silu", "layer_norm", "to_uint8"} <= set(ran)
     unet, vae = str(pipe.fusion["unet"]), str(pipe.fusion["vae"])
     assert "kept" not in unet + vae
     # 12 residual blocks, 6 transformers and the end of the UNet; 11 blocks, one attention and the end of the decoder
@@ -275,6 +277,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no prompts": ({"prompt": []}, "empty list"),
     "size": ({"height": 30}, "multiples of 4"),
     "latents": ({"latents": torch.zeros(1, 3, 8, 8)}, r"latents must be \[1, 4"),
+    "latents that are NaN": ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "NaN or infinity"),
+    "image alone": ({"image": torch.zeros(1, 3, 32, 32)}, "image without strength"),
+    "strength": ({"image": torch.zeros(1, 3, 32, 32), "strength": 0.0}, "strength is 0.0"),
+    "pictures": ({"image": torch.zeros(2, 3, 32, 32), "strength": 1.0}, "2 pictures in image for 1 to draw"),
+    "a picture that is NaN": ({"image": torch.full((1, 3, 32, 32), torch.nan), "strength": 1.0}, "not finite"),
+    "a picture of one channel": ({"image": torch.zeros(1, 1, 32, 32), "strength": 1.0}, "image must be"),
 }
 
 

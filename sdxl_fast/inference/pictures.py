@@ -1,0 +1,58 @@
+"""Pictures in and out: what a caller gives to start from, and what he gets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+def finish(pixels: Tensor, output_type: str) -> Any:
+    """Pictures in -1..1 [N, 3, H, W] as the caller wants them; see `OneStepPipeline`."""
+    if output_type == "uint8":
+        return ops.to_uint8(pixels)
+    if output_type == "pil":
+        from PIL import Image
+
+        return [Image.fromarray(picture) for picture in ops.to_uint8(pixels).cpu().numpy()]
+    unit = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
+    return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def pixels_of(image: Any, factor: int, sides: tuple[int | None, int | None]) -> Tensor:
+    """Pictures to start from as [N, 3, H, W] float32 in -1..1.
+
+    Args:
+        image: PIL picture, array [H, W, 3] or [N, H, W, 3], tensor [3, H, W] or [N, 3, H, W] in 0..1, or a list.
+        factor: of the VAE; sides are made multiples of it.
+        sides: height and width to resize to; None keeps the picture's own.
+
+    Raises:
+        ValueError: something else, or numbers that are not finite.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+
+    if isinstance(image, Tensor) and not (image.ndim in (3, 4) and image.shape[-3] == 3):
+        raise ValueError(f"image must be [3, H, W] or [N, 3, H, W], got {list(image.shape)}")
+    try:
+        pixels: Tensor = VaeImageProcessor(vae_scale_factor=factor).preprocess(image, height=sides[0], width=sides[1])
+    except (TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"image cannot be read as pictures: {error}") from None
+    if not bool(pixels.isfinite().all()):
+        raise ValueError("image holds numbers that are not finite")
+    return pixels.float()
+
+
+@torch.no_grad()
+def encode(vae: Any, pixels: Tensor) -> Tensor:
+    """The clean latents [N, C, h, w], scaled as the UNet takes them, of pictures in -1..1: the posterior's mean."""
+    config = vae.config
+    pixels = pixels.to(vae.device, vae.dtype).contiguous(memory_format=torch.channels_last)
+    latents: Tensor = vae.encode(pixels).latent_dist.mode()
+    if config.latents_mean is not None and config.latents_std is not None:
+        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
+        latents = (latents - mean) / std
+    return latents * config.scaling_factor
