@@ -70,6 +70,9 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(layer_norm_fwd_cuda);
     EXPOSE(layer_norm_bwd_cpu);
     EXPOSE(layer_norm_bwd_cuda);
+    EXPOSE(lora_merge_fwd_cpu);
+    EXPOSE(lora_merge_plan_cuda);
+    EXPOSE(lora_merge_fwd_cuda);
     EXPOSE(to_uint8_fwd_cpu);
     EXPOSE(to_uint8_fwd_cuda);
 }

@@ -66,6 +66,14 @@ int64_t sdxl_fast_layer_norm_workspace_cuda(int64_t, int64_t) {
     return 0;
 }
 
+int64_t sdxl_fast_lora_merge_plan_cuda(sdxl_fast_lora_module*, int64_t) {
+    return 0;
+}
+
+int32_t sdxl_fast_lora_merge_fwd_cuda(const sdxl_fast_lora_module*, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 int32_t sdxl_fast_to_uint8_fwd_cuda(const void*, void*, int64_t, int64_t, int64_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }

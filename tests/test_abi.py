@@ -232,6 +232,15 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.ddim_move_fwd_cpu(*move, 0, 0, 2, 0, 1) == 2, "an output wider than x_t"
     assert binding.ddim_move_fwd_cpu(*move[:6], p, *move[7:], 0, 0, 0, 0, 1) == 1, "seeds without timesteps"
     assert binding.ddim_move_bwd_cpu(0, 0, p, p, p, 0, p, p, 1, 1, 1, 0, 0, 0, 1) == 1, "no gradient comes in"
+
+    def merge(*module: int, dtypes: tuple[int, int] = (0, 0), count: int = 1) -> int:
+        table = torch.tensor([*module, 0, 0], dtype=torch.int64)
+        return binding.lora_merge_fwd_cpu(table.data_ptr(), count, *dtypes, 1)
+
+    assert merge(p, p, p, p, 2, 2, 1) == merge(0, 0, 0, 0, 0, 5, 1) == merge(p, p, 0, 0, 2, 2, 0) == 0
+    assert merge(p, 0, p, p, 2, 2, 1) == merge(p, p, 0, p, 2, 2, 1) == merge(p, p, p, p, -1, 2, 1) == 1
+    assert merge(p, p, p, p, 2, 2, 1, count=-1) == binding.lora_merge_fwd_cpu(0, 1, 0, 0, 1) == 1
+    assert merge(p, p, p, p, 2, 2, 1, dtypes=(0, 1)) == merge(p, p, p, p, 2, 2, 1, dtypes=(7, 0)) == 2
     for status in (0, 1, 2, 3, 1700, -5):
         assert binding.status_text(status)
 
@@ -280,6 +289,12 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
             weight, bias = (torch.randn(cols).to(dtype).requires_grad_() for _ in range(2))
             y = ops.layer_norm(x, weight, bias, residual=residual)
             found += [*y, *torch.autograd.grad(y, (x, weight, bias), [torch.randn(13 * n, cols).to(dtype)] * 2)]
+        for rows, cols, rank in ((70 * n, 133, 5), (64, 640, 40)):
+            merged = torch.randn(rows, cols).to(dtype)
+            ops.lora_merge(
+                [merged], [torch.randn(rank, cols).to(dtype)], [torch.randn(rows, rank).to(dtype)], scales=0.1
+            )
+            found.append(merged)
         for approximate in ("none", "tanh"):
             x = (torch.randn(13, 2 * 1009) * 3).to(dtype).requires_grad_()
             y = ops.geglu(x, approximate=approximate)

@@ -208,6 +208,8 @@ def test_rules_of_ops_name_only_their_arguments():
     """A misspelt argument name would raise KeyError at the first call."""
     for info in dispatch.registry().values():
         names = set(inspect.signature(getattr(__import__("sdxl_fast").ops, info.name)).parameters)
+        assert info.lead.partition("[")[0] in names, f"{info.name}: {info.lead}"
+        names.add(info.lead)  # the first tensor of a list, in an op that takes lists
         for rule in (*info.rules, *(r for b in info.backends for r in b.rules)):
             used = {getattr(rule, field) for field in ("arg", "other", "first", "second") if hasattr(rule, field)}
             assert used <= names, f"{info.name}: {rule}"

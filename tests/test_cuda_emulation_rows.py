@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels of layer_norm and to_uint8, run on a CPU. See test_cuda_emulation.py."""
+"""The CUDA kernels of layer_norm, to_uint8 and lora_merge, run on a CPU. See test_cuda_emulation.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sdxl_fast.reference import layer_norm as layer_norm_reference
+from sdxl_fast.reference import lora_merge as lora_merge_reference
 from sdxl_fast.reference import to_uint8 as to_uint8_reference
 from sdxl_fast.testing.emulation import COMPILER, channels_last, check, unaligned
 
@@ -141,6 +142,64 @@ def test_to_uint8_gives_the_bytes_of_the_reference(kernels: Any, shape: Any, nhw
     assert torch.equal(fwd(unaligned(x)), expected)
 
 
+# ---- lora_merge ----
+
+# Weights and ranks: two tiles each way, a 3x3 convolution, ragged ones, more ranks than fit beside each other, none, no
+# rows in between, one element.
+MERGED = [
+    ((70, 144), 16), ((8, 16, 3, 3), 8), ((7, 33), 5), ((0, 8), 3), ((66, 40), 48), ((5, 136), 0), ((3, 7), 70),
+    ((1, 1), 1),
+]  # fmt: skip
+
+
+def _merge_run(op: Any, values: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    count = len(MERGED)
+    bases, downs, ups = (list(values[i * count : (i + 1) * count]) for i in range(3))
+    weights = [b.clone() for b in bases]
+    scales = [0.5 + i for i in range(count)]
+    op[0](weights, weights, downs, ups, scales)
+    apart = [torch.full_like(b, float("nan")) for b in bases]
+    op[0](apart, bases, downs, ups, scales)
+    assert all(map(torch.equal, apart, weights))
+    return {str(i): w for i, w in enumerate(weights)}
+
+
+def _merge_draw(dtype: torch.dtype, factor_dtype: torch.dtype) -> Any:
+    def draw(seed: int) -> tuple[Any, ...]:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [
+            ((shape, dtype), ((r, *shape[1:]), factor_dtype), ((shape[0], r), factor_dtype)) for shape, r in MERGED
+        ]
+        return tuple(torch.randn(s, generator=generator).to(d) for kind in zip(*sizes, strict=True) for s, d in kind)
+
+    return draw
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lora_merge(kernels: Any, dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
+    draw = _merge_draw(dtype, factor_dtype)
+    rows = {str(i): rank for i, (_, rank) in enumerate(MERGED)}
+    check("lora_merge", kernels("lora_merge"), (lora_merge_reference.fwd, None), _merge_run, draw, **rows)
+
+
+@pytest.mark.parametrize("factor_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_lora_merge_takes_unaligned_pointers(kernels: Any, factor_dtype: torch.dtype) -> None:
+    values = _merge_draw(torch.bfloat16, factor_dtype)(0)
+    aligned = _merge_run(kernels("lora_merge"), values)
+    shifted = _merge_run(kernels("lora_merge"), tuple(map(unaligned, values)))
+    assert all(torch.equal(aligned[name], shifted[name]) for name in aligned)
+
+
+def test_lora_merge_finds_the_module_of_every_tile(kernels: Any) -> None:
+    """In a table that takes a warp three looks."""
+    count = 1100
+    weights = [torch.zeros(i % 3, 2) for i in range(count)]
+    downs, ups = [torch.full((1, 2), float(i)) for i in range(count)], [torch.ones(i % 3, 1) for i in range(count)]
+    kernels("lora_merge")[0](weights, weights, downs, ups, [1.0] * count)
+    assert all(w.eq(i).all() for i, w in enumerate(weights))
+
+
 # ---- the C ABI ----
 
 
@@ -175,3 +234,18 @@ def test_to_uint8_statuses(library: ctypes.CDLL) -> None:
     assert convert(p, p, 1, 3, 4, 0, 0, 0) == convert(None, None, 0, 3, 4, 0, 0, 0) == 0
     assert convert(p, p, -1, 3, 4, 0, 0, 0) == convert(p, p, 1, 3, 4, 2, 0, 0) == convert(p, p, 1, 3, 4, 0, 9, 0) == 1
     assert convert(p, p, 1, 3, 4, 0, 1, 0) == 2
+
+
+def test_lora_merge_statuses(library: ctypes.CDLL) -> None:
+    merge, plan = library.sdxl_fast_lora_merge_fwd_cuda, library.sdxl_fast_lora_merge_plan_cuda
+    assert merge(None, 0, 0, 0, 0, 0) == 0
+    assert merge(None, 1, 1, 0, 0, 0) == merge(None, -1, 0, 0, 0, 0) == merge(None, 0, 2**31, 0, 0, 0) == 1
+    assert merge(None, 0, 0, 1, 0, 0) == merge(None, 0, 0, 0, 1, 0) == 2
+    assert merge(None, 0, 0, 9, 0, 0) == merge(None, 0, 0, 0, 9, 0) == 1
+
+    def tiles(*sizes: tuple[int, int, int]) -> tuple[int, list[int]]:
+        table = torch.tensor([[0, 0, 0, 0, *size, -1, 0] for size in sizes], dtype=torch.int64)
+        return plan(table.data_ptr(), len(sizes)), table[:, 7].tolist()
+
+    assert tiles((64, 128, 1), (0, 9, 1), (65, 129, 4), (1, 1, 0)) == (6, [0, 1, 1, 5])
+    assert tiles((2**40, 2**40, 1))[0] == tiles((-1, 1, 1))[0] == tiles((1, 1, -1))[0] == -1

@@ -208,6 +208,20 @@ def _to_uint8_cases(dtype: torch.dtype) -> None:
         to_uint8_fwd(x.to(memory_format=torch.channels_last))
 
 
+def _lora_merge_cases(dtype: torch.dtype) -> None:
+    from .lora_merge import lora_merge_fwd
+
+    def empty(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=like, device="meta")
+
+    # All of SDXL's modules, and one of ragged sizes.
+    for count, rows, cols, rank in ((788, 1280, 1280, 64), (3, 7, 33, 5)):
+        for factors in _DTYPES:
+            weights = [empty(rows, cols)] * count
+            down, up = empty(rank, cols, like=factors), empty(rows, rank, like=factors)
+            lora_merge_fwd(weights, weights, [down] * count, [up] * count, [1.0] * count)
+
+
 CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _group_norm_silu_cases,
     _layer_norm_cases,
@@ -216,6 +230,7 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _ddim_move_cases,
     self_attention_cases,
     _to_uint8_cases,
+    _lora_merge_cases,
 )
 
 

@@ -131,8 +131,9 @@ def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels
     """The launch configuration of `op` for one shape: a pure function, the same on every GPU.
 
     `shape` is (N, C, H*W) for `group_norm_silu`, (rows, cols) for `geglu` (cols counts outputs) and `layer_norm`, and
-    (N, elements per sample) for `forward_diffusion`, `ddim_move` and `to_uint8`. `channels_last` matters to
-    `group_norm_silu` only. Raises ValueError for an unknown op.
+    (N, elements per sample) for `forward_diffusion`, `ddim_move` and `to_uint8`, (modules,) for `lora_merge`, whose
+    dtype is that of the factors. `channels_last` matters to `group_norm_silu` only.
+    Raises ValueError for an unknown op.
     """
     if op == "group_norm_silu":
         n, channels, hw = shape
@@ -143,10 +144,13 @@ def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels
     if op == "layer_norm":
         rows, cols = shape
         return layer_norm_config(rows, cols, dtype)
+    if op == "lora_merge":
+        # Sums of 32 floats a thread; products of floats are multiply-adds, which keep both their blocks in registers.
+        return KernelConfig(64, 128 if dtype.itemsize == 2 else 64, 64, num_warps=8)
     if op == "to_uint8":
         return KernelConfig(1, 1024, 1, num_warps=4)  # 8 bytes a thread
     if op in ("forward_diffusion", "ddim_move"):
         n, elements = shape
         return noising_config(n, elements, dtype)
-    known = "group_norm_silu, layer_norm, geglu, forward_diffusion, ddim_move, to_uint8"
+    known = "group_norm_silu, layer_norm, geglu, forward_diffusion, ddim_move, to_uint8, lora_merge"
     raise ValueError(f"no launch configuration for op {op!r}; have {known}")

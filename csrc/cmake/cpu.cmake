@@ -7,6 +7,7 @@ set(kernel_sources
     cpu/group_norm_silu.cpp
     cpu/group_norm_silu_backward.cpp
     cpu/layer_norm.cpp
+    cpu/lora_merge.cpp
     cpu/to_uint8.cpp)
 
 # Multiply-adds are written as fma() where one is meant: contraction would make the numbers depend on the compiler.

@@ -26,7 +26,8 @@ namespace {
      isa::forward_diffusion_bwd,        \
      isa::ddim_move_fwd,                \
      isa::ddim_move_bwd,                \
-     isa::to_uint8_fwd}
+     isa::to_uint8_fwd,                 \
+     isa::lora_merge_fwd}
 
 // The baseline first, the best last.
 constexpr KernelTable kTables[] = {

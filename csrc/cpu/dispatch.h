@@ -24,6 +24,7 @@ struct KernelTable {
     void (*ddim_move_fwd)(const MoveForward&);
     void (*ddim_move_bwd)(const MoveBackward&);
     void (*to_uint8_fwd)(const ToUint8Call&);
+    void (*lora_merge_fwd)(const LoraMergeCall&);
 };
 
 // The kernels that run elements of `dtype`.

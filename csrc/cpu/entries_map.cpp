@@ -129,4 +129,21 @@ int32_t sdxl_fast_to_uint8_fwd_cpu(const void* x, void* out, int64_t n, int64_t 
     return SDXL_FAST_OK;
 }
 
+int32_t sdxl_fast_lora_merge_fwd_cpu(const sdxl_fast_lora_module* modules, int64_t count, int32_t dtype,
+                                     int32_t factor_dtype, int32_t num_threads) {
+    const bool exact = dtype == SDXL_FAST_F64, factors_exact = factor_dtype == SDXL_FAST_F64;
+    if (!known_dtype(dtype) || !known_dtype(factor_dtype) || exact != factors_exact) {
+        return SDXL_FAST_UNSUPPORTED_DTYPE;
+    }
+    if (count < 0 || (count > 0 && modules == nullptr)) return SDXL_FAST_INVALID_ARGUMENT;
+    for (int64_t i = 0; i < count; ++i) {
+        const sdxl_fast_lora_module& m = modules[i];
+        if (any_negative({m.rows, m.cols, m.rank})) return SDXL_FAST_INVALID_ARGUMENT;
+        if (m.rows == 0 || m.cols == 0) continue;
+        if (any_null({m.weight, m.base}) || (m.rank > 0 && any_null({m.down, m.up}))) return SDXL_FAST_INVALID_ARGUMENT;
+    }
+    kernels(dtype).lora_merge_fwd({modules, count, dtype, factor_dtype, num_threads});
+    return SDXL_FAST_OK;
+}
+
 }  // extern "C"

@@ -99,6 +99,12 @@ struct ToUint8Call {
     int32_t dtype, num_threads;
 };
 
+struct LoraMergeCall {
+    const sdxl_fast_lora_module* modules;
+    int64_t count;
+    int32_t dtype, factor_dtype, num_threads;
+};
+
 // Declares the kernels compiled for one instruction set.
 #define SDXL_FAST_DECLARE_KERNELS(isa)                         \
     namespace isa {                                            \
@@ -113,6 +119,7 @@ struct ToUint8Call {
     void layer_norm_fwd(const LayerNormForward& call);         \
     void layer_norm_bwd(const LayerNormBackward& call);        \
     void to_uint8_fwd(const ToUint8Call& call);                \
+    void lora_merge_fwd(const LoraMergeCall& call);            \
     }
 
 SDXL_FAST_DECLARE_KERNELS(baseline)

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 4
+#define SDXL_FAST_ABI 5
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -222,6 +222,27 @@ SDXL_FAST_API int32_t sdxl_fast_to_uint8_fwd_cpu(const void* x, void* out, int64
                                                  int32_t layout, int32_t dtype, int32_t num_threads);
 SDXL_FAST_API int32_t sdxl_fast_to_uint8_fwd_cuda(const void* x, void* out, int64_t n, int64_t c, int64_t hw,
                                                   int32_t layout, int32_t dtype, void* stream);
+
+/* ---- lora_merge: weight = base + scale * up * down, for any number of modules ----
+ * weight, base: [rows, cols] of `dtype`, dense; base may be the weight itself. up: [rows, rank], down: [rank, cols] of
+ * `factor_dtype`: any of f32, bf16 and f16, f64 with f64 alone. Sums in f32 (f64), rounded once. No weight may overlap
+ * another memory of the call but its own base. */
+
+typedef struct {
+    void* weight;
+    const void *base, *down, *up;
+    int64_t rows, cols, rank;
+    int64_t first_tile; /* set by sdxl_fast_lora_merge_plan_cuda; means nothing to the CPU */
+    double scale;
+} sdxl_fast_lora_module;
+
+SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cpu(const sdxl_fast_lora_module* modules, int64_t count, int32_t dtype,
+                                                   int32_t factor_dtype, int32_t num_threads);
+/* Sets every first_tile of `modules`, which lie in host memory, and returns the number of tiles, -1 for sizes no grid
+ * can hold. The table then goes to the device, where the function below reads it. */
+SDXL_FAST_API int64_t sdxl_fast_lora_merge_plan_cuda(sdxl_fast_lora_module* modules, int64_t count);
+SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cuda(const sdxl_fast_lora_module* modules, int64_t count, int64_t tiles,
+                                                    int32_t dtype, int32_t factor_dtype, void* stream);
 
 #ifdef __cplusplus
 }

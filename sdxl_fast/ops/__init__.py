@@ -6,7 +6,17 @@ from sdxl_fast.ops.forward_diffusion import forward_diffusion
 from sdxl_fast.ops.geglu import geglu
 from sdxl_fast.ops.group_norm_silu import group_norm_silu
 from sdxl_fast.ops.layer_norm import layer_norm
+from sdxl_fast.ops.lora_merge import lora_merge
 from sdxl_fast.ops.self_attention import self_attention
 from sdxl_fast.ops.to_uint8 import to_uint8
 
-__all__ = ["ddim_move", "forward_diffusion", "geglu", "group_norm_silu", "layer_norm", "self_attention", "to_uint8"]
+__all__ = [
+    "ddim_move",
+    "forward_diffusion",
+    "geglu",
+    "group_norm_silu",
+    "layer_norm",
+    "lora_merge",
+    "self_attention",
+    "to_uint8",
+]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -29,3 +30,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def itemsize(dtype: torch.dtype) -> int:
     """Returns bytes per element."""
     return torch.empty((), dtype=dtype).element_size()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager[None]:
+    """Returns a context in which matrix products and convolutions on the device of x keep the dtypes they are given."""
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

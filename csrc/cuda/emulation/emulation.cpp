@@ -131,6 +131,14 @@ float warp_exchange(float value, int distance) {
     return fibers[self / kWarp * kWarp + ((self % kWarp) ^ static_cast<unsigned>(distance))].sent[slot];
 }
 
+const WarpWords& warp_gather(const uint32_t (&own)[6]) {
+    static WarpWords words[kMostThreads / kWarp][2];  // alternately, as what a shuffle sends
+    WarpWords& gathered = words[current / kWarp][fibers[current].exchanges % 2];
+    memcpy(gathered[current % kWarp], own, sizeof(own));
+    warp_exchange(0.0f, 0);
+    return gathered;
+}
+
 cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& body) {
     const bool fits = threads > 0 && threads <= kMostThreads && threads % kWarp == 0 && grid.x > 0 && grid.y > 0 &&
                       grid.z > 0 && grid.x <= 0x7fffffffu && grid.y <= 65535 && grid.z <= 65535;

@@ -93,6 +93,10 @@ cudaError_t run(dim3 grid, unsigned threads, const std::function<void()>& body);
 void block_barrier();
 float warp_exchange(float value, int distance);
 
+// What every lane of the warp brings, for operations on registers of the whole warp.
+using WarpWords = uint32_t[32][6];
+const WarpWords& warp_gather(const uint32_t (&own)[6]);
+
 template <class... P>
 int32_t launch(void (*kernel)(P...), dim3 grid, unsigned threads, P... args) {
     const cudaError_t error = run(grid, threads, [&] { kernel(args...); });
