@@ -21,6 +21,7 @@ from sdxl_fast.ops.geglu import _OP as GEGLU
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
 from sdxl_fast.ops.layer_norm import _OP as LAYER_NORM
 from sdxl_fast.ops.to_uint8 import _OP as TO_UINT8
+from sdxl_fast.ops.upsample_conv2d import _OP as UPSAMPLE_CONV2D
 from sdxl_fast.reference import geglu as reference
 
 
@@ -176,7 +177,17 @@ def test_gradient_rule_holds_after_a_cached_call():
 
 
 @pytest.mark.parametrize(
-    "op", [GEGLU, GROUP_NORM_SILU, FORWARD_DIFFUSION, DDIM_MOVE, LAYER_NORM, TO_UINT8], ids=lambda op: op.name
+    "op",
+    [
+        GEGLU,
+        GROUP_NORM_SILU,
+        FORWARD_DIFFUSION,
+        DDIM_MOVE,
+        LAYER_NORM,
+        TO_UINT8,
+        UPSAMPLE_CONV2D,
+    ],
+    ids=lambda op: op.name,
 )
 def test_raw_signature_public_signature_and_schema_agree(op):
     public = inspect.signature(getattr(ops, op.name)).parameters

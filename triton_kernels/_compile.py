@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from ._attention_config import Target, assuming
 from ._compile_attention import TARGETS, self_attention_cases
+from ._compile_matrix import upsample_conv2d_cases
 
 _POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
@@ -231,6 +232,7 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     self_attention_cases,
     _to_uint8_cases,
     _lora_merge_cases,
+    upsample_conv2d_cases,
 )
 
 

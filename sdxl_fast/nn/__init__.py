@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .norm import GroupNorm as GroupNorm
     from .norm import GroupNormSiLU as GroupNormSiLU
     from .resnet import ResnetBlock2D as ResnetBlock2D
+    from .sampling import Upsample2D as Upsample2D
     from .swap import FusionReport as FusionReport
     from .swap import fuse as fuse
     from .swap import restore as restore
@@ -21,11 +22,21 @@ _HOME = {
     "GroupNorm": "norm",
     "GroupNormSiLU": "norm",
     "ResnetBlock2D": "resnet",
+    "Upsample2D": "sampling",
     "fuse": "swap",
     "restore": "swap",
 }
 
-__all__ = ["GEGLU", "FusionReport", "GroupNorm", "GroupNormSiLU", "ResnetBlock2D", "fuse", "restore"]
+__all__ = [
+    "GEGLU",
+    "FusionReport",
+    "GroupNorm",
+    "GroupNormSiLU",
+    "ResnetBlock2D",
+    "Upsample2D",
+    "fuse",
+    "restore",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -32,9 +32,9 @@ def fuse(model: nn.Module) -> FusionReport:
     """Swap every module of `model` that has a fused counterpart, in place.
 
     Swapped are diffusers' `ResnetBlock2D` (both GroupNorm+SiLU pairs, the second with the time embedding's shift),
-    `GEGLU`, the GroupNorm+SiLU before the output convolution of UNet, VAE encoder and decoder, and the GroupNorms that
-    stand alone before attention. Subclasses and modules whose `forward` is overridden are left as they are and listed
-    in the report. Gradients flow; a second call changes nothing.
+    `GEGLU`, `Upsample2D` with its convolution, the GroupNorm+SiLU before the output convolution of UNet, VAE encoder
+    and decoder, and the GroupNorms that stand alone before attention. Subclasses and modules whose `forward` is
+    overridden are left as they are and listed in the report. Gradients flow; a second call changes nothing.
 
     Args:
         model: UNet2DConditionModel, AutoencoderKL, or any module that contains their parts.
@@ -44,9 +44,11 @@ def fuse(model: nn.Module) -> FusionReport:
     """
     from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
     from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 
     from .feed_forward import GEGLU
     from .resnet import ResnetBlock2D
+    from .sampling import Upsample2D, why_not_fused
 
     report = FusionReport()
     modules = dict(model.named_modules())
@@ -65,6 +67,12 @@ def fuse(model: nn.Module) -> FusionReport:
             else:
                 module.__class__ = GEGLU
                 report.replaced[name] = "GEGLU: gate"
+        elif isinstance(module, StockUpsample2D) and not isinstance(module, Upsample2D):
+            if reason := _not_plain(module, StockUpsample2D) or why_not_fused(module):
+                report.kept[name] = reason
+            else:
+                module.__class__ = Upsample2D
+                report.replaced[name] = "Upsample2D: with its convolution"
         elif _ends_in_norm_and_silu(module):
             norm_name = f"{name}.conv_norm_out".lstrip(".")
             if not _not_plain(module.conv_norm_out, nn.GroupNorm):
@@ -85,13 +93,16 @@ def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
     from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
     from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 
     from .feed_forward import GEGLU
     from .resnet import ResnetBlock2D
+    from .sampling import Upsample2D
 
     stock: dict[type[nn.Module], type[nn.Module]] = {
         ResnetBlock2D: StockResnetBlock2D,
         GEGLU: StockGEGLU,
+        Upsample2D: StockUpsample2D,
         GroupNorm: nn.GroupNorm,
         GroupNormSiLU: nn.GroupNorm,
     }

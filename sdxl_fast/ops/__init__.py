@@ -9,6 +9,7 @@ from sdxl_fast.ops.layer_norm import layer_norm
 from sdxl_fast.ops.lora_merge import lora_merge
 from sdxl_fast.ops.self_attention import self_attention
 from sdxl_fast.ops.to_uint8 import to_uint8
+from sdxl_fast.ops.upsample_conv2d import upsample_conv2d
 
 __all__ = [
     "ddim_move",
@@ -19,4 +20,5 @@ __all__ = [
     "lora_merge",
     "self_attention",
     "to_uint8",
+    "upsample_conv2d",
 ]

@@ -38,3 +38,17 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager[None]:
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return nullcontext()
+
+
+def autocast(x: torch.Tensor, *others: torch.Tensor | None) -> tuple[Any, ...]:
+    """Returns x and others as a matrix product of x takes them: in autocast's dtype where that is on, else unchanged.
+
+    As there, float64 stays what it is; so does what is no tensor, for the rules to name.
+    """
+    kind = x.device.type if isinstance(x, torch.Tensor) and x.dtype.itemsize > 1 else "meta"
+    if kind == "meta" or x.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return x, *others
+    if not torch.is_autocast_enabled(kind):
+        return x, *others
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(t.to(dtype) if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in (x, *others))

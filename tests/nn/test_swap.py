@@ -61,6 +61,7 @@ def test_every_norm_and_gate_of_the_unet_runs_fused(unet: nn.Module) -> None:
     # GroupNorms under names of their own: two a residual block, one before each transformer, one at the end
     assert calls["group_norm_silu"] == stock_types["GroupNorm"]
     assert calls["geglu"] == stock_types["GEGLU"]
+    assert calls["upsample_conv2d"] == stock_types["Upsample2D"] > 0
     assert "ResnetBlock2D" in str(report)
 
 

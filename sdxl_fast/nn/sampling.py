@@ -1,0 +1,50 @@
+"""Upsampling as SDXL's UNet and VAE do it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.models.upsampling import Upsample2D as StockUpsample2D
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class Upsample2D(StockUpsample2D):
+    """diffusers' `Upsample2D` with upsampling and convolution as one operation that skips 5 of 9 multiplications.
+
+    The convolution stays the module `conv`, under its name and with its parameters. When something stands in its place
+    (a LoRA layer, say), when hooks wait for it, or when another size than the double is asked for, the stock forward
+    runs.
+    """
+
+    def forward(self, hidden_states: Tensor, output_size: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        """[N, C, H, W] -> [N, C', 2H, 2W]; extra arguments are for the stock module."""
+        if args or kwargs or why_not_fused(self) or not _is_double(output_size, hidden_states):
+            y: Tensor = super().forward(hidden_states, output_size, *args, **kwargs)
+            return y
+        convolution: Any = self.conv if self.name == "conv" else self.Conv2d_0
+        return ops.upsample_conv2d(hidden_states, convolution.weight, convolution.bias)
+
+
+def why_not_fused(module: StockUpsample2D) -> str | None:
+    """Returns why the fused operation does not do what this module does, or None when it does."""
+    convolution: Any = getattr(module, "conv" if module.name == "conv" else "Conv2d_0", None)
+    if not module.use_conv:
+        return "it has no convolution"
+    if module.use_conv_transpose or not module.interpolate or module.norm is not None:
+        return "it does more, or other things, than upsample and convolve"
+    if type(convolution) is not nn.Conv2d:
+        return f"its convolution is wrapped in {type(convolution).__name__} (LoRA?)"
+    if "forward" in vars(convolution) or convolution._forward_hooks or convolution._forward_pre_hooks:
+        return "its convolution has hooks, which the fused operation would pass by"
+    if convolution._backward_hooks or convolution._backward_pre_hooks:
+        return "its convolution has backward hooks, which the fused operation would pass by"
+    shape = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
+    if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or convolution.padding_mode != "zeros":
+        return "its convolution is not 3x3 with padding 1"
+    return None
+
+
+def _is_double(output_size: Any, x: Tensor) -> bool:
+    return output_size is None or tuple(output_size) == (2 * x.shape[-2], 2 * x.shape[-1])
