@@ -128,6 +128,16 @@ def use_backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+@contextlib.contextmanager
+def any_backend() -> Iterator[None]:
+    """Inside the block no backend is forced: for a backend that is made of other ops, which have other backends."""
+    token = _forced.set(None)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
 def forced_backend() -> str | None:
     """Returns the backend forced by the enclosing :func:`use_backend`, if any."""
     return _forced.get()

@@ -15,11 +15,14 @@ from torch.utils.checkpoint import checkpoint
 from sdxl_fast import op as glue
 from sdxl_fast import ops, use_backend
 from sdxl_fast.dispatch import Kernels
+from sdxl_fast.ops.conv2d import _OP as CONV2D
 from sdxl_fast.ops.ddim_move import _OP as DDIM_MOVE
 from sdxl_fast.ops.forward_diffusion import _OP as FORWARD_DIFFUSION
 from sdxl_fast.ops.geglu import _OP as GEGLU
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
 from sdxl_fast.ops.layer_norm import _OP as LAYER_NORM
+from sdxl_fast.ops.linear import _OP as LINEAR
+from sdxl_fast.ops.linear_geglu import _OP as LINEAR_GEGLU
 from sdxl_fast.ops.to_uint8 import _OP as TO_UINT8
 from sdxl_fast.ops.upsample_conv2d import _OP as UPSAMPLE_CONV2D
 from sdxl_fast.reference import geglu as reference
@@ -186,6 +189,9 @@ def test_gradient_rule_holds_after_a_cached_call():
         LAYER_NORM,
         TO_UINT8,
         UPSAMPLE_CONV2D,
+        LINEAR,
+        LINEAR_GEGLU,
+        CONV2D,
     ],
     ids=lambda op: op.name,
 )

@@ -33,11 +33,11 @@ from triton.runtime.jit import JITFunction
 
 from ._attention_config import Target, assuming
 from ._compile_attention import TARGETS, self_attention_cases
-from ._compile_matrix import upsample_conv2d_cases
+from ._compile_matrix import conv2d_cases, linear_cases, linear_geglu_cases, upsample_conv2d_cases
 
 _POINTER = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.uint8: "*u8",
+    torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -233,6 +233,9 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _to_uint8_cases,
     _lora_merge_cases,
     upsample_conv2d_cases,
+    linear_cases,
+    linear_geglu_cases,
+    conv2d_cases,
 )
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import torch
 
+from ._attention_config import target_of
+
 
 def upsample_conv2d_cases(dtype: torch.dtype) -> None:
     """Launches of `upsample_conv2d`."""
@@ -15,3 +17,45 @@ def upsample_conv2d_cases(dtype: torch.dtype) -> None:
         x = torch.empty(n, c_in, h, w, dtype=dtype, device="meta")
         upsample_conv2d_fwd(x.to(memory_format=torch.channels_last), phases, phases[0, :, 0, 0].contiguous(), phases)
     upsample_conv2d_fwd(x, phases, None, phases)
+
+
+def linear_cases(dtype: torch.dtype) -> None:
+    """Launches of `linear`."""
+    from .linear import linear_fwd
+
+    for shape, c_out in (((1, 4096, 640), 640), ((1, 1024, 1280), 1280), ((7, 33), 5)):
+        x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, (c_out, shape[-1])))
+        y = linear_fwd(x, weight, weight[:, 0].contiguous(), None, None, None)
+        linear_fwd(x, weight, None, y, None, None)
+        if dtype == torch.bfloat16 and target_of(x).arch >= 89:  # older tensor cores know no float8
+            scale = torch.empty((), device="meta")
+            x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+            linear_fwd(x, weight, None, y, scale, scale)
+
+
+def linear_geglu_cases(dtype: torch.dtype) -> None:
+    """Launches of `linear_geglu`."""
+    from .linear_geglu import linear_geglu_fwd
+
+    for shape, c_out in (((1, 1024, 1280), 5120), ((7, 33), 5)):
+        x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, (2 * c_out, shape[-1])))
+        linear_geglu_fwd(x, weight, weight[:, 0].contiguous(), "none")
+        linear_geglu_fwd(x, weight, None, "tanh")
+
+
+def conv2d_cases(dtype: torch.dtype) -> None:
+    """Launches of `conv2d`."""
+    from .conv2d import conv2d_fwd
+
+    # n, c_in, side, c_out, kernel, stride, padding, with a residual; the last of both memory formats
+    for n, c_in, side, c_out, size, stride, padding, added in (
+        (1, 512, 128, 512, 3, 1, 1, True), (1, 1280, 32, 1280, 3, 1, 1, False), (1, 320, 128, 320, 3, 2, 1, False),
+        (1, 640, 64, 320, 1, 1, 0, False), (2, 5, 7, 6, 3, 1, 1, True),
+    ):  # fmt: skip
+        weight = torch.empty(c_out, c_in, size, size, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+        x = torch.empty(n, c_in, side, side, dtype=dtype, device="meta")
+        bias = weight[:, 0, 0, 0].contiguous()
+        y = conv2d_fwd(x.to(memory_format=torch.channels_last), weight, bias, None, stride, padding)
+        if added:
+            conv2d_fwd(x.to(memory_format=torch.channels_last), weight, None, y, stride, padding)
+    conv2d_fwd(x, weight, None, y.contiguous(), stride, padding)

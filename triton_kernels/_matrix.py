@@ -51,7 +51,8 @@ def matrix_config(m: int, n: int, k: int, dtype: torch.dtype, *, operands: int =
     16-bit tiles of 128 x 128 x 64 in three stages take 96 KB, which the 99 KB of sm_86, sm_89 and sm_120 still hold,
     and 64 of a thread's registers; where they are too few for the 100 and more SMs of a large GPU, or too large for the
     matrix, they are halved. float32 is multiplied exactly, without tensor cores, in tiles that fit the registers so: 32
-    deep they spill on sm_90. With two right-hand sides (`operands`) the tile is half as wide, and holds as much.
+    deep they spill on sm_90. With two right-hand sides (`operands`) the tile is half as wide, and holds as much; it is
+    half as deep, with a stage more, since 64 deep it spills on sm_120.
     """
     if dtype == torch.float32:
         return MatrixConfig(32, 32 // operands, 16, num_warps=4, num_stages=2)
@@ -60,10 +61,9 @@ def matrix_config(m: int, n: int, k: int, dtype: torch.dtype, *, operands: int =
         block_m //= 2
     block_m = max(16, min(block_m, next_power_of_2(m)))
     block_n = max(16, min(block_n, next_power_of_2(n)))
-    block_k = max(16 * 2 // dtype.itemsize, min(128 // dtype.itemsize, next_power_of_2(k)))
-    return MatrixConfig(
-        block_m, block_n, block_k, num_warps=8 if block_m * block_n * operands > 64 * 128 else 4, num_stages=3
-    )
+    block_k = max(16 * 2 // dtype.itemsize, min(128 // operands // dtype.itemsize, next_power_of_2(k)))
+    num_warps = 8 if block_m * block_n * operands > 64 * 128 else 4
+    return MatrixConfig(block_m, block_n, block_k, num_warps=num_warps, num_stages=2 + operands)
 
 
 @triton.jit

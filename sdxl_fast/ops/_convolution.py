@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.reference._common import without_autocast
+from sdxl_fast.reference.conv2d import MaybeTensor
 from sdxl_fast.reference.upsample_conv2d import Gradients, fold_phases, memory_format, phase_weights
 
 # From how many input positions N*H*W on the phases, with the kernel made on the spot, beat upsampling and convolving,
@@ -94,3 +95,37 @@ def upsample_bwd(
 def upsample_conv2d() -> Backend:
     """The phases as one transposed convolution, or the two operations of the definition."""
     return Backend("library", lambda: (upsample_fwd, upsample_bwd))
+
+
+def conv2d_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    stride: int,
+    padding: int,
+) -> torch.Tensor:
+    with without_autocast(x):
+        y = F.conv2d(x, weight, bias, stride, padding)
+    y = y.contiguous(memory_format=memory_format(x))
+    return y if residual is None else y.add_(residual)
+
+
+def conv2d_bwd(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, stride: int, padding: int, needs: Sequence[bool]
+) -> Gradients:
+    mask = list(needs)
+    with without_autocast(x):
+        dx, dweight, dbias = torch.ops.aten.convolution_backward(
+            dy, x, weight, [weight.shape[0]], [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], 1, mask
+        )
+    return (
+        dx.contiguous(memory_format=memory_format(x)) if mask[0] else None,
+        torch.empty_like(weight).copy_(dweight) if mask[1] else None,
+        dbias if mask[2] else None,
+    )
+
+
+def conv2d() -> Backend:
+    """The library's convolution, and an addition."""
+    return Backend("library", lambda: (conv2d_fwd, conv2d_bwd))
