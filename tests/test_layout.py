@@ -36,7 +36,7 @@ PLACES = (
     "benchmarks/ops/bench_{}.py",
 )
 # Places an op does without, and why: {"place": "reason"}.
-_ATTENTION = ("self_attention",)
+_ATTENTION = ("cross_attention", "self_attention", "vae_attention")
 _MATRIX = ("conv2d", "linear", "linear_geglu", "upsample_conv2d")
 MISSING_ON_PURPOSE: dict[str, str] = {
     **{f"csrc/cuda/{op}.cu": "Triton serves every GPU; one by hand waits for a GPU to time it on" for op in _ATTENTION},

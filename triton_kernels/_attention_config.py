@@ -75,6 +75,8 @@ class AttentionConfig:
     A program owns `block_m` rows and walks through the other side in blocks of `block_n`, with `num_stages` of them on
     their way. `peel` takes an incomplete last block out of the loop, which then has no masks; the two copies share the
     operands that stay, which is free where they lie in shared memory, and elsewhere means registers, and spills.
+    For wide heads: `chunk` is how many channels of q and k are multiplied at a time (0 all, with q staying), `parts`
+    into how many programs the channels of v are divided, each of which makes the scores.
     """
 
     block_m: int
@@ -82,6 +84,9 @@ class AttentionConfig:
     num_warps: int
     num_stages: int
     peel: bool = False
+    chunk: int = 0
+    parts: int = 1
+    max_registers: int | None = None
 
     def tail(self, rows: int) -> int:
         """What the other side ends with: 0 a whole block, 1 masks in every block, 2 one masked block after the loop."""
@@ -91,7 +96,12 @@ class AttentionConfig:
 
     def options(self) -> dict[str, int | bool]:
         """Keyword arguments of the launch that are Triton's rather than the kernel's."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        found: dict[str, int | bool] = {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+        return found if self.max_registers is None else found | {"maxnreg": self.max_registers}
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -129,10 +139,13 @@ def query_rows(tiles_per_row: int, queries: int, target: Target) -> int:
 
 
 def _float32_config(block_d: int) -> AttentionConfig:
-    """Three TF32 products hold every operand twice: small tiles, the largest that spill on no GPU."""
+    """Three TF32 products hold every operand twice: small tiles, the largest that spill on no GPU.
+
+    Left alone, ptxas would rather have 128 registers and spill in some of them.
+    """
     if block_d <= 32:
-        return AttentionConfig(32, 16, 4, 1)
-    return AttentionConfig(32 if block_d == 64 else 16, 32, 8, 1)
+        return AttentionConfig(32, 16, 4, 1, max_registers=255)
+    return AttentionConfig(32 if block_d == 64 else 16, 32, 8, 1, max_registers=255)
 
 
 def self_attention_fwd_config(
@@ -171,3 +184,52 @@ def self_attention_bwd_config(
         return AttentionConfig(64, 32, num_warps=8, num_stages=2)
     block_m = query_rows(n * heads, rows, target)
     return AttentionConfig(block_m, block_m // 2, block_m // 16, num_stages=2, peel=target.shared_operands)
+
+
+def vae_attention_config(head_dim: int, keys: int, dtype: torch.dtype, target: Target) -> AttentionConfig:
+    """For one head of more than 128 channels, whose weighted sums fill the registers.
+
+    With 512 channels a program either owns 64 queries whole, at 64 FLOP a byte read from L2, or 128 queries and half of
+    v's channels: half as many again products, but 85 useful FLOP a byte. On sm_90 and sm_100 L2 is the tighter limit
+    (an H100's 5.5 TB/s allow 350 or 470 TFLOP/s), so the latter, in 224 of the 227 KB; elsewhere the products are. The
+    16,384 tokens of a 1024 px image make 256 programs either way, 97 % of two rounds on 132 SMs. Where shared memory
+    has 99 KB, q comes by in chunks instead of staying.
+    """
+    block_d = padded_head_dim(head_dim)
+    if dtype.itemsize == 4:
+        return AttentionConfig(32, 16, num_warps=8, num_stages=1, chunk=64, parts=block_d // 256)
+    if target.shared_operands:
+        # The masks of an incomplete block need registers that sm_100's addresses of tensor memory have taken.
+        block_n = 16 if target.arch == 100 and keys % 32 else 32
+        return AttentionConfig(128, block_n, num_warps=8, num_stages=2, parts=block_d // 256)
+    # 384 channels in a tile of 512 need masks, for which sm_120 has no registers left beside blocks of 32 keys.
+    block_n = 16 if target.arch == 120 and head_dim != block_d else 32
+    return AttentionConfig(64, block_n, num_warps=8, num_stages=2, chunk=0 if target.shared_bytes > 140 * 1024 else 64)
+
+
+def cross_attention_fwd_config(
+    n: int, heads: int, queries: int, keys: int, head_dim: int, dtype: torch.dtype, target: Target
+) -> AttentionConfig:
+    """A program owns `block_m` queries of one head and all keys, `block_n` of them with the padding.
+
+    The work is small and bound by its launch and its reads; what matters is that every SM has some: 128 queries a
+    program where that leaves two for each SM (10 heads of 4096 tokens: 320 on 132), else 64 (20 heads of 1024: 320).
+    """
+    block_n = max(16, next_power_of_2(keys))
+    block_d = padded_head_dim(head_dim)
+    if dtype.itemsize == 4:
+        return AttentionConfig(16, block_n, num_warps=8, num_stages=1)
+    block_m = 128 if n * heads * -(-queries // 128) >= 2 * target.sms else 64
+    if block_n == 256 or block_d == 128:
+        return AttentionConfig(64, block_n, num_warps=8, num_stages=1)
+    return AttentionConfig(block_m, block_n, num_warps=block_m // 16, num_stages=1)
+
+
+def query_runs(tiles_per_row: int, queries: int, keys: int, target: Target) -> int:
+    """Into how many runs the queries are divided where dk and dv have few keys; `tiles_per_row` is N * heads.
+
+    As many as give each SM two programs of 64 keys, none shorter than 128 queries: 8 for 20 heads of 1024 tokens and 77
+    keys on 132 SMs, whose sums of 0.8 MB each stay in L2. From batch 7 there is one, and nothing to add up.
+    """
+    programs = tiles_per_row * -(-keys // 64)
+    return max(1, min(-(-queries // 128), 2 * target.sms // programs))

@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from ._attention_config import Target, assuming
-from ._compile_attention import TARGETS, self_attention_cases
+from ._compile_attention import TARGETS, cross_attention_cases, self_attention_cases, vae_attention_cases
 from ._compile_matrix import conv2d_cases, linear_cases, linear_geglu_cases, upsample_conv2d_cases
 
 _POINTER = {
@@ -230,6 +230,8 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     _forward_diffusion_cases,
     _ddim_move_cases,
     self_attention_cases,
+    cross_attention_cases,
+    vae_attention_cases,
     _to_uint8_cases,
     _lora_merge_cases,
     upsample_conv2d_cases,

@@ -17,6 +17,7 @@ Wrong     for a handful of keys (cross_attention makes one pass), and for heads 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -170,13 +171,16 @@ def _dkv_block(
 @triton.jit
 def self_attention_bwd_kv_kernel(
     do_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    so_n, so_s, so_h, sq_n, sq_s, sq_h, sk_n, sk_s, sk_h, sv_n, sv_s, sv_h, heads, queries, keys,
+    so_n, so_s, so_h, sq_n, sq_s, sq_h, sk_n, sk_s, sk_h, sv_n, sv_s, sv_h, heads, queries, keys, run,
     scale, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dk and dv of its keys from a run of `run` queries; the results of each run, if there are several, lie apart."""
     i_k = tl.program_id(0).to(tl.int64) * BLOCK_N
-    i_h = tl.program_id(1).to(tl.int64)
+    i_h = (tl.program_id(1) % heads).to(tl.int64)
+    i_run = (tl.program_id(1) // heads).to(tl.int64)
     i_n = tl.program_id(2).to(tl.int64)
+    first = i_run * run
     o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
     o_d = tl.arange(0, BLOCK_D)
@@ -184,14 +188,14 @@ def self_attention_bwd_kv_kernel(
     left = keys - i_k
     b_k = load_rows(k_ptr + i_n * sk_n + i_h * sk_h + i_k * sk_s, o_n, o_d, sk_s, left, D, True, MASK_D)
     b_v = load_rows(v_ptr + i_n * sv_n + i_h * sv_h + i_k * sv_s, o_n, o_d, sv_s, left, D, True, MASK_D)
-    q_ptr += i_n * sq_n + i_h * sq_h
-    do_ptr += i_n * so_n + i_h * so_h
-    lse_ptr += (i_n * heads + i_h) * queries
-    delta_ptr += (i_n * heads + i_h) * queries
+    q_ptr += i_n * sq_n + i_h * sq_h + first * sq_s
+    do_ptr += i_n * so_n + i_h * so_h + first * so_s
+    lse_ptr += (i_n * heads + i_h) * queries + first
+    delta_ptr += (i_n * heads + i_h) * queries + first
     b_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    rest = queries
-    for _ in range(0, blocks_in_loop(queries, BLOCK_M, TAIL)):
+    rest = tl.minimum(queries - first, run).to(tl.int32)
+    for _ in range(0, blocks_in_loop(rest, BLOCK_M, TAIL)):
         b_dk, b_dv = _dkv_block(
             b_k, b_v, b_dk, b_dv, q_ptr, do_ptr, lse_ptr, delta_ptr, o_m, o_d, sq_s, so_s, rest, D, scale_log2,
             TAIL == 1, MASK_D, PRECISION,
@@ -206,7 +210,7 @@ def self_attention_bwd_kv_kernel(
             b_k, b_v, b_dk, b_dv, q_ptr, do_ptr, lse_ptr, delta_ptr, o_m, o_d, sq_s, so_s, rest, D, scale_log2,
             True, MASK_D, PRECISION,
         )  # fmt: skip
-    rows = ((i_n * keys + i_k) * heads + i_h) * D
+    rows = (((i_run * tl.num_programs(2) + i_n) * keys + i_k) * heads + i_h) * D
     if dk_ptr is not None:
         store_rows(dk_ptr + rows, b_dk * scale, o_n, o_d, heads * D, left, D)
     if dv_ptr is not None:
@@ -239,6 +243,70 @@ def self_attention_fwd(
 _DELTA_ALONE = {"maxnreg": 128}
 
 
+def _shared(
+    dout: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The arguments that both kernels of the backward take: strides and sizes, and the constants."""
+    strides = (
+        *dout.stride()[:3],
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        q.shape[2],
+        q.shape[1],
+        k.shape[1],
+    )
+    head_dim = q.shape[3]
+    return strides, {"D": head_dim, "BLOCK_D": padded_head_dim(head_dim), "PRECISION": precision_of(q.dtype)}
+
+
+def backward_of_queries(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dq: torch.Tensor | None,
+    scale: float | None,
+) -> torch.Tensor:
+    """Fills dq, if it is given, and returns delta (N, H, S), which the other half needs."""
+    n, queries, heads, head_dim = q.shape
+    delta = torch.empty_like(lse)
+    sizes, constants = _shared(dout, q, k, v)
+    config = self_attention_bwd_config(n, heads, queries, head_dim, q.dtype, target_of(q))
+    self_attention_bwd_q_kernel[(triton.cdiv(queries, config.block_m), heads, n)](
+        dout, q, k, v, out, lse, delta, dq, *sizes, *scales_of(head_dim, scale), **constants,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, TAIL=config.tail(k.shape[1]),
+        **config.options() | ({} if dq is not None else _DELTA_ALONE),
+    )  # fmt: skip
+    return delta
+
+
+def backward_of_keys(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
+    scale: float | None,
+    *,
+    runs: int = 1,
+) -> None:
+    """Fills dk and dv (N, T, H, D), those that are given; (runs, N, T, H, D), to be added, for several runs."""
+    n, queries, heads, head_dim = q.shape
+    sizes, constants = _shared(dout, q, k, v)
+    config = self_attention_bwd_config(n, heads * runs, k.shape[1], head_dim, q.dtype, target_of(q))
+    run = triton.cdiv(triton.cdiv(queries, config.block_n), runs) * config.block_n
+    self_attention_bwd_kv_kernel[(triton.cdiv(k.shape[1], config.block_m), heads * runs, n)](
+        dout, q, k, v, lse, delta, dk, dv, *sizes, run, *scales_of(head_dim, scale), **constants,
+        BLOCK_M=config.block_n, BLOCK_N=config.block_m, TAIL=config.tail(queries), **config.options(),
+    )  # fmt: skip
+
+
 def self_attention_bwd(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -250,24 +318,10 @@ def self_attention_bwd(
     needs: Sequence[bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """(dq, dk, dv), contiguous, None where `needs` is False; dout (N, S, H, D) with the last stride 1."""
-    n, queries, heads, head_dim = q.shape
-    keys = k.shape[1]
     dq, dk, dv = (t.new_empty(t.shape) if need else None for t, need in zip((q, k, v), needs, strict=True))
     if q.numel() == 0:
         return dq, *(None if t is None else t.zero_() for t in (dk, dv))  # type: ignore[return-value]
-    strides = (*dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], heads, queries, keys)
-    scales = scales_of(head_dim, scale)
-    shape = {"D": head_dim, "BLOCK_D": padded_head_dim(head_dim), "PRECISION": precision_of(q.dtype)}
-    delta = torch.empty_like(lse)
-    config = self_attention_bwd_config(n, heads, queries, head_dim, q.dtype, target_of(q))
-    self_attention_bwd_q_kernel[(triton.cdiv(queries, config.block_m), heads, n)](
-        dout, q, k, v, out, lse, delta, dq, *strides, *scales, **shape, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        TAIL=config.tail(keys), **config.options(), **({} if dq is not None else _DELTA_ALONE),
-    )  # fmt: skip
+    delta = backward_of_queries(dout, q, k, v, out, lse, dq, scale)
     if dk is not None or dv is not None:
-        config = self_attention_bwd_config(n, heads, keys, head_dim, q.dtype, target_of(q))
-        self_attention_bwd_kv_kernel[(triton.cdiv(keys, config.block_m), heads, n)](
-            dout, q, k, v, lse, delta, dk, dv, *strides, *scales, **shape, BLOCK_M=config.block_n,
-            BLOCK_N=config.block_m, TAIL=config.tail(queries), **config.options(),
-        )  # fmt: skip
+        backward_of_keys(dout, q, k, v, lse, delta, dk, dv, scale)
     return dq, dk, dv

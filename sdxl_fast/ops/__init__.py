@@ -2,6 +2,7 @@
 """The public operations. Each picks the fastest backend that can run the call; see :mod:`sdxl_fast.dispatch`."""
 
 from sdxl_fast.ops.conv2d import conv2d
+from sdxl_fast.ops.cross_attention import cross_attention
 from sdxl_fast.ops.ddim_move import ddim_move
 from sdxl_fast.ops.forward_diffusion import forward_diffusion
 from sdxl_fast.ops.geglu import geglu
@@ -13,9 +14,11 @@ from sdxl_fast.ops.lora_merge import lora_merge
 from sdxl_fast.ops.self_attention import self_attention
 from sdxl_fast.ops.to_uint8 import to_uint8
 from sdxl_fast.ops.upsample_conv2d import upsample_conv2d
+from sdxl_fast.ops.vae_attention import vae_attention
 
 __all__ = [
     "conv2d",
+    "cross_attention",
     "ddim_move",
     "forward_diffusion",
     "geglu",
@@ -27,4 +30,5 @@ __all__ = [
     "self_attention",
     "to_uint8",
     "upsample_conv2d",
+    "vae_attention",
 ]
