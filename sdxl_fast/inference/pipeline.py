@@ -16,7 +16,7 @@ from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
 from ..models.conditioning import encode_prompts, time_ids, truncated
-from ..nn import FusionReport
+from ..nn import FuseReport
 from . import pictures, presets
 from .accelerated import attach, runner_of
 from .adapters import Adapters, LoraVerbs
@@ -76,7 +76,7 @@ class OneStepPipeline(LoraVerbs):
         self.device, self.dtype = parts.unet.device, parts.unet.dtype
         self.vae_scale_factor: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
-        self.fusion: dict[str, FusionReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
+        self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
         self._parts = parts
         self._prompts, self._texts = PromptCache(), TextWatch()
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}

@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..nn import FusionReport
+from ..nn import FuseReport
 from .graphs import GraphCache, Stage, StaleGraphError
 from .packing import NotPackableError
 from .watch import Change, Watch
@@ -67,7 +67,7 @@ class Runner(Generic[P]):
         self.network = network
         self.graphs = graphs
         self.use = Use()
-        self.fusion = FusionReport()
+        self.fusion = FuseReport()
         self.was_contiguous = False
         self._build = build
         self._program: P | None = None

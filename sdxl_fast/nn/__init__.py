@@ -6,19 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import Attention as Attention
     from .feed_forward import GEGLU as GEGLU
     from .norm import GroupNorm as GroupNorm
     from .norm import GroupNormSiLU as GroupNormSiLU
     from .resnet import ResnetBlock2D as ResnetBlock2D
     from .sampling import Upsample2D as Upsample2D
-    from .swap import FusionReport as FusionReport
+    from .swap import FuseReport as FuseReport
     from .swap import fuse as fuse
     from .swap import restore as restore
 
 # Loaded on first use: the norms need torch alone, the others subclass diffusers' modules, which take seconds to import.
 _HOME = {
+    "Attention": "attention",
     "GEGLU": "feed_forward",
-    "FusionReport": "swap",
+    "FuseReport": "swap",
     "GroupNorm": "norm",
     "GroupNormSiLU": "norm",
     "ResnetBlock2D": "resnet",
@@ -29,7 +31,8 @@ _HOME = {
 
 __all__ = [
     "GEGLU",
-    "FusionReport",
+    "Attention",
+    "FuseReport",
     "GroupNorm",
     "GroupNormSiLU",
     "ResnetBlock2D",

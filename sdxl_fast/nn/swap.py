@@ -16,7 +16,7 @@ from .norm import FusedIntoNorm, GroupNorm, GroupNormSiLU
 
 
 @dataclass(slots=True)
-class FusionReport:
+class FuseReport:
     """What `fuse` did: module name to the operation it now runs, and module name to the reason it was left alone."""
 
     replaced: dict[str, str] = field(default_factory=dict)
@@ -28,16 +28,20 @@ class FusionReport:
         return "\n".join(lines + [f"  kept {name}: {reason}" for name, reason in self.kept.items()])
 
 
-def fuse(model: nn.Module) -> FusionReport:
+def fuse(model: nn.Module) -> FuseReport:
     """Swap every module of `model` that has a fused counterpart, in place.
 
     Swapped are diffusers' `ResnetBlock2D` (both GroupNorm+SiLU pairs, the second with the time embedding's shift),
-    `GEGLU`, `Upsample2D` with its convolution, the GroupNorm+SiLU before the output convolution of UNet, VAE encoder
-    and decoder, and the GroupNorms that stand alone before attention. Subclasses and modules whose `forward` is
-    overridden are left as they are and listed in the report. Gradients flow; a second call changes nothing.
+    `Attention` with the default processor, `GEGLU`, `Upsample2D` with its convolution, the GroupNorm+SiLU before the
+    output convolution of UNet, VAE encoder and decoder, and the GroupNorms that stand alone. Subclasses, modules whose
+    `forward` is overridden and attention that does more (an IP-Adapter's processor, the causal mask of CLIP) are left
+    as they are and listed in the report. Gradients flow; a second call changes nothing.
+
+    Wrap in FSDP2 afterwards: `fully_shard` makes the modules it wraps subclasses of their own.
 
     Args:
-        model: UNet2DConditionModel, AutoencoderKL, or any module that contains their parts.
+        model: UNet2DConditionModel, ControlNetModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, or any
+            module that contains their parts.
 
     Returns:
         what was swapped and what was not, by module name.
@@ -50,7 +54,7 @@ def fuse(model: nn.Module) -> FusionReport:
     from .resnet import ResnetBlock2D
     from .sampling import Upsample2D, why_not_fused
 
-    report = FusionReport()
+    report = FuseReport()
     modules = dict(model.named_modules())
     for name, module in modules.items():
         if isinstance(module, StockResnetBlock2D) and not isinstance(module, ResnetBlock2D):
@@ -86,20 +90,41 @@ def fuse(model: nn.Module) -> FusionReport:
             else:
                 module.__class__ = GroupNorm
                 report.replaced[name] = "GroupNorm"
+    _fuse_attention(modules, report)
     return report
+
+
+def _fuse_attention(modules: dict[str, nn.Module], report: FuseReport) -> None:
+    """Swaps diffusers' `Attention`; after the norms, since one that stays may keep a fused norm inside."""
+    from diffusers.models.attention_processor import Attention as StockAttention
+
+    from .attention import Attention, operation, why_not_fused
+
+    for name, module in modules.items():
+        if isinstance(module, StockAttention) and not isinstance(module, Attention):
+            if reason := _not_plain(module, StockAttention) or why_not_fused(module):
+                report.kept[name] = reason
+            else:
+                module.__class__ = Attention
+                report.replaced[name] = f"Attention: {operation(module)}"
+        elif type(module).__name__ == "CLIPAttention":
+            report.kept[name] = "it runs transformers' attention, causal for text, which the operations are not"
 
 
 def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
     from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
+    from diffusers.models.attention_processor import Attention as StockAttention
     from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
     from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 
+    from .attention import Attention
     from .feed_forward import GEGLU
     from .resnet import ResnetBlock2D
     from .sampling import Upsample2D
 
     stock: dict[type[nn.Module], type[nn.Module]] = {
+        Attention: StockAttention,
         ResnetBlock2D: StockResnetBlock2D,
         GEGLU: StockGEGLU,
         Upsample2D: StockUpsample2D,
