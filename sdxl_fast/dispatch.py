@@ -3,9 +3,9 @@
 
 Every op offers some of five backends. ``cuda`` and ``cpu`` are the native library, ``triton`` the Triton kernels,
 ``library`` the libraries PyTorch brings (fused attention, matrix products, convolutions: where there is no better
-kernel) and ``eager`` the reference in plain PyTorch, which runs anywhere. A backend is used when it loads on this
-machine, its rules hold for the call, and it comes first in the preference for the tensor's device; :func:`use_backend`
-forces one.
+kernel) or other ops put together, and ``eager`` the reference in plain PyTorch, which runs anywhere. A backend is used
+when it loads on this machine, its rules hold for the call, and it comes first in the preference for the tensor's
+device; :func:`use_backend` forces one.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from triton.runtime.jit import JITFunction
 
 from ._attention_config import Target, assuming
 from ._compile_attention import TARGETS, cross_attention_cases, self_attention_cases, vae_attention_cases
+from ._compile_heads import disc_head_cases, token_head_cases
 from ._compile_matrix import conv2d_cases, linear_cases, linear_geglu_cases, upsample_conv2d_cases
 
 _POINTER = {
@@ -232,6 +233,8 @@ CASES: tuple[Callable[[torch.dtype], None], ...] = (
     self_attention_cases,
     cross_attention_cases,
     vae_attention_cases,
+    disc_head_cases,
+    token_head_cases,
     _to_uint8_cases,
     _lora_merge_cases,
     upsample_conv2d_cases,

@@ -7,14 +7,15 @@ import copy
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from ..nn.norm import GroupNormSiLU
+from .. import ops
+from ..nn.norm import GroupNorm, GroupNormSiLU
 
 
 class UNetEncoder(nn.Module):
@@ -49,6 +50,8 @@ class UNetEncoder(nn.Module):
 class DiscriminatorHead(nn.Module):
     """Blocks of 4×4 stride-2 convolution, GroupNorm, SiLU down to one position, then a projection to one logit.
 
+    What follows the last convolution is one operation, `ops.disc_head`, the loss included.
+
     Args:
         in_channels: channels of the feature map, twice the mid block's for the conditional discriminator.
         channels: width of the blocks.
@@ -69,10 +72,25 @@ class DiscriminatorHead(nn.Module):
         )
         self.projection = nn.Conv2d(channels, 1, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """[N, in_channels, h, w] -> logits [N]; a map larger than `side` is judged in several places, on average."""
-        logits: Tensor = self.projection(self.blocks(features))
-        return logits.flatten(1).mean(1)
+    def forward(self, features: Tensor, loss: str = "non_saturating_real") -> tuple[Tensor, Tensor]:
+        """[N, in_channels, h, w] to logits [N] and their losses [N], float32 (float64 for float64).
+
+        A map larger than `side` is judged in several places, on average. `loss` is one of `ops.disc_head`'s.
+        """
+        *blocks, (convolution, norm) = cast(Any, self.blocks)
+        for block in blocks:
+            features = block(features)
+        bias = cast(Tensor, self.projection.bias)
+        return ops.disc_head(
+            convolution(features),
+            norm.weight,
+            norm.bias,
+            self.projection.weight.flatten(),
+            bias,
+            num_groups=norm.num_groups,
+            eps=norm.eps,
+            loss=loss,
+        )
 
 
 class LightningDiscriminator(nn.Module):
@@ -94,14 +112,21 @@ class LightningDiscriminator(nn.Module):
         feature: Tensor = self.encoder(latents, timesteps.clamp(min=0), condition)
         return feature
 
-    def judge(self, features: Tensor, features_t: Tensor | None) -> Tensor:
-        """Logits [N] from the features of x_{t-ns} and, for the conditional discriminator, those of x_t."""
+    def verdict(self, features: Tensor, features_t: Tensor | None, loss: str) -> tuple[Tensor, Tensor]:
+        """Logits [N] and their losses [N], of the kind that `ops.disc_head` calls `loss`.
+
+        From the features of x_{t-ns} and, for the conditional discriminator, those of x_t.
+        """
         if self.conditional:
             if features_t is None:
                 raise ValueError("features_t is None; the conditional discriminator also judges x_t: pass its features")
             features = torch.cat([features, features_t], dim=1)
-        logits: Tensor = self.head(features)
-        return logits
+        logits, losses = self.head(features, loss)
+        return logits, losses
+
+    def judge(self, features: Tensor, features_t: Tensor | None) -> Tensor:
+        """The logits alone, of :meth:`verdict`."""
+        return self.verdict(features, features_t, "non_saturating_real")[0]
 
 
 class TokenHead(nn.Module):
@@ -126,7 +151,7 @@ class TokenHead(nn.Module):
 
         def block(kernel: int) -> nn.Sequential:
             conv = nn.Conv1d(channels, channels, kernel, padding=kernel // 2, padding_mode="circular")
-            return nn.Sequential(spectral_norm(conv), nn.GroupNorm(channels // 8, channels), nn.LeakyReLU(0.2))
+            return nn.Sequential(spectral_norm(conv), GroupNorm(channels // 8, channels), nn.LeakyReLU(0.2))
 
         self.lift = block(1)
         self.residual = block(9)
@@ -136,9 +161,20 @@ class TokenHead(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
         """tokens [N, C, L >= 4], condition [N, width] -> logits [N, L]."""
         x = self.lift(tokens)
-        x = (x + self.residual(x)) / math.sqrt(2.0)
-        mapped = self.condition(condition)[:, :, None]
-        return (self.projection(x) * mapped).sum(1) / math.sqrt(self.PROJECTION)
+        (convolution, norm, _), projection = cast(Any, self.residual), cast(Any, self.projection)
+        hidden = convolution(x)
+        # (projection(x) · mapped) is linear in x: the two make one direction per sample. The residual block's 1/√2 and
+        # the 1/√64 of the product go along.
+        mapped = self.condition(condition) / math.sqrt(self.PROJECTION)
+        direction = mapped @ projection.weight.squeeze(2).to(mapped.dtype) / math.sqrt(2.0)
+        offset = mapped @ projection.bias.to(mapped.dtype)
+        return ops.token_head(
+            *(hidden, x.to(hidden.dtype), norm.weight, norm.bias),
+            direction=direction,
+            offset=offset,
+            num_groups=norm.num_groups,
+            eps=norm.eps,
+        )
 
 
 class AddDiscriminator(nn.Module):

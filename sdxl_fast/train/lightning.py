@@ -221,16 +221,25 @@ class AdversarialTask(StudentTask):
         t_star = self.bench.timesteps(self.phase.renoise, *key, "renoise", weights=self.phase.renoise_weights)
         return Renoise(t_star, self.bench.seeds(*key))
 
-    def _judge(self, shown: Sequence[Tensor], level: Tensor, start: Start, text: Condition) -> tuple[Tensor, ...]:
-        """D's logits of several batches of latents at one level; (x_t, c) passes through D once for all of them."""
+    def _judge(
+        self, shown: Sequence[tuple[Tensor, str]], level: Tensor, start: Start, text: Condition
+    ) -> tuple[tuple[Tensor, Tensor], ...]:
+        """D's logits and mean loss of several batches of latents at one level, each with what it is to be judged.
+
+        (x_t, c) passes through D once for all of them.
+        """
         d, count, options = self.discriminator, len(shown), self.bench.config.discriminator
         # Only attention as plain matrix products can be differentiated twice.
         attention = sdpa_kernel(SDPBackend.MATH) if options.r1 else nullcontext()
         texts = {name: torch.cat([value] * count) for name, value in text.items()}
         with self.bench.config.autocast(), attention:
             feature_t = d.features(start.x_t, start.t, text) if d.conditional else None
-            features = d.features(torch.cat(list(shown)), level.repeat(count), texts)
-            return tuple(d.judge(feature, feature_t) for feature in features.chunk(count))
+            features = d.features(torch.cat([latents for latents, _ in shown]), level.repeat(count), texts)
+            verdicts = [
+                d.verdict(feature, feature_t, f"non_saturating_{wanted}")
+                for feature, (_, wanted) in zip(features.chunk(count), shown, strict=True)
+            ]
+        return tuple((logits, loss.mean()) for logits, loss in verdicts)
 
     def _discriminator_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
         """Real: the teacher's x_{t-ns}; fake: the student's."""
@@ -242,21 +251,23 @@ class AdversarialTask(StudentTask):
             real = self.teacher.walk(*start, self.substeps)
             real = real if renoise is None else bench.renoised(real, renoise)
             fake = self.student.move(*start, renoise)
-        shown = [real.requires_grad_(options.r1 > 0), fake.shown]
+        shown = [(real.requires_grad_(options.r1 > 0), "real"), (fake.shown, "fake")]
         if options.approximate_r1:
             noise = bench.pure_noise(bench.seeds(*key, "r1"), real.shape[1:])
-            shown.append(real.detach() + options.approximate_r1_std * noise)
-        real_logits, fake_logits, *noisy = self._judge(shown, fake.level, start, start.condition)
-        loss = losses.non_saturating_discriminator(real_logits, fake_logits)
+            shown.append((real.detach() + options.approximate_r1_std * noise, "real"))
+        (real_logits, real_loss), (fake_logits, fake_loss), *noisy = self._judge(
+            shown, fake.level, start, start.condition
+        )
+        loss = real_loss + fake_loss  # eq. 19
         facts = {"d_loss": loss.item(), "d_accuracy": losses.accuracy(real_logits, fake_logits).item()}
         if options.r1:
             loss = loss + options.r1 * losses.gradient_penalty(real_logits, real)
         if noisy:
-            loss = loss + options.approximate_r1 * losses.distance(noisy[0], real_logits)
+            loss = loss + options.approximate_r1 * losses.distance(noisy[0][0], real_logits)
         if options.misaligned_text:
             _, others = bench.batch(*key, text_of_next=True)
-            (misaligned,) = self._judge([real.detach()], fake.level, start, others)
-            loss = loss + options.misaligned_text * losses.non_saturating_generator(-misaligned)
+            ((_, misaligned),) = self._judge([(real.detach(), "fake")], fake.level, start, others)
+            loss = loss + options.misaligned_text * misaligned
         return loss, facts
 
     def discriminator_step(self, images: int) -> dict[str, float]:
@@ -271,8 +282,7 @@ class AdversarialTask(StudentTask):
     def _student_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
         start, weight = self.start(images, "student"), self.phase.regression_weight
         fake = self.student.move(*start, self._renoise(images, "student"))
-        (logits,) = self._judge([fake.shown], fake.level, start, start.condition)
-        loss = losses.non_saturating_generator(logits)
+        ((_, loss),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
         facts = {"g_loss": loss.item()}
         if weight:
             regression = losses.distance(fake.x, self.teacher.walk(*start, self.substeps))

@@ -245,7 +245,7 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
         discriminator.train()
     if config.parallel == "fsdp" and distributed.size() > 1:
         blocks = distributed.unet_blocks(discriminator.encoder.unet)
-        distributed.spread(discriminator, blocks, methods=("features", "judge"))
+        distributed.spread(discriminator, blocks, methods=("features", "verdict"))
     return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
 
 

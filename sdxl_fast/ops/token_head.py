@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``token_head``: normalisation, leaky ReLU, residual and projection of a discriminator's head over tokens, as one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sdxl_fast.constraints import (
+    Condition,
+    DeviceLike,
+    DimBetween,
+    Divides,
+    Dtype,
+    DtypeLike,
+    Integer,
+    IsTensor,
+    Ndim,
+    NonNegative,
+    SameShape,
+    ShapeFrom,
+    Values,
+)
+from sdxl_fast.dispatch import Backend, any_backend
+from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
+from sdxl_fast.ops import _backends
+from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
+from sdxl_fast.reference import token_head as reference
+from sdxl_fast.reference._common import accumulation_dtype, without_autocast
+
+_TENSORS = ("hidden", "residual", "weight", "bias", "direction", "offset")
+
+
+def token_head(
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    direction: torch.Tensor,
+    offset: torch.Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Returns a logit per token: what follows the k=9 convolution of ADD's heads.
+
+    ``logit = direction . (residual + LeakyReLU(GroupNorm(hidden), 0.2)) + offset``, differentiable twice in all six
+    tensors. The projection to 64 channels and its product with the mapped condition are one direction per sample:
+    ``direction = mapped @ projection_weight``, ``offset = mapped @ projection_bias``.
+
+    Args:
+        hidden: [N,C,L] with L >= 1, float32, bfloat16, float16 or float64; contiguous, anything else is copied.
+        residual: [N,C,L] in hidden's dtype.
+        weight, bias: [C], of the normalisation; hidden's dtype, or float32 beside a 16-bit one (autocast).
+        direction: [N,C], in such a dtype.
+        offset: [N], in such a dtype.
+        num_groups: G, divides C.
+        eps: added to the (biased) variance.
+
+    Returns:
+        logits [N,L], float32 (float64 for float64), as is the arithmetic. Autocast does not change the dtype.
+
+    Raises:
+        ValueError: naming the argument, what came, what is allowed and the remedy.
+        UnsupportedError: when the backend forced by ``use_backend`` cannot run the call.
+
+    Source: ADD section 3.2 (arXiv:2311.17042), after StyleGAN-T (arXiv:2301.09515).
+    """
+    logits: torch.Tensor = _OP(hidden, residual, weight, bias, direction, offset, num_groups, eps)[0]
+    return logits
+
+
+def _norm(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float
+) -> tuple[Any, tuple[Any, ...]]:
+    """The kernels of group_norm_silu and their arguments, in the dtype of the statistics: nothing is rounded twice."""
+    acc = accumulation_dtype(hidden.dtype)
+    args = (hidden.to(acc).unsqueeze(-1), weight.to(acc), bias.to(acc), None, num_groups, eps, "none")
+    with any_backend():
+        return GROUP_NORM_SILU.plan(args), args
+
+
+def _composed_fwd(
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    direction: torch.Tensor,
+    offset: torch.Tensor,
+    num_groups: int,
+    eps: float,
+) -> reference.Outputs:
+    kernels, args = _norm(hidden, weight, bias, num_groups, eps)
+    z, mean, rstd = kernels.fwd(*args)
+    total = F.leaky_relu_(z.squeeze(-1), reference.SLOPE).add_(residual)
+    with without_autocast(hidden):
+        logits = torch.baddbmm(offset.to(z.dtype)[:, None, None], direction.to(z.dtype).unsqueeze(1), total)
+    return logits.squeeze(1), mean, rstd
+
+
+def _composed_bwd(
+    hidden: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    direction: torch.Tensor,
+    offset: torch.Tensor,
+    dlogits: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    num_groups: int,
+    needs: Sequence[bool],
+) -> reference.Gradients:
+    # The activation is made again, as the backward of a memory-bound op does; eps is in rstd.
+    kernels, args = _norm(hidden, weight, bias, num_groups, 0.0)
+    acc = mean.dtype
+    group_channels = hidden.shape[1] // num_groups
+    centre, scale = (t.repeat_interleave(group_channels, 1).unsqueeze(2) for t in (mean, rstd))
+    # The mean by itself: folded into the bias it would cost |mean| / std digits.
+    z = torch.addcmul(args[2][:, None], args[0].squeeze(-1) - centre, scale * args[1][:, None])
+    dtotal = direction.to(acc).unsqueeze(2) * dlogits.unsqueeze(1)
+    ddirection = None
+    if needs[4]:
+        total = F.leaky_relu(z, reference.SLOPE).add_(residual)
+        with without_autocast(hidden):
+            ddirection = torch.bmm(total, dlogits.unsqueeze(2)).squeeze(2).to(direction.dtype)
+    found: tuple[MaybeTensor, ...] = (None, None, None)
+    if needs[0] or needs[2] or needs[3]:
+        dz = torch.where(z > 0, dtotal, reference.SLOPE * dtotal).unsqueeze(-1)
+        wanted = (needs[0], needs[2], needs[3], False)
+        found = kernels.bwd(dz, *args[:4], mean, rstd, num_groups, "none", wanted)
+    dhidden = None if found[0] is None else found[0].squeeze(-1).to(hidden.dtype)
+    dweight, dbias = (None if t is None else t.to(p.dtype) for t, p in zip(found[1:], (weight, bias), strict=False))
+    dresidual = dtotal.to(residual.dtype) if needs[1] else None
+    doffset = dlogits.sum(1).to(offset.dtype) if needs[5] else None
+    return dhidden, dresidual, dweight, dbias, ddirection, doffset
+
+
+def _narrow_groups(values: Values) -> bool:
+    return values["hidden"].shape[1] // values["num_groups"] <= 1024
+
+
+class _TokenHead(FusedOp):
+    name = "token_head"
+    parameters = (*_TENSORS, "num_groups", "eps")
+    fwd_schema = (
+        "(Tensor hidden, Tensor residual, Tensor weight, Tensor bias, Tensor direction, Tensor offset, "
+        "SymInt num_groups, float eps) -> (Tensor, Tensor, Tensor)"
+    )
+    bwd_schema = (
+        "(Tensor hidden, Tensor residual, Tensor weight, Tensor bias, Tensor direction, Tensor offset, "
+        "Tensor dlogits, Tensor mean, Tensor rstd, SymInt num_groups, bool[] needs) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+    rules = (
+        *(IsTensor(arg) for arg in _TENSORS),
+        Dtype("hidden", _backends.FLOATS),
+        Ndim("hidden", 3, "[N,C,L]"),
+        DimBetween("hidden", 1, "channels", least=1),
+        DimBetween("hidden", 2, "tokens", least=1),
+        SameShape("residual", "hidden"),
+        DtypeLike("residual", "hidden"),
+        Integer("num_groups"),
+        Divides("num_groups", "hidden", 1),
+        *(ShapeFrom(arg, "hidden", (1,), "[C]") for arg in ("weight", "bias")),
+        ShapeFrom("direction", "hidden", (0, 1), "[N,C]"),
+        ShapeFrom("offset", "hidden", (0,), "[N]"),
+        *(DtypeLike(arg, "hidden", also=(torch.float32,)) for arg in _TENSORS[2:]),
+        *(DeviceLike(arg, "hidden") for arg in _TENSORS[1:]),
+        NonNegative("eps"),
+    )
+    backends = (
+        _backends.triton("token_head", "hidden", Condition("a group must have at most 1024 channels", _narrow_groups)),
+        Backend("library", lambda: (_composed_fwd, _composed_bwd)),
+        _backends.eager(reference),
+    )
+
+    def prepare(self, args: Args) -> Args:
+        return *(t.contiguous() for t in args[:6]), *args[6:]
+
+    def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
+        return *args[:6], *outputs[1:]
+
+    def bwd_arguments(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> Args:
+        return *saved[:6], dy.contiguous(), *saved[6:], scalars[6], tuple(needs[:6])
+
+    def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
+        return *found, None, None
+
+    def second_order(
+        self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
+    ) -> tuple[MaybeTensor, ...]:
+        found = reference_gradients(lambda *t: reference.fwd(*t, *scalars[6:])[0], saved[:6], dy, needs[:6])
+        return *found, None, None
+
+    def forward_arguments(self, bwd_args: Args) -> Args:
+        return *bwd_args[:6], bwd_args[9], 0.0
+
+    def fake_fwd(self, args: Args) -> Any:
+        hidden, num_groups = args[0], args[6]
+        n, _, length = hidden.shape
+        acc = accumulation_dtype(hidden.dtype)
+        mean = hidden.new_empty((n, num_groups), dtype=acc)
+        return hidden.new_empty((n, length), dtype=acc), mean, torch.empty_like(mean)
+
+    def fake_bwd(self, bwd_args: Args) -> Any:
+        tensors, needs = bwd_args[:6], bwd_args[10]
+        return tuple(
+            torch.empty_like(t) if need else tensors[0].new_empty(0) for t, need in zip(tensors, needs, strict=True)
+        )
+
+
+_OP = _TokenHead(token_head)
