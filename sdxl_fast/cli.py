@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import __version__
 from .cli_data import prepare
 from .cli_export import export_app
 from .errors import SdxlFastError
@@ -54,6 +57,16 @@ def generate(
     out: Annotated[Path, typer.Option(help="A picture file, or a folder to put them in.")] = Path(),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Which published checkpoint it is, if its name does not say.")
+    ] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE=WEIGHT; may be repeated.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image is drawn anew, 0..1; 0.5 if left out.")
+    ] = None,
+    quantization: Annotated[str | None, typer.Option(help="None is all there is without a GPU.")] = None,
+    bench: Annotated[int, typer.Option(help="Draw so often once more, and print the times.")] = 0,
 ) -> None:
     """Draw pictures from prompts and write them to files."""
     if not prompts or not all(prompt.strip() for prompt in prompts):
@@ -64,19 +77,30 @@ def generate(
     seeds = check_seeds(seed, len(prompts), num_images).tolist()
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
-    pipe = _load(model, device, dtype, base)
-    images = pipe(
-        prompts,
-        seed=seeds,
-        num_inference_steps=steps,
-        height=height,
-        width=width,
-        num_images_per_prompt=num_images,
-    ).images
-    for file, text, one_seed, image in zip(files, texts, seeds, images, strict=True):
-        save_picture(image, file)
+    start = _start(image, strength)
+    pipe = _load(model, device, dtype, base, preset, quantization)
+    for name, weight in parse_loras(lora or []):
+        pipe.load_lora_weights(name, weight=weight)
+    call = {
+        "num_inference_steps": steps,
+        "height": height,
+        "width": width,
+        "num_images_per_prompt": num_images,
+        **start,
+    }
+    images = pipe(prompts, seed=seeds, **call).images
+    settings = {"model": model_name(model), "steps": steps or pipe.preset.steps[0], "strength": start.get("strength")}
+    about = described(pipe, settings | {"size": list(images[0].size)})
+    for file, text, one_seed, picture in zip(files, texts, seeds, images, strict=True):
+        save_picture(picture, file, {"prompt": text, "seed": str(one_seed), **about})
         print(f"{file}  {text!r}, seed {one_seed}")
     print(format_timings(pipe.timings, len(images)))
+    if bench:
+        times = []
+        for _ in range(bench):
+            pipe(prompts, seed=seeds, **call)
+            times.append(pipe.timings)
+        print("\n".join(format_bench(times, len(images))))
 
 
 @app.command()
@@ -210,10 +234,59 @@ def picture_files(out: Path, texts: list[str], seeds: list[int]) -> list[Path]:
     return [out / f"{name}.png" for name in names]
 
 
-def save_picture(picture: Any, path: Path) -> None:
-    """Write a PIL image, whole or not at all."""
+def save_picture(picture: Any, path: Path, about: dict[str, str] | None = None) -> None:
+    """Write a PIL image, whole or not at all; a PNG keeps `about` as text."""
+    options: dict[str, Any] = {}
+    if about and path.suffix.lower() == ".png":
+        from PIL.PngImagePlugin import PngInfo
+
+        options["pnginfo"] = PngInfo()
+        for key, value in about.items():
+            options["pnginfo"].add_itxt(key, value)
     with replacing(path) as temporary:
-        picture.save(temporary)
+        picture.save(temporary, **options)
+
+
+def described(pipe: OneStepPipeline, settings: dict[str, Any]) -> dict[str, str]:
+    """Settings as a PNG's text: the model by itself, because it is asked for most, and all of them as JSON."""
+    settings = settings | {
+        "preset": pipe.preset.name,
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "loras": pipe.loras,
+        "sdxl_fast": __version__,
+    }
+    given = {key: value for key, value in settings.items() if value not in (None, {})}
+    return {"model": given["model"], "settings": json.dumps(given, sort_keys=True, ensure_ascii=False)}
+
+
+def model_name(model: str | None) -> str:
+    """What to call a model in a picture that others get: a file or folder without where it lies."""
+    if model is None:
+        return "embedded"
+    return Path(model).resolve().name if Path(model).exists() else model
+
+
+def parse_loras(values: list[str]) -> list[tuple[str, float]]:
+    """(file, weight) of every `FILE` or `FILE=WEIGHT`. Raises ValueError for a weight that is no number."""
+    found = []
+    for value in values:
+        file, equals, weight = value.rpartition("=")
+        if not equals or Path(value).exists():
+            file, weight = value, "1"
+        try:
+            found.append((file, float(weight)))
+        except ValueError:
+            raise ValueError(f"--lora {value}: {weight!r} is no number; give FILE or FILE=WEIGHT") from None
+    return found
+
+
+def format_bench(times: list[dict[str, float]], count: int) -> list[str]:
+    """A line per stage with the fastest and the median milliseconds of several calls for `count` pictures each."""
+    lines = [f"{len(times)} calls, {count} pictures each, milliseconds: fastest, median"]
+    for stage in times[0]:
+        taken = [one[stage] * 1e3 for one in times]
+        lines.append(f"  {stage.replace('_', ' '):14} {min(taken):9.1f} {statistics.median(taken):9.1f}")
+    return lines
 
 
 def format_timings(timings: dict[str, float], count: int) -> str:
@@ -222,7 +295,14 @@ def format_timings(timings: dict[str, float], count: int) -> str:
     return f"{', '.join(parts)}; {timings['total'] / count * 1e3:.1f} ms per picture"
 
 
-def _load(model: str | None, device: str | None, dtype: str | None, base: str | None = None) -> OneStepPipeline:
+def _load(
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    base: str | None = None,
+    preset: str | None = None,
+    quantization: str | None = None,
+) -> OneStepPipeline:
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
     import torch
@@ -230,8 +310,24 @@ def _load(model: str | None, device: str | None, dtype: str | None, base: str | 
     from .inference import OneStepPipeline
 
     return OneStepPipeline.from_pretrained(
-        model, device=device, base=base, dtype=None if dtype is None else getattr(torch, _DTYPES[dtype])
+        model,
+        device=device,
+        base=base,
+        dtype=None if dtype is None else getattr(torch, _DTYPES[dtype]),
+        preset=preset,
+        quantization=quantization,
     )
+
+
+def _start(image: Path | None, strength: float | None) -> dict[str, Any]:
+    """The arguments for image-to-image: the picture, and how much of it is drawn anew."""
+    if image is None:
+        if strength is not None:
+            raise ValueError("--strength says how much of --image is drawn anew: give one")
+        return {}
+    from PIL import Image
+
+    return {"image": Image.open(image).convert("RGB"), "strength": 0.5 if strength is None else strength}
 
 
 def _check_suffix(out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -55,6 +56,39 @@ def test_one_file_with_every_option(toy_folder: Path, tmp_path: Path, capsys: py
     assert Image.open(tmp_path / "cat.webp").size == (24, 40)
 
 
+def test_a_png_says_how_it_was_made(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora = next(toy_folder.glob("*4step_lora.safetensors"))
+    start = tmp_path / "start.png"
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(start)
+    code, out, err = _run(
+        capsys, "generate", "a cät", "--model", toy_folder, "--seed", 3, "--steps", 2, "--device", "cpu", "--lora",
+        f"{lora}=0.25", "--image", start, "--strength", 0.75, "--bench", 2, "--out", tmp_path / "made.png",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "2 calls, 1 pictures each" in out
+    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["text", "vae", "unet", "total"]
+    made = Image.open(tmp_path / "made.png")
+    assert (made.text["prompt"], made.text["seed"], made.text["model"]) == ("a cät", "3", toy_folder.name)
+    settings = json.loads(made.text["settings"])
+    assert settings["loras"] == {lora.name.removesuffix(".safetensors"): 0.25}
+    assert (settings["steps"], settings["strength"], settings["size"]) == (2, 0.75, [32, 32])
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", lora={lora: 0.25})
+    again = pipe("a cät", seed=3, num_inference_steps=2, image=Image.open(start), strength=0.75).images[0]
+    assert np.array_equal(np.asarray(again), np.asarray(made))
+
+
+def test_loras_on_the_command_line(tmp_path: Path) -> None:
+    odd = tmp_path / "a=b.safetensors"
+    odd.touch()
+    assert cli.parse_loras(["x.safetensors", "y=0.5", str(odd)]) == [
+        ("x.safetensors", 1.0),
+        ("y", 0.5),
+        (str(odd), 1.0),
+    ]
+    with pytest.raises(ValueError, match="'much' is no number"):
+        cli.parse_loras(["x=much"])
+
+
 def test_files_are_named_without_collisions(tmp_path: Path) -> None:
     names = [f.name for f in cli.picture_files(tmp_path, ["a/b", "a b", "a/b", "🍎", "../x"], [1, 1, 2, 3, 4])]
     assert names == ["a-b_1.png", "a-b_1_2.png", "a-b_2.png", "picture_3.png", "x_4.png"]
@@ -97,6 +131,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "negative seed": (["cat", "--seed", "-1"], "seed is -1"),
     "dtype": (["cat", "--dtype", "fp8"], "float32, bfloat16"),
     "device": (["cat", "--device", "toaster"], "device is 'toaster'"),
+    "preset": (["cat", "--model", "TOY", "--preset", "fast"], "preset is 'fast'; allowed: lightning-1step-x0"),
+    "quantization": (["cat", "--quantization", "fp8"], "needs a GPU"),
+    "LoRA": (["cat", "--model", "TOY", "--lora", "/nowhere.safetensors"], "no such file"),
+    "strength alone": (["cat", "--strength", "0.5"], "give one"),
+    "picture": (["cat", "--image", "/nowhere.png"], "nowhere.png"),
 }
 
 
@@ -136,7 +175,7 @@ def test_output_paths_are_checked_before_anything_is_drawn(
 def test_a_failed_write_leaves_the_old_picture(
     toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save(self: Image.Image, path: Path) -> None:
+    def save(self: Image.Image, path: Path, **options: Any) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 

@@ -211,6 +211,11 @@ class LoraVerbs:
         weights = 1.0 if adapter_weights is None else adapter_weights
         self._adapters.set(names, [weights] * len(names) if isinstance(weights, int | float) else list(weights))
 
+    @property
+    def loras(self) -> dict[str, float]:
+        """The LoRAs that are loaded and how strongly each is merged; 0 is idle."""
+        return self._adapters.strengths
+
     def get_active_adapters(self) -> list[str]:
         """The LoRAs that change pictures now."""
         return [name for name, weight in self._adapters.strengths.items() if weight]
