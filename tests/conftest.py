@@ -23,6 +23,14 @@ if not torch.cuda.is_available():
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests that take longer than the default run has."""
+    parser.addoption("--soak-calls", type=int, default=500, help="random calls of the slow test of test_soak.py")
+    parser.addoption(
+        "--diffusers-tests", metavar="DIR", help="a checkout of diffusers, whose SDXL tests are to pass too"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

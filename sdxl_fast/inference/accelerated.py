@@ -110,6 +110,11 @@ for _packed, _stock in _STOCK.items():
     _packed.__name__, _packed.__qualname__ = _stock.__name__, _stock.__qualname__
 
 
+def packable(network: Any) -> bool:
+    """Whether `attach` knows this kind of network, or has been there before."""
+    return type(network) in (*_STOCK, *_STOCK.values())
+
+
 def attach(network: Any, *, graph_budget: int = DEFAULT_BUDGET) -> Runner[Any]:
     """Put packed code in front of a UNet2DConditionModel or AutoencoderKL, in place.
 

@@ -112,12 +112,11 @@ def optimize(pipe: Any, *, shapes: Sequence[Shape] = ((1, 1024, 1024),), quantiz
         raise ValueError(f"{type(pipe).__name__} has no UNet and VAE; optimize takes diffusers' SDXL pipelines")
     check_shapes(shapes, pipe)
     check_quantization(quantization)
-    from .accelerated import attach
+    from .accelerated import attach, packable
 
-    runners = {"unet": attach(unet), "vae": attach(vae)}  # before anything else: they may refuse
     state: Optimized = pipe.__dict__.get(_SLOT) or _install(pipe)
-    state.runners = runners
-    if unet.device.type == "cuda":
+    state.runners = {name: attach(network) for name, network in (("unet", unet), ("vae", vae)) if packable(network)}
+    if unet.device.type == "cuda" and "unet" in state.runners:
         for shape in shapes:
             warm(pipe, shape)
     return pipe
@@ -152,8 +151,14 @@ def report(pipe: Any) -> Report:
     state: Optimized | None = pipe.__dict__.get(_SLOT)
     if state is None:
         raise ValueError(f"this {type(pipe).__name__} was not optimized; call sdxl_fast.optimize first")
+    parts = describe(state.runners)
+    for name in ("unet", "vae"):
+        network = getattr(pipe, name, None)
+        runner = state.runners.get(name)
+        if runner is None or runner.network is not network:
+            parts[name] = PartReport(False, f"a {type(network).__name__} that optimize does not know", Use())
     found = Report(
-        parts=describe(state.runners),
+        parts=parts,
         prompts_held=len(state.prompts),
         prompt_bytes=state.prompts.nbytes,
         prompt_hits=state.prompts.hits,

@@ -23,7 +23,7 @@ from .adapters import Adapters, LoraVerbs
 from .install import PartReport, check_quantization, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
-from .request import check_latents, check_noise, check_output, check_prompts, check_size
+from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
 from .sampler import OnStep, Sampler
 from .start import check_strength, remaining
 from .texts import TextWatch
@@ -251,11 +251,8 @@ class OneStepPipeline(LoraVerbs):
         clock = StageClock(self.device)
         with dispatch.record() as counts:
             with clock.stage("text_encoders"):
-                embeds: tuple[Tensor, ...]
-                if prompt_embeds is None or pooled_prompt_embeds is None:
-                    embeds = self._encoded(prompts, per_prompt)
-                else:
-                    embeds = tuple(e.repeat_interleave(per_prompt, 0) for e in (prompt_embeds, pooled_prompt_embeds))
+                given = (prompt_embeds, pooled_prompt_embeds)
+                embeds = rows_of(given, per_prompt, self.unet) or self._encoded(prompts, per_prompt)
                 state = self._state(embeds, (height, width))
             first = None
             if pixels is not None:

@@ -77,6 +77,26 @@ def check_prompts(prompt: str | Sequence[str] | None, prompt_embeds: Tensor | No
     return prompts
 
 
+def rows_of(given: tuple[Tensor | None, Tensor | None], per_prompt: int, unet: Any) -> tuple[Tensor, ...] | None:
+    """Given embeddings with `per_prompt` rows each; None when none were given.
+
+    Raises:
+        ValueError: they have not the widths that the UNet reads.
+    """
+    embeds, pooled = given
+    if embeds is None or pooled is None:
+        return None
+    config = unet.config
+    wanted = (config.cross_attention_dim, unet.add_embedding.linear_1.in_features - 6 * config.addition_time_embed_dim)
+    found = (embeds.shape[-1], pooled.shape[-1])
+    if found != wanted:
+        raise ValueError(
+            f"prompt_embeds and pooled_prompt_embeds are {found[0]} and {found[1]} wide; this UNet reads {wanted[0]} "
+            f"and {wanted[1]}"
+        )
+    return tuple(rows if per_prompt == 1 else rows.repeat_interleave(per_prompt, 0) for rows in (embeds, pooled))
+
+
 def check_size(height: int | None, width: int | None, default: int, factor: int) -> tuple[int, int]:
     """Picture height and width in pixels, the native side where not given.
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderTiny,
     ControlNetModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -359,6 +360,17 @@ def test_batches_equal_their_singles(fast: Any) -> None:
     for index, prompt in enumerate(["cat", "guitar", "sun"]):
         alone = fast(prompt, latents=latents[index : index + 1], **draw).images[0]
         assert np.abs(np.round(255 * batch[index]) - np.round(255 * alone)).max() <= 2
+
+
+def test_other_networks_stay_and_are_named(toy_folder: Path) -> None:
+    pipe = _load(toy_folder)
+    pipe.vae = AutoencoderTiny(encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3,
+                               num_encoder_blocks=(1,) * 3, num_decoder_blocks=(1,) * 3)  # fmt: skip
+    sdxl_fast.optimize(pipe)
+    assert pipe("cat", num_inference_steps=1, guidance_scale=0).images[0].size == (32, 32)
+    parts = sdxl_fast.report(pipe).parts
+    assert "AutoencoderTiny" in parts["vae"].reason
+    assert parts["unet"].use.packed == 1
 
 
 MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
