@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import command, gpu, report, roofline  # noqa: E402
+from benchmarks.e2e import bench_pipelines  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
@@ -235,6 +236,29 @@ def test_rows_that_are_there_are_not_measured_again() -> None:
     assert len(said) == len(results.data["rows"]) == 1
     command.run_rows([Work(bench, listed[0].case, "bfloat16", (FORWARD,))], QUICK, CpuClock(0.0), results, deadline=0)
     assert len(results.data["rows"]) == 1
+
+
+def test_pipelines_draw_the_same_and_are_timed(toy_folder: Path) -> None:
+    results = ResultsFile.create(None, "", {})
+    request = bench_pipelines.Request(str(toy_folder), batch=2, rounds=3, budget_s=0.0)
+    said: list[str] = []
+    for _ in range(2):
+        bench_pipelines.run([request], "cpu", results, tell=said.append)
+    rows = results.data["end_to_end"]
+    assert len(said) == len(rows) == len(bench_pipelines.MODES)
+    for row in rows:
+        assert set(row["contestants"]) == {*bench_pipelines.STOCK, *bench_pipelines.OURS}
+        assert all(found["stages"]["total"]["rounds"] == 3 for found in row["contestants"].values())
+
+
+def test_a_pipeline_that_draws_something_else_is_not_timed(toy_folder: Path) -> None:
+    draws = bench_pipelines.contestants(toy_folder, torch.float32, "cpu")
+    wrong = {
+        **draws,
+        bench_pipelines.OURS[0]: lambda prompts, latents: draws[bench_pipelines.OURS[1]](prompts, -latents),
+    }
+    gates = bench_pipelines.judge(wrong, toy_folder, torch.randn(1, 4, 8, 8), torch.float32)
+    assert [name for name, gate in gates.items() if not gate.passed] == [bench_pipelines.OURS[0]]
 
 
 def test_a_run_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:
