@@ -97,13 +97,16 @@ _FAMILIES = {
 }
 
 
-def recognise(name: str, scheduler: Mapping[str, Any] | None, metadata: Mapping[str, str]) -> Preset:
+def recognise(
+    name: str, scheduler: Mapping[str, Any] | None, metadata: Mapping[str, str], *, borrowed: bool = False
+) -> Preset:
     """The preset of a checkpoint.
 
     Args:
         name: its hub id, folder or file name, and whatever title its metadata give.
         scheduler: its scheduler config with `_class_name`; None for a single file, which carries none.
         metadata: of the UNet's weight file.
+        borrowed: the scheduler config is the base's, which says nothing about a UNet that is known by name.
 
     Raises:
         ModelError: nothing says how to sample it, or its name and its scheduler config contradict each other; the
@@ -114,7 +117,7 @@ def recognise(name: str, scheduler: Mapping[str, Any] | None, metadata: Mapping[
         if scheduler is None:
             raise ModelError(f"{name}: cannot tell which few-step checkpoint this is; give preset={_names()}")
         return _by_scheduler(name, scheduler, metadata)
-    if scheduler is not None:
+    if scheduler is not None and not borrowed:
         _check_agreement(name, preset, scheduler)
     return preset
 
