@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import ModelError
 from ..models.lora import check_pair
 from ..models.lora_file import read_lora_file
@@ -163,11 +164,17 @@ class Adapters:
                     parts = mixture.setdefault(module, [])
                     if adapter.strength:
                         parts.append((down, up, scale * adapter.strength))
+            merges = []
             for module in mixture.keys() | network.pristine.keys():
                 weight = weight_of(network.module, module)
-                if weight is not None:
-                    first = network.pristine.setdefault(module, weight.detach().clone())
-                    _merge(weight, first, mixture.get(module, []))
+                if weight is None:
+                    continue
+                first = network.pristine.setdefault(module, weight.detach().clone())
+                if mixture.get(module):
+                    merges.append((weight, first, *_joined(mixture[module])))
+                else:
+                    weight.copy_(first)
+            _merge(merges)
         self._changed()
 
 
@@ -253,11 +260,17 @@ def check_strength(strength: float) -> float:
     return float(strength)
 
 
-def _merge(weight: Tensor, first: Tensor, parts: Sequence[Factors]) -> None:
-    """weight = first + Σ scale · up · down, in float32, rounded once."""
-    if not parts:
-        weight.copy_(first)
-        return
+def _joined(parts: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """Several LoRAs of a weight as one, with their scales in it, so that their sum is rounded once."""
     down = torch.cat([down.float().flatten(1) for down, _, _ in parts])
-    up = torch.cat([scale * up.float().flatten(1) for _, up, scale in parts], 1)
-    weight.copy_(first.float() + (up @ down).reshape(weight.shape))
+    return down, torch.cat([scale * up.float().flatten(1) for _, up, scale in parts], 1)
+
+
+def _merge(merges: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> None:
+    """weight = first + up · down for every (weight, first, down, up), in place."""
+    if not merges:
+        return
+    weights, firsts, downs, ups = (list(column) for column in zip(*merges, strict=True))
+    downs = [down.view(len(down), *weight.shape[1:]) for down, weight in zip(downs, weights, strict=True)]
+    ups = [up.view(*up.shape, *(1 for _ in weight.shape[2:])) for up, weight in zip(ups, weights, strict=True)]
+    ops.lora_merge(weights, downs, ups, bases=firsts)

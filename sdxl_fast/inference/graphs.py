@@ -180,6 +180,17 @@ class GraphCache:
         self.stats.uncaptured += 1
 
 
+def through(graphs: GraphCache | None, name: str, stage: Stage, inputs: Inputs, weights: Hashable) -> Tensor:
+    """`stage(*inputs)`, replayed where there are graphs; those of weights that have moved are dropped."""
+    if graphs is None:
+        return stage(*inputs)
+    try:
+        return graphs.run(name, stage, inputs, weights=weights)
+    except StaleGraphError:
+        graphs.clear()
+        return graphs.run(name, stage, inputs, weights=weights)
+
+
 WARM_RUNS = 2
 """Runs before a capture: libraries choose algorithms and allocate workspaces on their first ones."""
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import ops
+from .. import dispatch, ops
+from ..reference.upsample_conv2d import phase_weights
 
 
 class NotPackableError(Exception):
@@ -82,6 +83,30 @@ def nothing_set(module: Any, name: str, *attributes: str) -> None:
             raise NotPackableError(f"{name}.{attribute} is set")
 
 
+def _by_library(x: Tensor) -> bool:
+    """Whether matrix operations call PyTorch's library at once, which is their only backend on a CPU.
+
+    Measured on one core of a Zen 4 EPYC, embedded UNet, batch 1, processor time: the 100 products and convolutions
+    take 11.3 ms at once and 13.9 ms through the registry. In a CUDA graph the registry costs nothing.
+    """
+    return x.is_cpu and dispatch.forced_backend() is None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`ops.linear`."""
+    if not _by_library(x):
+        return ops.linear(x, weight, bias, residual=residual)
+    y = F.linear(x, weight, bias)
+    return y if residual is None else y.add_(residual)
+
+
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`ops.linear_geglu`."""
+    if not _by_library(x):
+        return ops.linear_geglu(x, weight, bias)
+    return ops.geglu(F.linear(x, weight, bias))
+
+
 class Linear:
     """x·Wᵀ + b [+ residual]; a 1×1 convolution is one too, over the channels of a channels-last map."""
 
@@ -95,9 +120,13 @@ class Linear:
         self.weight, self.bias = module.weight, module.bias
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        weight = self.weight if self.weight.ndim == 2 else self.weight.flatten(1)
-        y = F.linear(x, weight, self.bias)
-        return y if residual is None else y.add_(residual)
+        return linear(x, self.matrix, self.bias, residual)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as [out, in]."""
+        weight: Tensor = self.weight
+        return weight if weight.ndim == 2 else weight.flatten(1)
 
 
 class Conv:
@@ -107,16 +136,21 @@ class Conv:
         plain(module, nn.Conv2d, name)
         if module.groups != 1 or module.dilation != (1, 1) or module.padding_mode != "zeros":
             raise NotPackableError(f"{name} is grouped, dilated or padded otherwise than with zeros")
+        shape = (module.kernel_size, module.stride, module.padding)
+        if any(a != b for a, b in shape) or shape[0][0] not in (1, 3) or shape[1][0] not in (1, 2) or shape[2][0] > 1:
+            raise NotPackableError(f"{name} is no 1×1 or 3×3 convolution of stride 1 or 2")
         self.weight, self.bias = module.weight, module.bias
-        self.stride, self.padding = module.stride, module.padding
+        self.stride, self.padding = module.stride[0], module.padding[0]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not _by_library(x):
+            return ops.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding, residual=residual)
         y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return y if residual is None else y.add_(residual)
 
 
 class UpsampledConv:
-    """Nearest-neighbour upsampling by two and a 3×3 convolution."""
+    """Nearest-neighbour upsampling by two and a 3×3 convolution, as four 2×2 ones whose weights are summed here."""
 
     def __init__(self, module: Any, name: str) -> None:
         from diffusers.models.upsampling import Upsample2D
@@ -125,10 +159,18 @@ class UpsampledConv:
         nothing_set(module, name, "use_conv_transpose", "norm")
         if not module.use_conv or not module.interpolate or module.name != "conv":
             raise NotPackableError(f"{name} is no upsampling followed by a convolution")
-        self.conv = Conv(module.conv, f"{name}.conv")
+        conv = Conv(module.conv, f"{name}.conv")
+        if module.conv.kernel_size != (3, 3) or conv.stride != 1 or conv.padding != 1:
+            raise NotPackableError(f"{name}.conv is not 3×3 with padding 1")
+        self.weight, self.bias = conv.weight, conv.bias
+        self.phases = phase_weights(conv.weight.data)
+
+    def refresh(self) -> None:
+        """Sum the weights again, in place: a CUDA graph reads them where they are."""
+        self.phases.copy_(phase_weights(self.weight.data))
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.upsample_conv2d(x, self.weight, self.bias, phases=self.phases)
 
 
 class Norm:

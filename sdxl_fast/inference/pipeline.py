@@ -15,18 +15,19 @@ from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
-from ..models.conditioning import encode_prompts, time_ids, truncated
+from ..models.conditioning import time_ids, truncated
 from ..nn import FuseReport
 from . import pictures, presets
 from .accelerated import attach, runner_of
 from .adapters import Adapters, LoraVerbs
+from .graphs import CudaCapturer, GraphCache
 from .install import PartReport, check_quantization, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
 from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
 from .sampler import OnStep, Sampler
 from .start import check_strength, remaining
-from .texts import TextWatch
+from .texts import TextWatch, encode_texts
 from .timing import StageClock
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -79,6 +80,7 @@ class OneStepPipeline(LoraVerbs):
         self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
         self._parts = parts
         self._prompts, self._texts = PromptCache(), TextWatch()
+        self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
         self._adapters = Adapters(networks, changed=self._prompts.clear)
         self._alphas_cumprod = _noise_schedule(parts).to(self.device)
@@ -138,7 +140,8 @@ class OneStepPipeline(LoraVerbs):
         if chosen is None:
             is_hub_id = model is not None and not Path(model).expanduser().exists()
             name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
-            chosen = presets.recognise(name, parts.scheduler if parts.own_scheduler else None, parts.metadata)
+            scheduler = parts.scheduler if parts.own_scheduler else None
+            chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None)
         pipe = cls(parts, preset=chosen)
         for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
             pipe.load_lora_weights(file, weight=strength)
@@ -198,7 +201,9 @@ class OneStepPipeline(LoraVerbs):
         parts = self.report.values()
         held["LoRAs and first weights"] = self._adapters.nbytes
         held["prompts"] = self._prompts.nbytes + sum(part.cached_bytes for part in parts)
-        held["graphs"] = sum(part.graph_bytes for part in parts)
+        held["graphs"] = sum(part.graph_bytes for part in parts) + (
+            self._text_graphs.nbytes if self._text_graphs else 0
+        )
         return held
 
     def warmup(self, shapes: Sequence[tuple[int, int, int]] | None = None) -> None:
@@ -287,7 +292,10 @@ class OneStepPipeline(LoraVerbs):
         if self._texts.changed(encoders):
             self._prompts.clear()
         tokenizers = (self.tokenizer, self.tokenizer_2)
-        found = self._prompts.encode(prompts, per_prompt, lambda texts: encode_prompts(texts, tokenizers, encoders))
+        graphs, weights = self._text_graphs, self._texts.identity
+        found = self._prompts.encode(
+            prompts, per_prompt, lambda texts: encode_texts(texts, tokenizers, encoders, graphs, weights)
+        )
         self._texts.settle()
         return found
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FuseReport
-from .graphs import GraphCache, Stage, StaleGraphError
+from .graphs import GraphCache, Stage, through
 from .packing import NotPackableError
 from .watch import Change, Watch
 
@@ -113,14 +113,7 @@ class Runner(Generic[P]):
 
     def run(self, name: str, stage: Stage, inputs: tuple[Tensor, ...]) -> Tensor:
         """A stage of the program, through a graph where there are graphs."""
-        if self.graphs is None:
-            return stage(*inputs)
-        identity = self._watch.identity
-        try:
-            return self.graphs.run(name, stage, inputs, weights=identity)
-        except StaleGraphError:
-            self.graphs.clear()
-            return self.graphs.run(name, stage, inputs, weights=identity)
+        return through(self.graphs, name, stage, inputs, self._watch.identity)
 
     def by_modules(self, reason: str) -> None:
         """Note that a call goes to the modules."""

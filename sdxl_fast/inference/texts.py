@@ -1,13 +1,49 @@
-"""Are the text encoders still those that the cached prompts came from?"""
+"""The text encoders: run through a CUDA graph where there is one, and watched, because their results are kept."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from ..models.conditioning import tokenize
+from .graphs import GraphCache, through
 from .watch import Change, Watch
+
+
+def encode_texts(
+    texts: Sequence[str],
+    tokenizers: tuple[Any, Any],
+    encoders: tuple[nn.Module, nn.Module],
+    graphs: GraphCache | None,
+    weights: Hashable,
+) -> tuple[Tensor, Tensor]:
+    """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P], as `models.conditioning.encode_prompts` makes them.
+
+    Args:
+        texts: for both encoders.
+        tokenizers, encoders: of the pipeline.
+        graphs: where the encoders are captured, one graph for each number of texts; None runs them as they are.
+        weights: identity of the encoders' weights, as `TextWatch.identity`.
+    """
+    device = next(encoders[0].parameters()).device
+    ids = tuple(tokenize(tokenizer, texts).to(device) for tokenizer in tokenizers)
+
+    def towers(*tokens: Tensor) -> Tensor:
+        outputs = [tower(ids, output_hidden_states=True) for tower, ids in zip(encoders, tokens, strict=True)]
+        embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
+        return torch.cat((embeds.flatten(1), outputs[1][0]), 1)  # a graph gives back one tensor
+
+    both = through(graphs, "text", towers, ids, weights)
+    pooled = pooled_width(encoders[1])
+    return both[:, :-pooled].unflatten(1, (ids[0].shape[1], -1)), both[:, -pooled:]
+
+
+def pooled_width(encoder: Any) -> int:
+    """Width of the pooled embedding of the second text encoder."""
+    return int(encoder.config.projection_dim)
 
 
 class TextWatch:
@@ -28,6 +64,11 @@ class TextWatch:
             elif watch.look() is not Change.NONE:
                 found = True
         return found
+
+    @property
+    def identity(self) -> Hashable:
+        """Stands for the addresses of all weights."""
+        return tuple(watch.identity for watch in self._watches.values())
 
     def settle(self) -> None:
         """Take the present state for the one to compare with: transformers installs hooks while it first encodes."""

@@ -23,6 +23,8 @@ from .packing import (
     NotPackableError,
     Resnet,
     UpsampledConv,
+    linear,
+    linear_geglu,
     mapped,
     nothing_set,
     pack,
@@ -74,7 +76,7 @@ class Attention:
     def of_itself(self, x: Tensor) -> Tensor:
         """[N, S, C] -> [N, S, C], out projection included."""
         n, s, _ = x.shape
-        q, k, v = F.linear(x, cast(Tensor, self.qkv)).view(n, s, 3, self.heads, -1).unbind(2)
+        q, k, v = linear(x, cast(Tensor, self.qkv)).view(n, s, 3, self.heads, -1).unbind(2)
         return self.out(ops.self_attention(q, k, v).flatten(2))
 
     def of_prompt(self, x: Tensor, kv: Tensor) -> Tensor:
@@ -83,7 +85,7 @@ class Attention:
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k = kv[..., first : first + self.width].unflatten(-1, (self.heads, -1))
         v = kv[..., second : second + self.width].unflatten(-1, (self.heads, -1))
-        return self.out(ops.self_attention(q, k, v).flatten(2))
+        return self.out(ops.cross_attention(q, k, v).flatten(2))
 
 
 class _Block:
@@ -107,7 +109,7 @@ class _Block:
     def __call__(self, x: Tensor, kv: Tensor) -> Tensor:
         h, x = self.norms[1].of_sum(self.itself.of_itself(self.norms[0](x)), x)
         h, x = self.norms[2].of_sum(self.prompt.of_prompt(h, kv), x)
-        return self.ff2(ops.geglu(self.ff1(h)), x)
+        return self.ff2(linear_geglu(h, self.ff1.matrix, self.ff1.bias), x)
 
 
 class _Transformer:
@@ -214,9 +216,12 @@ class UNetProgram:
         self._prompts: ByteLru[tuple[Tensor, int, Tensor]] = ByteLru(PROMPT_BUDGET)
 
     def refresh(self) -> None:
-        """Forget what was computed from weights that have changed since."""
+        """Forget what was computed from weights that have changed since, and sum the upsamplers' weights again."""
         self._folded.clear()
         self._prompts.clear()
+        for stage in self._ups:
+            if stage.up is not None:
+                stage.up.refresh()
 
     @property
     def cached_bytes(self) -> int:
@@ -233,7 +238,7 @@ class UNetProgram:
         found = self._prompts.get(key)
         if found is not None and found[0] is prompt_embeds and found[1] == prompt_embeds._version:
             return found[2]
-        kv = F.linear(prompt_embeds, self._kv_weight)
+        kv = linear(prompt_embeds, self._kv_weight)
         nbytes = sum(t.numel() * t.element_size() for t in (kv, prompt_embeds))
         self._prompts.put(key, (prompt_embeds, prompt_embeds._version, kv), nbytes)
         return kv
@@ -244,7 +249,7 @@ class UNetProgram:
         emb = self._time_embedding(timestep, batch)
         numbers = unet.add_time_proj(ids.flatten()).reshape(len(text), -1)
         emb = emb + unet.add_embedding(torch.cat((text, numbers), -1).to(emb.dtype))
-        return F.linear(F.silu(emb), self._time_weight, self._time_bias)
+        return linear(F.silu(emb), self._time_weight, self._time_bias)
 
     def __call__(self, sample: Tensor, shifts: Tensor, kv: Tensor, *residuals: Tensor) -> Tensor:
         """The UNet's output [N, C, H, W] for a noisy latent, `shifts` and `keys_and_values`; legal in a CUDA graph.

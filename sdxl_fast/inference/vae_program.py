@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
@@ -21,6 +20,7 @@ from .packing import (
     NotPackableError,
     Resnet,
     UpsampledConv,
+    linear,
     mapped,
     nothing_set,
     pack,
@@ -52,8 +52,12 @@ class _Attention:
     def __call__(self, x: Tensor) -> Tensor:
         h = tokens(self.norm(x))
         n, s, _ = h.shape
-        q, k, v = F.linear(h, self.weight, self.bias).view(n, s, 3, self.heads, -1).unbind(2)
-        return mapped(self.out(ops.self_attention(q, k, v).flatten(2), tokens(x)), x)
+        qkv = linear(h, self.weight, self.bias)
+        if self.heads == 1:
+            y = ops.vae_attention(*qkv.chunk(3, -1))
+        else:
+            y = ops.self_attention(*qkv.view(n, s, 3, self.heads, -1).unbind(2)).flatten(2)
+        return mapped(self.out(y, tokens(x)), x)
 
 
 class DecoderProgram:
@@ -87,12 +91,13 @@ class DecoderProgram:
         self._assemble(decoder)
 
     def refresh(self) -> None:
-        """Take over the VAE's weights again, where they were copied."""
-        if not self.copied:
-            return
+        """Take over the VAE's weights again, where they were copied or summed."""
         for mine, its in zip(self._copies, self._originals, strict=True):
-            if mine is not None:
+            if self.copied and mine is not None:
                 mine.load_state_dict(its.state_dict())
+        for _, up in self._levels:
+            if up is not None:
+                up.refresh()
 
     def fits(self, latents: Tensor) -> bool:
         """Every size does."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from sdxl_fast import dispatch, ops
+from sdxl_fast import OneStepPipeline, dispatch, ops
+from sdxl_fast.inference.accelerated import runner_of
 from sdxl_fast.inference.graphs import WARM_RUNS, CudaCapturer, GraphCache, StaleGraphError
 
 
@@ -163,6 +166,41 @@ def test_a_random_walk_over_shapes_stays_within_its_bytes() -> None:
         x = torch.randn(rows, generator=generator)
         assert torch.equal(cache.run("double", _double, (x,), weights=0), x * 2)
         assert cache.nbytes <= 1000
+
+
+def test_a_whole_pipeline_draws_the_same_through_graphs(toy_folder: Path) -> None:
+    """Text encoders, UNet and decoder: captured for each shape, replayed after, dropped when weights move."""
+    arguments = [
+        {"prompt": prompt, "seed": seed, "height": side, "num_inference_steps": steps, "output_type": "np"}
+        for seed, (prompt, side, steps) in enumerate([("cat", 32, 1), ("guitar", 24, 1), (["sun", "owl"], 32, 1),
+                                                      ("cat", 32, 4), ("sun", 32, 1), ("guitar", 24, 1)])
+    ]  # fmt: skip
+    plain = OneStepPipeline.from_pretrained(toy_folder, device="cpu")
+    wanted = [plain(**call).images for call in arguments]
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu")
+    caches = {name: _cache(1 << 20)[0] for name in ("text", "unet", "vae")}
+    pipe._text_graphs = caches["text"]
+    for name in ("unet", "vae"):
+        runner = runner_of(getattr(pipe, name))
+        assert runner is not None
+        runner.graphs = caches[name]
+    for _ in range(2):
+        for call, picture in zip(arguments, wanted, strict=True):
+            np.testing.assert_allclose(pipe(**call).images, picture, atol=1e-5)
+    assert caches["text"].stats.captures == 2  # one text and two at a time; the rest was kept
+    assert caches["unet"].stats.captures == caches["vae"].stats.captures == 3
+    assert caches["vae"].stats.replays == 12
+    with torch.no_grad():
+        pipe.unet.conv_in.weight.mul_(1.5)  # in place: no graph is lost
+        plain.unet.conv_in.weight.mul_(1.5)
+    np.testing.assert_allclose(pipe(**arguments[0]).images, plain(**arguments[0]).images, atol=1e-5)
+    assert caches["unet"].stats.captures == 3
+    pipe.unet.conv_in.weight.data = pipe.unet.conv_in.weight.data * 1.5  # elsewhere: captured again
+    plain.unet.conv_in.weight.data = plain.unet.conv_in.weight.data * 1.5
+    with pytest.warns(RuntimeWarning, match="have moved"):
+        again = pipe(**arguments[0]).images
+    np.testing.assert_allclose(again, plain(**arguments[0]).images, atol=1e-5)
+    assert caches["unet"].stats.captures == 4
 
 
 @pytest.mark.gpu

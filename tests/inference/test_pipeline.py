@@ -318,6 +318,63 @@ def test_a_preset_overrules_the_folder(tmp_path: Path) -> None:
     assert pipe.num_inference_steps == (1,)
 
 
+@pytest.mark.parametrize(
+    ("file", "preset"),
+    [
+        ("dmd2_sdxl_4step_unet_fp16", "DMD2 4-step"),
+        ("Hyper-SDXL-1step-Unet", "Hyper-SD 1-step"),
+        ("sdxl_lightning_1step_unet_x0", "SDXL-Lightning 1-step x0"),
+        ("sdxl_lightning_4step_unet", "SDXL-Lightning 4-step"),
+    ],
+)
+def test_published_unets_are_known_by_their_files(toy_folder: Path, tmp_path: Path, file: str, preset: str) -> None:
+    """Whatever the scheduler of the base they are put on."""
+    base = _renamed(toy_folder, tmp_path / "base", timestep_spacing="leading", prediction_type="epsilon")
+    weights = tmp_path / f"{file}.safetensors"
+    shutil.copy(toy_folder / "unet" / "diffusion_pytorch_model.safetensors", weights)
+    pipe = OneStepPipeline.from_pretrained(base, unet=weights, device="cpu")
+    assert pipe.preset.name == preset
+    assert pipe("cat", seed=1).images[0].size == (32, 32)
+
+
+def test_bases_and_unets_are_not_mixed_up(toy_folder: Path) -> None:
+    with pytest.raises(ValueError, match="either unet"):
+        OneStepPipeline.from_pretrained(toy_folder, unet=toy_folder, base=toy_folder)
+    with pytest.raises(ModelError, match="no such file"):
+        OneStepPipeline.from_single_file(toy_folder)
+
+
+def test_image_to_image_starts_at_the_noise_level_of_its_strength(pipe: OneStepPipeline) -> None:
+    picture = pipe("red apple", seed=3, output_type="uint8").images[0].permute(2, 0, 1) / 255.0
+    stay: dict[float, torch.Tensor] = {}
+
+    def first(p: Any, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        assert timestep == {0.05: 49, 0.6: 599, 1.0: 999}[strength]
+        return tensors
+
+    for strength in (0.05, 0.6, 1.0):
+        arguments: Any = {"image": picture, "strength": strength, "callback_on_step_end": first, "output_type": "pt"}
+        stay[strength] = pipe("cat", seed=1, **arguments).images
+        assert bool(stay[strength].isfinite().all())
+    assert not torch.equal(stay[0.05], stay[0.6])
+    noise = sampling.pure_noise((4, 8, 8), torch.tensor([1]))
+    by_noise = pipe("cat", latents=noise, image=picture, strength=1.0, output_type="pt").images
+    assert torch.equal(pipe("cat", seed=1, image=picture, strength=1.0, output_type="pt").images, by_noise)
+    several = pipe(["cat", "cat"], seed=1, image=picture, strength=1.0, output_type="pt").images
+    torch.testing.assert_close(several[:1], by_noise)
+
+
+def test_warming_up_and_what_it_holds(pipe: OneStepPipeline) -> None:
+    pipe.warmup([(2, 32, 24)])
+    assert pipe.report["unet"].packed and pipe.report["vae"].packed
+    held = pipe.memory_report()
+    assert held["unet"] == sum(p.nbytes for p in pipe.unet.parameters())
+    assert held["prompts"] > 0
+    assert held["graphs"] == 0
+    with pytest.raises(ValueError, match="multiples of 4"):
+        pipe.warmup([(1, 33, 32)])
+
+
 WRONG_SCHEDULERS = {
     "another noise schedule": ({"beta_schedule": "linear"}, "noise schedule"),
     "zero terminal SNR": ({"rescale_betas_zero_snr": True}, "noise schedule"),
