@@ -14,11 +14,11 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; 
 # A torch that already runs on this machine's GPU is used as it is; elsewhere this one, whose package may bring CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-all lint format bench gpu cuda triton clean
+.PHONY: help setup demo test test-slow lint format bench gpu cuda triton clean
 
 help:
 	@echo "make demo    draw a grid of prompts, one step each, into demo.png"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests         make test-slow  those over a minute, which CI runs too"
 	@echo "make lint    ruff, mypy        make format  ruff and clang-format in place"
 	@echo "make bench   CPU benchmarks    make gpu     GPU build, GPU tests, GPU benchmarks"
 	@echo "make cuda    CUDA build for sm_90a, warnings as errors (needs nvcc, no GPU)"
@@ -42,11 +42,14 @@ $(READY): pyproject.toml $(NATIVE) | $(VENV)/bin/python
 demo: $(READY)
 	@$(VENV)/bin/sdxl-fast demo --out demo.png
 
-test: $(READY)
-	@$(PY) -m pytest -q
+# One process per core, up to eight; plain pytest runs in one, for debuggers.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
-test-all: $(READY)
-	@$(PY) -m pytest -q -m 'not gpu and not large'
+test: $(READY)
+	@$(PY) -m pytest -q $(PARALLEL)
+
+test-slow: $(READY)
+	@$(PY) -m pytest -q $(PARALLEL) -m 'slow and not gpu and not large'
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy
@@ -76,9 +79,9 @@ cuda: $(READY)
 # -m: the slow ones too, which are the other architectures.
 triton: $(READY) .triton-3.6.0
 	@$(PY) -c 'import triton; print("Triton", triton.__version__)'
-	@$(PY) -m pytest -q -m "not gpu" tests/test_triton_compile.py
+	@$(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
 	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -c 'import triton; print("Triton", v := triton.__version__); assert v == "3.6.0"'
-	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -m pytest -q -m "not gpu" tests/test_triton_compile.py
+	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
 
 clean:
 	rm -rf build $(VENV) .triton-3.6.0 demo.png

@@ -20,6 +20,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Processes of a parallel run (pytest -n) share the cores: two that each use all of them slow one another many times.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that tests start
+
+
 CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 
 
