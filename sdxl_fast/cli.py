@@ -157,16 +157,47 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    data: Annotated[Path, typer.Option(help="Folder made by `sdxl-fast data emoji`.")],
     out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    data: Annotated[Path | None, typer.Option(help="Folder made by `sdxl-fast data emoji`.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead: prompts, one per line, or JSON lines.")] = None,
     model: ModelOption = None,
     steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
     guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
     device: DeviceOption = None,
+    reference: Annotated[Path | None, typer.Option(help="Of --prompts: folder of real pictures.")] = None,
+    features: Annotated[
+        str, typer.Option(help="Of --prompts: efficientnet-lite0, inception[:FILE] or clip:FOLDER.")
+    ] = "efficientnet-lite0",
+    clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
+    batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
 ) -> None:
-    """Measure a pipeline on the emoji set: retrieval, kernel distance, sharpness, diversity."""
+    """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
+    if (data is None) == (prompts is None):
+        raise ValueError("give --data for the emoji set or --prompts for a list of prompts, one of them")
+    if prompts is not None:
+        from .cli_eval import PromptOptions, run
+
+        run(
+            PromptOptions(
+                prompts=prompts,
+                out=out,
+                model=model,
+                steps=tuple(steps or ()),
+                reference=reference,
+                features=features,
+                clip=clip,
+                num_images=num_images,
+                seed=seed,
+                guidance=guidance,
+                batch=batch,
+                device=device,
+            )
+        )
+        print(f"wrote {out / 'report.md'}")
+        return
+    assert data is not None
     from .models import loading
 
     folder = loading.resolve(model)

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures sets of pictures of the same prompts against real ones, as SDXL-Lightning §4 does.
+
+FID-Whole is the Fréchet distance of whole pictures, which the feature network resizes; FID-Patch that of the middle 299
+pixels at native resolution, which sees texture that resizing hides. Both are "FID" only with Inception's features; a
+report names the network. Sets with no more pictures than features have no covariance: the unbiased kernel distance
+stands beside it for any size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxl_fast.eval import kid
+from sdxl_fast.eval.clip_score import Clip, clip_scores
+from sdxl_fast.eval.features import Extractor
+from sdxl_fast.eval.frechet import frechet_distance
+from sdxl_fast.eval.prompt_set import batches, centre_patch, read_picture
+from sdxl_fast.eval.report import environment
+from sdxl_fast.eval.sharpness import laplacian_variance
+from sdxl_fast.eval.sheets import contact_sheet, to_pil
+from sdxl_fast.files import replacing
+
+SHEET_ROWS = 8
+_COLUMNS = (
+    ("fid_whole", "FID-Whole", 2),
+    ("fid_patch", "FID-Patch", 2),
+    ("kid_whole", "KID ×10³", 2),
+    ("kid_patch", "KID-Patch ×10³", 2),
+    ("clip_score", "CLIP score", 2),
+    ("sharpness", "sharpness", 2),
+)
+
+
+@dataclass
+class Measured:
+    """Features of a set: of whole pictures, of their middles, CLIP's of both sides, and the edges of each picture."""
+
+    whole: Tensor
+    patch: Tensor
+    clip: Tensor | None
+    edges: Tensor
+    count: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.count = len(self.whole)
+
+
+def measure(files: Sequence[Path], extract: Extractor, clip: Clip | None = None) -> Measured:
+    """Reads a set once, batch by batch; pictures may differ in size."""
+    whole, patch, seen, edges = [], [], [], []
+    for images in batches(files):
+        whole.append(extract(images))
+        patch.append(extract(centre_patch(images)))
+        edges.append(laplacian_variance(images))
+        if clip is not None:
+            seen.append(clip(images))
+    return Measured(torch.cat(whole), torch.cat(patch), torch.cat(seen) if seen else None, torch.cat(edges))
+
+
+def compare(found: Measured, real: Measured | None, texts: Tensor | None) -> dict[str, Any]:
+    """A row of the report; what cannot be said of these sets is None."""
+    row: dict[str, Any] = {"images": found.count, "laplacian_variance": found.edges.mean().item()}
+    row.update(dict.fromkeys((name for name, _, _ in _COLUMNS)))
+    if texts is not None and found.clip is not None:
+        scores = clip_scores(found.clip, texts)
+        row["clip_score"] = scores.mean().item()
+        row["clip_score_error"] = (scores.std() / len(scores) ** 0.5).item() if len(scores) > 1 else None
+    if real is None:
+        return row
+    row["sharpness"] = row["laplacian_variance"] / real.edges.mean().item()
+    for name in ("whole", "patch"):
+        ours, theirs = getattr(found, name), getattr(real, name)
+        smaller = min(len(ours), len(theirs))
+        if smaller > ours.shape[1]:
+            row[f"fid_{name}"] = frechet_distance(ours, theirs)
+        if smaller >= 4:
+            distance = kid.kernel_distance(ours, theirs, blocks=min(kid.BLOCKS, smaller // 2))
+            row[f"kid_{name}"], row[f"kid_{name}_error"] = distance.value, distance.standard_error
+    return row
+
+
+def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
+    value, error = row.get(name), row.get(f"{name}_error")
+    if value is None:
+        return "–"
+    factor = 1000.0 if name.startswith("kid") else 1.0
+    return f"{factor * value:.{digits}f}" + (f" ± {factor * error:.{digits}f}" if error is not None else "")
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The table and what its numbers are."""
+    header = ["", "images", *(title for _, title, _ in _COLUMNS)]
+    lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
+    for name, row in report["rows"].items():
+        cells = [name, str(row["images"]), *(_cell(row, key, digits) for key, _, digits in _COLUMNS)]
+        lines.append("| " + " | ".join(cells) + " |")
+    inputs = report["inputs"]
+    lines += [
+        "",
+        f"{inputs['prompts']} prompts, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
+        f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: the middle 299 px at "
+        f"native resolution. CLIP score: 100 times the cosine, of {inputs['clip'] or 'no network'}. Sharpness: the "
+        "Laplacian's variance over that of the real pictures. –: not measured, or too few pictures for a covariance.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def write_report(
+    out: Path,
+    sets: Mapping[str, Sequence[Path]],
+    prompts: Sequence[str],
+    *,
+    extract: Extractor,
+    reference: Sequence[Path] = (),
+    clip: Clip | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measures sets of pictures of the same prompts and writes `report.json`, `report.md` and `contact_sheet.png`.
+
+    Args:
+        out: folder of the report.
+        sets: name to files, one per prompt.
+        prompts: what they show.
+        extract: the feature network of the distances.
+        reference: real pictures.
+        clip: of the CLIP score.
+        seed: which the sets were drawn with.
+
+    Returns:
+        the report, as written.
+    """
+    real = measure(reference, extract) if reference else None
+    texts = None if clip is None else clip.texts(prompts)
+    rows = {name: compare(measure(files, extract, clip), real, texts) for name, files in sets.items()}
+    report: dict[str, Any] = {
+        "rows": rows,
+        "inputs": {
+            "prompts": len(prompts),
+            "seed": seed,
+            "features": extract.provenance(),
+            "clip": None if clip is None else clip.source,
+            "reference": f"{len(reference)} real pictures" if reference else None,
+        },
+        "environment": environment(),
+    }
+    with replacing(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    with replacing(out / "report.md") as temporary:
+        temporary.write_text(to_markdown(report))
+    shown = {name: [to_pil(read_picture(file)[None])[0] for file in files[:SHEET_ROWS]] for name, files in sets.items()}
+    sizes = {picture.size for column in shown.values() for picture in column}
+    smallest = min(sizes)
+    contact = {name: [picture.resize(smallest) for picture in column] for name, column in shown.items()}
+    contact_sheet(contact, list(prompts[:SHEET_ROWS]), out / "contact_sheet.png")
+    return report
