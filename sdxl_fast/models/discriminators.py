@@ -23,12 +23,17 @@ class UNetEncoder(nn.Module):
 
     Args:
         unet: the network to copy; it is left as it is.
+        bases: how many base models the latents come from; with several, `condition` holds the sample's own as "base",
+            int64 [N], whose learnt embedding is added to the time's (AnimateDiff-Lightning, arXiv 2403.12706, §3.3).
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, bases: int = 1) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(unet)
-        self.unet.up_blocks = nn.ModuleList()
+        self.base_embedding: nn.Embedding | None = None
+        if bases > 1:
+            self.base_embedding = nn.Embedding(bases, unet.time_embedding.linear_2.out_features)
+            nn.init.zeros_(self.base_embedding.weight)
+        self.unet = copy.deepcopy(unet, {id(unet.up_blocks): nn.ModuleList()})  # the decoder is not even copied
         self.unet.conv_norm_out = self.unet.conv_out = None
         self.unet.requires_grad_(True)
 
@@ -39,6 +44,8 @@ class UNetEncoder(nn.Module):
         embedding = unet.time_embedding(unet.get_time_embed(sample=latents, timestep=timesteps))
         text = condition["prompt_embeds"]
         embedding = embedding + unet.get_aug_embed(emb=embedding, encoder_hidden_states=text, added_cond_kwargs=added)
+        if self.base_embedding is not None:
+            embedding = embedding + self.base_embedding(condition["base"]).to(embedding.dtype)
         x = unet.conv_in(latents)
         for block in [*unet.down_blocks, unet.mid_block]:
             arguments = {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}

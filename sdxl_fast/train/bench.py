@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from .. import ops
@@ -16,10 +17,13 @@ from ..data.shards import LatentShards
 from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..models.conditioning import encode_prompts, time_ids
+from ..models.loading import resolve
+from ..models.weights import weight_files
 from ..random import generator, image_seeds
 from . import distributed
 from .config import DistillationConfig
 from .source import Condition, Drawings, Shards, Source
+from .students import shared_copy
 from .teacher import latents_of, preview_prompts
 from .trainer import export_of, run_folder
 
@@ -53,14 +57,43 @@ class Bench(Generic[C]):
     alphas_cumprod: Tensor
     stage: str = ""  # each draws anew
     share: slice = field(default_factory=lambda: slice(None))
+    others: tuple[Any, ...] = ()  # further frozen bases that share the student's LoRA
+    which: int = 0  # of all bases, the one that this micro-batch works on
+    _frozen: dict[int, Any] = field(default_factory=dict)
+
+    def base_to_train(self, which: int = 0) -> Any:
+        """A copy of a base UNet, in the precision of what trains."""
+        unet: Any = copy.deepcopy((self.base, *self.others)[which])
+        return unet.to(self.device, self.config.trained_dtype)
+
+    def frozen_base(self, which: int = 0) -> Any:
+        """A base UNet in the precision of what does not train; all that this returns of one shares its weights.
+
+        Spread networks (FSDP2) cannot share: there each is a copy.
+        """
+        base: Any = (self.base, *self.others)[which]
+        if self.config.parallel == "fsdp" and distributed.size() > 1:
+            return self.froze(copy.deepcopy(base))
+        if which not in self._frozen:
+            as_it_is = base.dtype == self.config.frozen_dtype and base.device == self.device
+            # `to` writes into parameters, also into those of a shared copy
+            self._frozen[which] = self.froze(shared_copy(base) if as_it_is else copy.deepcopy(base))
+        return shared_copy(self._frozen[which])
+
+    def froze(self, unet: Any) -> Any:
+        """The network itself, in the precision of what does not train."""
+        return unet.to(self.device, self.config.frozen_dtype).requires_grad_(False)
 
     def shares(self) -> Iterator[None]:
-        """Goes through the micro-batches of this process."""
-        whole = self.share
-        for share in distributed.shares(self.config.batch, self.config.accumulate):
-            self.share = share
+        """Goes through the micro-batches of this process; of several bases they take turns."""
+        whole, count = self.share, 1 + len(self.others)
+        accumulate = self.config.accumulate
+        if distributed.size() * accumulate % count:
+            raise ValueError(f"{count} bases take turns: processes times accumulate must be a multiple of {count}")
+        for index, share in enumerate(distributed.shares(self.config.batch, accumulate)):
+            self.share, self.which = share, (distributed.rank() * accumulate + index) % count
             yield
-        self.share = whole
+        self.share, self.which = whole, 0
 
     @property
     def device(self) -> torch.device:
@@ -77,7 +110,10 @@ class Bench(Generic[C]):
         key = (config.seed, self.stage, use, "batch")
         latents, condition = self.source.batch(config.batch, self.share, key, images, text_of_next=text_of_next)
         latents = latents.to(self.device, config.dtype, memory_format=torch.channels_last)
-        return latents, {name: rows.to(self.device, config.dtype) for name, rows in condition.items()}
+        condition = {name: rows.to(self.device, config.dtype) for name, rows in condition.items()}
+        if self.others:
+            condition["base"] = torch.full((len(latents),), self.which, device=self.device)
+        return latents, condition
 
     def timesteps(self, allowed: Sequence[int], *key: int | str, weights: Sequence[float] = ()) -> Tensor:
         """One of the `allowed` timesteps per sample, a function of `key`; `weights` as many, else equal."""
@@ -86,8 +122,13 @@ class Bench(Generic[C]):
         choice = torch.multinomial(odds, self.config.batch, replacement=True, generator=draw)
         return torch.tensor(allowed)[choice][self.share].to(self.device)
 
-    def noised(self, latents: Tensor, timesteps: tuple[int, ...], *key: int | str) -> tuple[Tensor, Tensor]:
-        """x_t (pure noise at the last timestep, §3.5) and t, drawn from `timesteps`; a function of `key`."""
+    def noised(
+        self, latents: Tensor, timesteps: tuple[int, ...], *key: int | str, pure: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """x_t and t, drawn from `timesteps`; a function of `key`.
+
+        `pure`: x_t is pure noise at the last timestep (SDXL-Lightning §3.5, ADD §3.1).
+        """
         t = self.timesteps(timesteps, *key)
         x_t, _ = ops.forward_diffusion(
             latents,
@@ -95,7 +136,7 @@ class Bench(Generic[C]):
             timesteps=t,
             seeds=self.seeds(*key),
             stream=sampling.STREAM_TRAIN,
-            pure_noise_at=LAST,
+            pure_noise_at=LAST if pure else None,
         )
         return x_t, t
 
@@ -148,9 +189,27 @@ class Bench(Generic[C]):
         return noised
 
 
+def teacher_folder(name: str) -> Path:
+    """The folder of a teacher: a run's export by the run's name, a pipeline folder, or a hub id, which is fetched."""
+    folder = export_of(name)
+    return folder if folder.is_dir() else resolve(name)
+
+
+def _load_unet(name: str, config: DistillationConfig) -> Any:
+    """A further base: the UNet of a pipeline, frozen."""
+    folder = teacher_folder(name) / "unet"
+    unet: Any = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, variant=weight_files(folder)[1])
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    device = config.torch_device if config.frozen_dtype == config.dtype else "cpu"
+    return unet.to(device, config.dtype, memory_format=torch.channels_last).requires_grad_(False)
+
+
 def load_teacher(config: DistillationConfig) -> Any:
     """The teacher's pipeline, with the recipe's own VAE if it names one."""
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(export_of(config.teacher), use_safetensors=True)
+    folder = teacher_folder(config.teacher)
+    variant = weight_files(folder / "unet")[1]
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, variant=variant)
     if config.vae is not None:
         vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae), use_safetensors=True)
         pipe.register_modules(vae=vae)
@@ -167,18 +226,23 @@ def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[
     vae = pipe.vae.to(memory_format=torch.channels_last).requires_grad_(False)
     source, previews = _open_source(config, pipe, run)
     pipe.to(dtype=config.dtype)
+    encoded = _encode(pipe, previews, config)
+    more = _encode(pipe, prompts, config) if prompts else {}
     base = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     if config.gradient_checkpointing:
         base.enable_gradient_checkpointing()
+    if config.frozen_dtype != config.dtype:
+        base.to("cpu")  # where training starts from it; on the device its copy in fewer bits will do
     return Bench(
         config=config,
         base=base,
         vae=vae,
         source=source,
-        previews=_encode(pipe, previews, config),
-        prompts=_encode(pipe, prompts, config) if prompts else {},
+        previews=encoded,
+        prompts=more,
         prediction_type=cast(PredictionType, pipe.scheduler.config.prediction_type),
         alphas_cumprod=schedule.alphas_cumprod().to(config.torch_device, config.dtype),
+        others=tuple(_load_unet(name, config) for name in getattr(config, "bases", ())),
     )
 
 
@@ -210,11 +274,11 @@ def _encode(pipe: Any, prompts: Sequence[str], config: DistillationConfig) -> Co
     return {name: rows.to(config.torch_device, config.dtype) for name, rows in found.items()}
 
 
-def lay_out(config: DistillationConfig, student: Any, *others: Any) -> None:
+def lay_out(config: DistillationConfig, students: Sequence[Any], others: Sequence[Any]) -> None:
     """Prepares fused networks for training as the recipe says: recomputation, compilation, shards."""
-    if config.gradient_checkpointing:
+    for student in students if config.gradient_checkpointing else ():
         student.train()  # diffusers recomputes in training mode only; nothing else depends on it
-    for network in (student, *others):
+    for network in (*students, *others):
         if config.compile:
             network.compile()
         if config.parallel == "fsdp" and distributed.size() > 1:

@@ -179,6 +179,11 @@ def _match_layout(optimizer: torch.optim.Optimizer) -> None:
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """An average of bfloat16 weights is float32: in 8 bits it would not move."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 class Average:
     """Exponential moving average of a module's trainable parameters, counted in images.
 
@@ -190,7 +195,7 @@ class Average:
 
     def __init__(self, module: torch.nn.Module, half_life: float, ramp: float = 0.1) -> None:
         self.half_life, self.ramp = half_life, ramp
-        self.values = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        self.values = {name: _wide(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module, images: int, batch: int) -> None:
@@ -199,7 +204,7 @@ class Average:
         weight = 1.0 - 0.5 ** (batch / half_life)
         live = dict(module.named_parameters())
         averages = [local(value) for value in self.values.values()]
-        torch._foreach_lerp_(averages, [local(live[name].detach()) for name in self.values], weight)
+        torch._foreach_lerp_(averages, [_wide(local(live[name].detach())) for name in self.values], weight)
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:

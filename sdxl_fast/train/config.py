@@ -3,124 +3,49 @@
 from __future__ import annotations
 
 import difflib
-import os
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
-from ..data.render import SCALE
-from ..models.config import PipelineConfig
 from ..models.lora import LORA_TARGETS
 from . import losses
 from .distributed import Parallel
+from .settings import (
+    Config,
+    DataConfig,
+    OptimizerConfig,
+    RunConfig,
+    TeacherConfig,
+    VaeConfig,
+    cache_folder,
+)
+
+__all__ = [
+    "RECIPES",
+    "AddConfig",
+    "AdversarialPhase",
+    "AnyConfig",
+    "DataConfig",
+    "DiscriminatorConfig",
+    "DistillationConfig",
+    "LcmConfig",
+    "LightningConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "StageConfig",
+    "TeacherConfig",
+    "VaeConfig",
+    "cache_folder",
+    "load_recipe",
+]
 
 RECIPES = Path(__file__).parent / "recipes"
-CPU = torch.device("cpu")
-
-
-def cache_folder() -> Path:
-    """Where runs and data sets live: $SDXL_FAST_CACHE, else ~/.cache/sdxl_fast."""
-    return Path(os.environ.get("SDXL_FAST_CACHE", Path.home() / ".cache" / "sdxl_fast"))
-
-
-class Config(BaseModel):
-    """Base of every part of a recipe."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DataConfig(Config):
-    """The picture–caption folder and how a picture is drawn from it."""
-
-    folder: str | None = Field(None, description="image folder; None is the emoji set in the cache, built when missing")
-    style: str = "fluent-3d"
-    resolution: int = Field(64, ge=8, description="side of a training picture, pixels")
-    art_size: int = Field(128, ge=16, description="side the cut-out art is kept at, pixels")
-    scale_range: tuple[float, float] = Field(SCALE, description="least and greatest side of the art over the picture's")
-    category_share: float = Field(0.3, ge=0, le=1, description="share of captions that name only the category")
-
-
-class OptimizerConfig(Config):
-    """AdamW and its learning-rate schedule: linear warm-up, constant, linear decay; lengths in images."""
-
-    lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
-    warmup: int = Field(0, ge=0)
-    decay: int = Field(0, ge=0, description="images before the end over which the rate falls linearly to `final`")
-    final: float = Field(0.05, ge=0, le=1, description="share of the rate left at the very end")
-    max_grad_norm: float = Field(1.0, gt=0)
-    kind: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit keeps moments in 8 bits (bitsandbytes)")
-
-
-class RunConfig(Config):
-    """What every run has."""
-
-    run: str = Field(description="name of the run's folder")
-    seed: int = 0
-    batch: int = Field(gt=0)
-    images: int = Field(gt=0, description="training length")
-    precision: Literal["fp64", "fp32", "bf16"] = Field("bf16", description="bf16 is mixed, with float32 weights")
-    device: str = Field("auto", description="auto is the GPU where there is one; else a torch device")
-    deterministic: bool = Field(False, description="refuse CUDA kernels whose result depends on timing")
-    loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="beside metrics.jsonl")
-    checkpoint_every: int = Field(20_000, gt=0, description="images between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1)
-    log_every: int = Field(1_000, gt=0, description="images between metric lines")
-    ema_half_life: float = Field(5_000, gt=0, description="images")
-    fuse: bool = Field(True, description="run the networks on this package's fused modules")
-
-    @property
-    def torch_device(self) -> torch.device:
-        """Where the run computes."""
-        if self.device != "auto":
-            return torch.device(self.device)
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return torch.float64 if self.precision == "fp64" else torch.float32
-
-    def autocast(self) -> torch.autocast:
-        """bfloat16 mixed precision when the recipe asks for it."""
-        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.precision == "bf16")
-
-
-class VaeConfig(RunConfig):
-    """An AutoencoderKL trained by L1, a perceptual distance on frozen EfficientNet-Lite0 features, and a light KL."""
-
-    kind: Literal["vae"]
-    data: DataConfig = DataConfig()
-    model: dict[str, Any] = Field(description="AutoencoderKL's configuration")
-    optimizer: OptimizerConfig
-    l1: float = 1.0
-    perceptual: float = 0.5
-    kl: float = 1e-6
-    freeze_encoder: bool = Field(False, description="train the decoder alone, so that latents stay what they were")
-    adversarial: float = Field(0.0, ge=0, description="weight of a patch discriminator's hinge loss; 0 trains none")
-    discriminator_optimizer: OptimizerConfig | None = None
-    initial: str | None = Field(None, description="run to start from, a folder or a name in the cache")
-
-
-class TeacherConfig(RunConfig):
-    """A text-to-image model of SDXL's architecture trained from scratch: UNet and both text encoders."""
-
-    kind: Literal["teacher"]
-    data: DataConfig = DataConfig()
-    vae: str = Field(description="run or folder of the VAE")
-    initial: str | None = Field(None, description="run or pipeline folder whose weights to start from")
-    draws: int = Field(128, ge=1, description="random pictures per name whose latents are computed beforehand")
-    vocabulary: int = Field(1024, ge=514, le=4096)
-    pipeline: PipelineConfig = Field(description="shapes of the networks; the VAE's must be those of `vae`")
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    optimizer: OptimizerConfig
-    preview_guidance: float = 3.0
+Precision = Literal["fp32", "bf16"]
+Trains = Literal["lora", "full"]
 
 
 class AdversarialPhase(Config):
@@ -128,7 +53,7 @@ class AdversarialPhase(Config):
 
     name: str
     condition: bool = Field(description="True: D judges (x_t, x_{t-ns}); False: the relaxed D' sees x_{t-ns} alone")
-    trains: Literal["lora", "full"]
+    trains: Trains
     images: int = Field(gt=0)
     teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
@@ -136,6 +61,7 @@ class AdversarialPhase(Config):
     renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
     renoise_weights: tuple[float, ...] = ()
     lr: float | None = Field(None, description="the student's rate in this phase")
+    d_lr: float | None = Field(None, description="the discriminator's rate in this phase")
 
 
 class StageConfig(Config):
@@ -157,12 +83,52 @@ class DistillationConfig(RunConfig):
     parallel: Parallel = Field("ddp", description="ddp: every process holds everything; fsdp: shards of it (FSDP2)")
     gradient_checkpointing: bool = Field(False, description="recompute the UNets' blocks in backward to save memory")
     compile: bool = Field(False, description="torch.compile the UNets of student and teacher")
+    frozen: Precision = Field("fp32", description="of the weights of UNets that do not train")
+    trained: Precision = Field(
+        "fp32", description="of the weights that train; bf16 needs optimisers of kind adamw_lean"
+    )
+    lora_rank: int = Field(64, ge=1)
+    lora_alpha: int | None = Field(None, description="None: equal to the rank")
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     teacher: str = Field(description="run or folder of the teacher")
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
     shards: str | None = Field(None, description="folder made by `sdxl-fast data prepare`, in place of `data`")
+    resolution: int | None = Field(None, description="side of the shards' pictures, pixels; None: the UNet's own")
     preview_prompts: tuple[str, ...] = Field((), description="of the contact sheets; () takes them from `data`")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of UNets that do not train."""
+        return self.dtype if self.precision == "fp64" or self.frozen == "fp32" else torch.bfloat16
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """Of the student and the discriminator."""
+        return self.dtype if self.precision == "fp64" or self.trained == "fp32" else torch.bfloat16
+
+    def drawing(self) -> AbstractContextManager[Any]:
+        """What previews are drawn in: autocast where weights are not of the data's precision."""
+        plain = self.frozen_dtype == self.trained_dtype == self.dtype
+        return nullcontext() if plain else self.autocast()
+
+    @property
+    def alpha(self) -> int:
+        """Of the LoRA: its product is multiplied by alpha / rank."""
+        return self.lora_alpha or self.lora_rank
+
+    @model_validator(mode="after")
+    def _rounds_well(self) -> DistillationConfig:
+        for name, value in self:
+            if isinstance(value, OptimizerConfig) and self.trained == "bf16" and value.kind != "adamw_lean":
+                raise ValueError(
+                    f"trained is bf16, to which small steps round to nothing; set {name}.kind to adamw_lean, which "
+                    "rounds stochastically"
+                )
+        if "bf16" in (self.frozen, self.trained) and self.precision == "fp32":
+            raise ValueError("frozen or trained is bf16 but precision is fp32; set precision to bf16")
+        return self
 
 
 class DiscriminatorConfig(Config):
@@ -183,25 +149,44 @@ class LightningConfig(DistillationConfig):
     images: int = Field(0, description="ignored: each stage and phase has its own length")
     guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
     export_name: str = Field("lightning", description="stem of the exported LoRA files")
-    lora_rank: int = Field(64, ge=1)
-    lora_alpha: int | None = Field(None, description="None: equal to the rank")
-    lora_targets: tuple[str, ...] = LORA_TARGETS
     distance: losses.Distance = Field("mse", description="of the regression stages")
     hand_on_average: bool = Field(True, description="a stage hands on its averaged weights; the paper mentions none")
+    teach_average: bool = Field(False, description="a stage's averaged weights teach, though its last ones go on")
+    initial: str | None = Field(None, description="LoRA file to start from, to distil a fine-tuned teacher anew")
+    bases: tuple[str, ...] = Field(
+        (),
+        description="runs, folders or hub ids of further UNets, frozen, that share the LoRA; micro-batches take turns. "
+        "Texts are encoded by the teacher's encoders (AnimateDiff-Lightning, arXiv 2403.12706, §3.3)",
+    )
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig
     adversarial_optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig
     stages: tuple[StageConfig, ...]
 
+    @model_validator(mode="after")
+    def _shares_a_lora(self) -> LightningConfig:
+        full = [
+            stage.name for stage in self.stages if stage.convert_images or any(p.trains == "full" for p in stage.phases)
+        ]
+        if self.bases and full:
+            raise ValueError(f"bases share a LoRA, but {', '.join(full)} trains full UNets; leave these phases out")
+        if self.bases and self.parallel == "fsdp":
+            raise ValueError("bases share weights, which spread networks cannot; set parallel to ddp")
+        return self
+
 
 class AddConfig(DistillationConfig):
     """Adversarial diffusion distillation, the recipe of SDXL-Turbo (arXiv 2311.17042); defaults as published."""
 
     kind: Literal["add"]
+    trains: Trains = Field("full", description="of the student; full as published, lora fits one GPU")
+    export_name: str = Field("add", description="stem of the exported LoRA file")
     timesteps: tuple[int, ...] = Field((249, 499, 749, 999), description="student's levels, 0-based; only the last is")
     distillation: Literal["exponential", "sds", "nfsd"] = Field("nfsd", description="c(t), §3.3")
-    distillation_weight: float = Field(2.5, ge=0, description="λ of eq. 1")
+    distillation_weight: float = Field(2.5, ge=0, description="λ of eq. 1; 0 is the adversarial loss alone")
+    adversarial_weight: float = Field(1.0, ge=0, description="of the adversarial loss, 1 in eq. 1")
+    conditions: tuple[Literal["text", "image"], ...] = Field(("text", "image"), description="what the heads are told")
     space: Literal["pixel", "latent"] = Field("pixel", description="where student and teacher are compared")
     checkpoint_decoder: bool = Field(False, description="recompute the VAE's decoder in backward to save memory")
     guidance_scale: float = Field(7.5, description="of the teacher; not published, NFSD's own")
@@ -222,7 +207,20 @@ class AddConfig(DistillationConfig):
         return timesteps
 
 
-AnyConfig = VaeConfig | TeacherConfig | LightningConfig | AddConfig
+class LcmConfig(DistillationConfig):
+    """Latent consistency distillation (arXiv 2310.04378, 2311.05556), the regression baseline; no discriminator."""
+
+    kind: Literal["lcm"]
+    trains: Trains = "lora"
+    export_name: str = Field("lcm", description="stem of the exported LoRA file")
+    levels: int = Field(50, ge=1, le=1000, description="of the teacher's DDIM grid; a jump is from one to the next")
+    guidance_range: tuple[float, float] = Field((3.0, 15.0), description="the teacher's scale is uniform in it")
+    distance: losses.Distance = "huber"
+    target_half_life: float = Field(0.0, ge=0, description="of the network that makes targets, images; 0: the student")
+    optimizer: OptimizerConfig
+
+
+AnyConfig = VaeConfig | TeacherConfig | LightningConfig | AddConfig | LcmConfig
 Recipe = Annotated[AnyConfig, Field(discriminator="kind")]
 
 

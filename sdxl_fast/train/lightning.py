@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from . import distributed, losses
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
+from .students import averaged
 from .teacher import call_unet, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
@@ -28,19 +29,25 @@ from .vae import to_sheet
 
 @dataclass
 class Teacher:
-    """A frozen network and the stride it walks with; `guidance` 1 is none."""
+    """A frozen network and the stride it walks with; `guidance` 1 is none. `others` stand on further bases."""
 
     bench: Bench[LightningConfig]
     unet: nn.Module
     stride: float
     guidance: float = 1.0
+    others: tuple[nn.Module, ...] = ()
+
+    @property
+    def current(self) -> nn.Module:
+        """The network on the base that this micro-batch works on."""
+        return (self.unet, *self.others)[self.bench.which]
 
     @torch.no_grad()
     def walk(self, x_t: Tensor, t: Tensor, condition: Condition, count: int) -> Tensor:
         """`count` deterministic moves from x_t; a sample that has reached the clean latent stays there."""
         bench = self.bench
         predict = sampling.guided(
-            lambda x, now, text: call_unet(self.unet, x, now.clamp(min=0), text),
+            lambda x, now, text: call_unet(self.current, x, now.clamp(min=0), text),
             condition,
             scaled_text(condition, 0.0),
             self.guidance,
@@ -72,13 +79,22 @@ class Moved(NamedTuple):
 
 @dataclass
 class Student:
-    """The network that learns, what its output means, and the grid and stride it moves on."""
+    """The network that learns, what its output means, and the grid and stride it moves on.
+
+    `others` are the same LoRA on further bases: the same parameters, so `unet` stands for all.
+    """
 
     bench: Bench[LightningConfig]
     unet: nn.Module
     prediction_type: PredictionType
     steps: int
     timesteps: tuple[int, ...]
+    others: tuple[nn.Module, ...] = ()
+
+    @property
+    def current(self) -> nn.Module:
+        """The network on the base that this micro-batch works on."""
+        return (self.unet, *self.others)[self.bench.which]
 
     @property
     def stride(self) -> float:
@@ -90,7 +106,7 @@ class Student:
         bench = self.bench
         then = schedule.next_timesteps(t, self.stride)
         with bench.config.autocast():
-            output = call_unet(self.unet, x_t, t, condition)
+            output = call_unet(self.current, x_t, t, condition)
         moved, shown = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
         return Moved(moved, shown, then if renoise is None else renoise.timesteps)
 
@@ -118,16 +134,9 @@ class StudentTask(Task):
         self.average.update(self.student.unet, images + self.batch, self.batch)
         return logged
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The student holds its averaged weights inside."""
-        names = self.average.values
-        live = {name: p.detach().clone() for name, p in self.student.unet.named_parameters() if name in names}
-        self.average.copy_to(self.student.unet)
-        try:
-            yield
-        finally:
-            self.student.unet.load_state_dict(live, strict=False)
+        return averaged(self.student.unet, self.average)
 
     @torch.no_grad()
     def _sheet(self, path: Path) -> None:
@@ -140,12 +149,13 @@ class StudentTask(Task):
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
         )
+        self.drawn = bench.decode(latents)
         if distributed.is_first():
             with replacing(path) as writing:
-                to_sheet(bench.decode(latents), 12).save(writing, format="PNG")
+                to_sheet(self.drawn, 12).save(writing, format="PNG")
 
     def preview(self, path: Path) -> None:
-        with self.averaged():
+        with self.averaged(), self.bench.config.drawing():
             self._sheet(path)
 
     def export(self, folder: Path) -> None:
@@ -211,7 +221,10 @@ class AdversarialTask(StudentTask):
         self.teacher, self.substeps, self.phase, self.discriminator = teacher, substeps, phase, discriminator
         discriminator.encoder.requires_grad_(not config.discriminator.freeze_backbone)
         trained = (p for p in discriminator.parameters() if p.requires_grad)
-        self.d_update = Update(config.discriminator_optimizer, trained, phase.images)
+        d_optimizer = config.discriminator_optimizer
+        if phase.d_lr is not None:
+            d_optimizer = d_optimizer.model_copy(update={"lr": phase.d_lr})
+        self.d_update = Update(d_optimizer, trained, phase.images)
         self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _renoise(self, *key: int | str) -> Renoise | None:

@@ -8,37 +8,37 @@ stage; from D to D' its backbone is kept, the head is new.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import platform
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
+from ..files import replacing
 from ..models.discriminators import LightningDiscriminator, UNetEncoder
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
 from . import distributed
 from .bench import Bench, lay_out, load_teacher, make_bench
-from .config import AdversarialPhase, LightningConfig, StageConfig
+from .config import AdversarialPhase, LightningConfig, StageConfig, Trains
 from .export import export_pipeline
+from .interruptions import STOP
 from .lightning import AdversarialTask, RegressionTask, Student, StudentTask, Teacher
+from .students import adapter_pairs, add_lora, load_adapter, same_lora_on
 from .trainer import fit
 
 BASE = "base"
 BASE_STEPS = 128
-ADAPTER = "distilled"
+STUDENT, AVERAGE = "student.safetensors", "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Unit:
     convert: bool = False
 
     @property
-    def trains(self) -> str:
+    def trains(self) -> Trains:
         """What of the student learns: "lora" or "full"."""
         if self.phase is not None:
             return self.phase.trains
@@ -88,9 +88,10 @@ class Lineage:
 
     def __init__(self, bench: Bench[LightningConfig], run: Path) -> None:
         self.config, self.run, self.prediction_type = bench.config, run, bench.prediction_type
-        self.source = bench.source
+        self.bench, self.source = bench, bench.source
         self.base: Any = bench.base
         self.units = units_of(bench.config)
+        self.initial = None if bench.config.initial is None else Path(bench.config.initial)
 
     def _last(self, stage: str | None = None, trains: str | None = None, before: int | None = None) -> Unit | None:
         found = [
@@ -101,50 +102,49 @@ class Lineage:
         return found[-1] if found else None
 
     def plain_base(self) -> Any:
-        """A fresh copy of the base UNet in float32."""
-        return copy.deepcopy(self.base)
+        """A copy of the base UNet to change, in the precision of what trains."""
+        return self.bench.base_to_train()
 
-    def merged(self, unit: Unit | None) -> Any:
-        """The base with that unit's LoRA merged; the base itself for None."""
-        unet = self.plain_base()
-        if unit is not None:
-            merge_lora(unet, read_lora(unit.folder(self.run) / "student.safetensors", unet))
+    def merged(self, unit: Unit | None, which: int = 0, file: str = STUDENT) -> Any:
+        """A base with that unit's LoRA merged, to train; the base itself, or with the LoRA to start from, for None."""
+        unet = self.bench.base_to_train(which)
+        path = self.initial if unit is None else unit.folder(self.run) / file
+        if path is not None:
+            merge_lora(unet, read_lora(path, unet))
         return unet
 
-    def of_stage(self, name: str) -> tuple[Any, int]:
-        """The LoRA-merged model a stage ended with, and its step count; "base" is the teacher of the first stage."""
+    def of_stage(self, name: str, which: int = 0) -> tuple[Any, int]:
+        """The LoRA-merged model a stage ended with, frozen, and its step count; "base" teaches the first stage."""
         if name == BASE:
-            return self.plain_base(), BASE_STEPS
+            return self.bench.frozen_base(which), BASE_STEPS
         unit = self._last(stage=name, trains="lora")
         if unit is None:
             raise ValueError(f"stage {name!r} is to teach, but trains no LoRA or does not exist")
-        return self.merged(unit), unit.stage.steps
+        file = AVERAGE if self.config.teach_average else STUDENT
+        return self.bench.froze(self.merged(unit, which, file)), unit.stage.steps
 
-    def teacher_of(self, unit: Unit) -> tuple[Any, int]:
+    def teacher_of(self, unit: Unit, which: int = 0) -> tuple[Any, int]:
         """The teacher network of a unit and its step count: the phase's own choice, else the stage before."""
         names = [stage.name for stage in self.config.stages]
         position = names.index(unit.stage.name)
         before = names[position - 1] if position else BASE
-        return self.of_stage((unit.phase.teacher if unit.phase else None) or before)
+        return self.of_stage((unit.phase.teacher if unit.phase else None) or before, which)
 
     def student_of(self, unit: Unit) -> Any:
         """The unit's student at its start, with only what it trains requiring gradients."""
         previous = self._last(trains="lora", before=unit.index)
         if unit.trains == "lora":
-            unet = self.plain_base().requires_grad_(False)
-            alpha = self.config.lora_alpha or self.config.lora_rank
-            settings = LoraConfig(
-                r=self.config.lora_rank, lora_alpha=alpha, target_modules=list(self.config.lora_targets)
-            )
-            torch.manual_seed(self.config.seed)
-            unet.add_adapter(settings, adapter_name=ADAPTER)
-            if previous is not None:
-                _load_adapter(unet, load_file(previous.folder(self.run) / "student.safetensors"))
+            unet = self.bench.frozen_base()
+            path = self.initial if previous is None else previous.folder(self.run) / STUDENT
+            start = None if path is None else read_lora(path, unet)
+            add_lora(unet, self.config)
+            if start is not None:
+                load_adapter(unet, start, str(path))
             return unet
         before = self.units[unit.index - 1] if unit.index else None
         if before is not None and before.stage is unit.stage and before.trains == "full":
             unet = self.plain_base()
-            unet.load_state_dict(load_file(before.folder(self.run) / "student.safetensors"))
+            unet.load_state_dict(load_file(before.folder(self.run) / STUDENT))
         else:
             unet = self.merged(previous)
         return unet.requires_grad_(True)
@@ -152,7 +152,7 @@ class Lineage:
     def discriminator_of(self, unit: Unit, phase: AdversarialPhase) -> LightningDiscriminator:
         """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits."""
         torch.manual_seed(self.config.seed + unit.index)
-        encoder = UNetEncoder(self.plain_base())
+        encoder = UNetEncoder(self.base, bases=1 + len(self.bench.others))
         levels = len(self.base.config.down_block_types) - 1
         shortest = min(min(height, width) for _, height, width in self.source.shapes)
         d = LightningDiscriminator(
@@ -160,7 +160,7 @@ class Lineage:
             conditional=phase.condition,
             side=1 << ((shortest // 2**levels).bit_length() - 1),
             head_channels=self.config.discriminator.head_channels,
-        ).to(self.config.torch_device, self.config.dtype)
+        ).to(self.config.torch_device, self.config.trained_dtype)
         before = self.units[unit.index - 1] if unit.index else None
         if before is not None and before.stage is unit.stage and before.phase is not None:
             kept = load_file(before.folder(self.run) / "discriminator.safetensors")
@@ -169,12 +169,12 @@ class Lineage:
             d.load_state_dict(kept, strict=False)
         return d
 
-    def write_student(self, unit: Unit, unet: nn.Module) -> None:
+    def write_student(self, unit: Unit, unet: nn.Module, file: str = STUDENT) -> None:
         """Saves a trained student: LoRA pairs, or the full UNet."""
-        path = unit.folder(self.run) / "student.safetensors"
+        path = unit.folder(self.run) / file
         if unit.trains == "lora":
-            alpha = self.config.lora_alpha or self.config.lora_rank
-            pairs = _adapter_pairs(unet)
+            alpha = self.config.alpha
+            pairs = adapter_pairs(unet)
             if distributed.is_first():
                 write_lora(
                     path, pairs, alpha=alpha, num_inference_steps=unit.stage.steps, prediction_type=self.prediction_type
@@ -187,55 +187,28 @@ def _write_weights(module: nn.Module, path: Path) -> None:
     """The whole weights in one file; every process must call."""
     weights = {key: distributed.whole(value.detach()).contiguous() for key, value in module.state_dict().items()}
     if distributed.is_first():
-        save_file(weights, path)
-
-
-def _adapter_layers(unet: nn.Module) -> Iterator[tuple[str, Any]]:
-    for name, module in unet.named_modules():
-        if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
-            yield name, module
-
-
-def _whole_weight(layer: Any) -> torch.Tensor:
-    return distributed.whole(layer.weight.detach())
-
-
-def _adapter_pairs(unet: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    return {
-        name: (_whole_weight(module.lora_A[ADAPTER]), _whole_weight(module.lora_B[ADAPTER]))
-        for name, module in _adapter_layers(unet)
-    }
-
-
-@torch.no_grad()
-def _load_adapter(unet: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Copies LoRA pairs written by `write_lora` (alpha folded into the ups) into the adapter."""
-    for name, module in _adapter_layers(unet):
-        module.lora_A[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_A.weight"])
-        module.lora_B[ADAPTER].weight.copy_(tensors[f"unet.{name}.lora_B.weight"] / module.scaling[ADAPTER])
+        with replacing(path) as writing:
+            save_file(weights, writing)
 
 
 def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> StudentTask:
     """The unit's networks, assembled from what came before it."""
     config, stage = bench.config, unit.stage
     bench = replace(bench, stage=unit.folder(Path()).name)
-    unet, teacher_steps = lineage.teacher_of(unit)
+    taught = [lineage.teacher_of(unit, which) for which in range(1 + len(bench.others))]
+    (unet, teacher_steps), teachers = taught[0], tuple(network for network, _ in taught[1:])
     first = teacher_steps == BASE_STEPS
-    teacher = Teacher(
-        bench,
-        unet.requires_grad_(False),
-        schedule.NUM_TRAIN_TIMESTEPS / teacher_steps,
-        config.guidance_scale if first else 1.0,
-    )
+    stride = schedule.NUM_TRAIN_TIMESTEPS / teacher_steps
+    teacher = Teacher(bench, unet, stride, config.guidance_scale if first else 1.0, teachers)
     network = lineage.student_of(unit)
+    students = tuple(same_lora_on(bench.frozen_base(1 + k), network, config) for k in range(len(bench.others)))
     grid = stage.timesteps or tuple(schedule.trailing_timesteps(stage.steps))
     kind: PredictionType = "sample" if stage.convert_images else bench.prediction_type
-    student = Student(bench, network, kind, stage.steps, grid)
+    student = Student(bench, network, kind, stage.steps, grid, students)
     substeps = teacher_steps // stage.steps
-    if config.fuse:
-        fuse(unet)
-        fuse(network)
-    lay_out(config, network, unet)
+    for each in (network, *students, unet, *teachers) if config.fuse else ():
+        fuse(each)
+    lay_out(config, [network, *students], [unet, *teachers])
     if unit.phase is None:
         return RegressionTask(student, teacher, substeps, config.optimizer, unit.images, convert=unit.convert)
     discriminator = lineage.discriminator_of(unit, unit.phase)
@@ -257,7 +230,7 @@ def _record(unit: Unit, run: Path, seconds: float) -> None:
     """Appends the unit to `chain.jsonl`: what it made, hashed, and the hash of the line before it."""
     path, folder = run / "chain.jsonl", unit.folder(run)
     before = path.read_text().splitlines()[-1] if path.is_file() else ""
-    files = [folder / name for name in ("student.safetensors", "discriminator.safetensors", "metrics.jsonl")]
+    files = [folder / name for name in (STUDENT, "discriminator.safetensors", "metrics.jsonl")]
     line = {
         "unit": folder.name,
         "steps": unit.stage.steps,
@@ -284,12 +257,17 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         folder = unit.folder(run)
         if folder.name in done:
             continue
+        if distributed.agreed(STOP.set, config.torch_device):
+            return False
         task = make_task(unit, bench, lineage)
         started = time.perf_counter()
         if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
             return False
         with task.averaged() if config.hand_on_average else nullcontext():
             lineage.write_student(unit, task.student.unet)
+        if config.teach_average and unit.trains == "lora":
+            with task.averaged():
+                lineage.write_student(unit, task.student.unet, AVERAGE)
         if isinstance(task, AdversarialTask):
             _write_weights(task.discriminator, folder / "discriminator.safetensors")
         if distributed.is_first():
@@ -307,7 +285,7 @@ def _export(config: LightningConfig, lineage: Lineage, run: Path) -> None:
     if last.stage.steps != 1:
         return
     student = lineage.plain_base()
-    student.load_state_dict(load_file(last.folder(run) / "student.safetensors"))
-    loras = {u.stage.steps: u.folder(run) / "student.safetensors" for u in lineage.units if u.trains == "lora"}
+    student.load_state_dict(load_file(last.folder(run) / STUDENT))
+    loras = {u.stage.steps: u.folder(run) / STUDENT for u in lineage.units if u.trains == "lora"}
     few = {steps: path for steps, path in loras.items() if steps in (2, 4, 8)}
     export_pipeline(run / "export", load_teacher(config), student.cpu(), few, name=config.export_name)

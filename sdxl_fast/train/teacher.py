@@ -59,9 +59,9 @@ def scaled_text(condition: dict[str, Tensor], factor: Tensor | float) -> dict[st
     """A condition whose text is multiplied per sample, by 0 to leave it out; the sizes stay."""
     factor = torch.as_tensor(factor, device=condition["pooled"].device)
     return {
+        **condition,
         "prompt_embeds": condition["prompt_embeds"] * factor.reshape(-1, 1, 1),
         "pooled": condition["pooled"] * factor.reshape(-1, 1),
-        "time_ids": condition["time_ids"],
     }
 
 

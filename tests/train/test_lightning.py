@@ -247,6 +247,14 @@ def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(lab: Any, index:
     assert whole.keys() == halves.keys() and _same(whole, halves)
 
 
+def test_the_discriminators_rate_is_the_phases(lab: Any) -> None:
+    task = _adversarial(lab)
+    assert task.d_update.config.lr == 1e-3
+    phase = task.phase.model_copy(update={"d_lr": 1e-5})
+    other = AdversarialTask(task.student, task.teacher, task.substeps, task.discriminator, phase)
+    assert other.d_update.config.lr == 1e-5 and other.update.config.lr == task.update.config.lr
+
+
 def test_all_stages_run_chain_and_export(lightning_recipe: Path, cache: Path, teacher_folder: Path) -> None:
     out = run(lightning_recipe, [])
     folder = cache / "runs" / "distil"

@@ -1,0 +1,94 @@
+"""The lean AdamW takes torch's steps, and moves bfloat16 weights by less than they can hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sdxl_fast.train import checkpoint
+from sdxl_fast.train.config import load_recipe
+from sdxl_fast.train.optimizers import LeanAdamW, bytes_per_parameter, make_optimizer, round_stochastically
+from sdxl_fast.train.settings import OptimizerConfig
+
+
+def _trained(kind: Any, dtype: torch.dtype, **settings: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(3, 5), nn.SiLU(), nn.Linear(5, 1)).to(dtype)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind, **settings), list(module.parameters()))
+    for _ in range(5):
+        module(torch.randn(7, 3).to(dtype)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return module, optimizer
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.99), (0.9, 0.999)])
+def test_the_steps_are_those_of_adamw(betas: tuple[float, float]) -> None:
+    settings = {"lr": 1e-2, "betas": betas, "weight_decay": 0.1}
+    plain, _ = _trained("adamw", torch.float64, **settings)
+    lean, optimizer = _trained("adamw_lean", torch.float64, **settings)
+    for a, b in zip(plain.parameters(), lean.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    state = next(iter(optimizer.state.values()))
+    assert ("exp_avg" in state) is (betas[0] > 0)
+    assert bytes_per_parameter(OptimizerConfig(kind="adamw_lean", lr=1, betas=betas), 4) == (8 if betas[0] else 4)
+
+
+def test_rounding_keeps_the_expectation() -> None:
+    draw = torch.Generator().manual_seed(0)
+    value = 1.0 + 2**-10  # an eighth of the way from 1 to the next bfloat16
+    rounded = round_stochastically(torch.full((20_000,), value), draw).float()
+    assert set(rounded.tolist()) == {1.0, 1.0 + 2**-7}
+    assert rounded.mean().item() == pytest.approx(value, abs=2**-7 * 3 * (0.125 * 0.875 / 20_000) ** 0.5)
+    exact = torch.tensor([0.0, -1.5, 3.0])
+    assert torch.equal(round_stochastically(exact, draw).float(), exact)
+
+
+def test_small_steps_add_up_in_bfloat16() -> None:
+    weight = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+    optimizer = LeanAdamW([weight], lr=1e-4, betas=(0.0, 0.99), eps=1e-8, weight_decay=0.0)
+    for _ in range(50):
+        weight.grad = torch.full_like(weight, 0.5)
+        optimizer.step()
+    # each step is lr exactly, a 40th of an ulp; rounding to nearest would leave 1.0
+    assert weight.float().mean().item() == pytest.approx(1.0 - 50 * 1e-4, abs=2e-4)
+    assert optimizer.state[weight]["exp_avg_sq"].dtype == torch.bfloat16
+
+
+def test_a_resumed_optimizer_takes_the_same_steps(tmp_path: Path) -> None:
+    settings = {"lr": 1e-3, "betas": (0.0, 0.99)}
+    module, optimizer = _trained("adamw_lean", torch.bfloat16, **settings)
+    path = checkpoint.save(tmp_path, {"module": module, "optimizer": optimizer}, {"images": 5})
+    other, its = _trained("adamw_lean", torch.bfloat16, **settings)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    checkpoint.load(path, {"module": other, "optimizer": its})
+    for network, moves in ((module, optimizer), (other, its)):
+        x = torch.randn(7, 3, generator=torch.Generator().manual_seed(1)).bfloat16()
+        network(x).square().mean().backward()
+        moves.step()
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_an_average_of_bfloat16_weights_moves() -> None:
+    module = nn.Linear(1, 1, bias=False).bfloat16()
+    nn.init.zeros_(module.weight)
+    average = checkpoint.Average(module, half_life=1000.0, ramp=1e9)
+    nn.init.ones_(module.weight)
+    for step in range(100):
+        average.update(module, step + 1, 1)
+    assert average.values["weight"].item() == pytest.approx(1 - 0.5**0.1, rel=1e-3)
+
+
+def test_bfloat16_weights_ask_for_the_optimizer_that_can_move_them(lightning_recipe: Path) -> None:
+    with pytest.raises(ValueError, match=r"set optimizer\.kind to adamw_lean"):
+        load_recipe(lightning_recipe, ["precision=bf16", "trained=bf16"])
+    with pytest.raises(ValueError, match="set precision to bf16"):
+        load_recipe(lightning_recipe, ["frozen=bf16"])
+    lean = [f"{name}.kind=adamw_lean" for name in ("optimizer", "adversarial_optimizer", "discriminator_optimizer")]
+    assert load_recipe(lightning_recipe, ["precision=bf16", "trained=bf16", *lean])
