@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from . import distributed
 from .config import RunConfig
 
@@ -55,11 +57,34 @@ class Log:
         """One line; `images` is where it stands."""
         if not distributed.is_first():
             return
-        with open(self._path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        _append(self._path, line)
         values = {name: value for name, value in line.items() if name != "images"}
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, int(line["images"]))
         if self._wandb is not None:
             self._wandb.log(values, step=int(line["images"]))
+
+    def sheet(self, images: int, facts: dict[str, float]) -> None:
+        """What was measured on a contact sheet goes to `sheets.jsonl`, and where else metrics go."""
+        if not distributed.is_first():
+            return
+        _append(self._path.with_name("sheets.jsonl"), {"images": images, **facts})
+        if self._board is not None:
+            for name, value in facts.items():
+                self._board.add_scalar(name, value, images)
+        if self._wandb is not None:
+            self._wandb.log(facts, step=images)
+
+    def warn(self, images: int, warnings: list[str]) -> None:
+        """Shows warnings above the progress bar and keeps them in `warnings.jsonl`."""
+        if not distributed.is_first():
+            return
+        for warning in warnings:
+            tqdm.write(f"warning: {self._path.parent.name}, {images:,} images: {warning}")
+            _append(self._path.with_name("warnings.jsonl"), {"images": images, "warning": warning})
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")

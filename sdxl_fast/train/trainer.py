@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
-import signal
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from ..eval.plots import plot_losses
+from ..files import replacing
 from . import checkpoint, distributed
 from .config import (
     AddConfig,
     AnyConfig,
     DistillationConfig,
+    LcmConfig,
     LightningConfig,
-    OptimizerConfig,
     RunConfig,
     VaeConfig,
     cache_folder,
     load_recipe,
 )
+from .interruptions import STOP, clear_temporaries
 from .log import Log
+from .monitor import Monitor, facts_of_sheet
+from .optimizers import Update, learning_rate, make_optimizer
+
+__all__ = ["Task", "Update", "export_of", "fit", "learning_rate", "make_optimizer", "mean_of", "run", "run_folder"]
 
 
 class Task(ABC):
@@ -43,6 +45,8 @@ class Task(ABC):
     batch: int
     seen: dict[str, torch.Tensor]
     """What the last step worked on, kept for the guard against values that are not finite."""
+    drawn: torch.Tensor | None = None
+    """The pictures [N, 3, H, W] in -1..1 of the last contact sheet, for the monitor."""
 
     @abstractmethod
     def step(self, images: int) -> dict[str, float]:
@@ -57,78 +61,9 @@ class Task(ABC):
         """Writes the trained result in diffusers' folder format."""
 
 
-def learning_rate(config: OptimizerConfig, images: int, total: int) -> float:
-    """The rate for the batch beginning after `images` of `total` images."""
-    warm = min(1.0, (images + 1) / config.warmup) if config.warmup else 1.0
-    left = min(1.0, (total - images) / config.decay) if config.decay else 1.0
-    return config.lr * warm * max(left, config.final)
-
-
-def make_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over the parameters; fused where torch has it for their device, or in 8 bits by bitsandbytes.
-
-    Raises:
-        ValueError: 8 bits are asked for and bitsandbytes is not installed.
-    """
-    settings: dict[str, Any] = {
-        **{"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    }
-    if config.kind == "adamw":
-        return torch.optim.AdamW(parameters, fused=True, **settings)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
-        raise ValueError("optimizer.kind is adamw8bit, which needs: pip install bitsandbytes") from None
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, **settings)
-    return optimizer
-
-
-class Update:
-    """What moves one network: its optimiser with the schedule of its rate, over gradients of several micro-batches.
-
-    Args:
-        config: rates and clipping.
-        parameters: those that train.
-        total: length of the training in images, where the schedule ends.
-    """
-
-    def __init__(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter], total: int) -> None:
-        self.config, self.parameters, self.total = config, list(parameters), total
-        self.optimizer = make_optimizer(config, self.parameters)
-
-    def step(self, images: int) -> float:
-        """Gathers the gradients of all processes, clips, moves the weights; returns the norm before clipping.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; nothing was updated.
-        """
-        distributed.average_gradients(self.parameters)
-        clipped = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = distributed.whole(clipped).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"gradient norm is {norm} after {images} images")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, images, self.total)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-
 def mean_of(facts: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each entry over micro-batches."""
     return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
-
-
-class _StopRequest:
-    """Turns the first SIGTERM or SIGINT into a flag that the loop reads between steps."""
-
-    def __init__(self) -> None:
-        self.set = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        self.set = True
 
 
 def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool, label: str) -> bool:
@@ -143,20 +78,21 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     folder.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(config.deterministic)
     images = _restore(task, folder) if resume else 0
-    stop, device = _StopRequest(), config.torch_device
+    device, monitor = config.torch_device, Monitor(folder / "sheets.jsonl")
     # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
     # embedded teacher (bf16, 16 tokens, one core).
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     sums: defaultdict[str, list[float]] = defaultdict(list)
     started, logged = time.perf_counter(), images
     with (
+        STOP.watching(),
         attention,
         Log(folder, config, label) as log,
         tqdm(
             total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()
         ) as bar,
     ):
-        while images < total and not distributed.agreed(stop.set, device):
+        while images < total and not distributed.agreed(STOP.set, device):
             try:
                 step = task.step(images)
             except FloatingPointError as error:
@@ -172,15 +108,19 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
                 means = {name: sum(values) / len(values) for name, values in sums.items()}
                 line = distributed.average(means, device)
                 log.write({"images": images, "images_per_second": rate, **line})
+                log.warn(images, monitor.check(line))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()})
                 sums.clear()
                 started, logged = time.perf_counter(), images
-            if images // config.checkpoint_every > (images - task.batch) // config.checkpoint_every:
+            due = images // config.checkpoint_every > (images - task.batch) // config.checkpoint_every
+            if due and images < total:
                 _save(task, folder, images, config.keep_checkpoints)
-    if images < total:  # asked to stop: soon
-        checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
-        return False
-    _save(task, folder, images, config.keep_checkpoints)
+                _look(task, log, monitor, images)
+        if images < total:  # asked to stop: soon
+            checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
+            return False
+        _save(task, folder, images, config.keep_checkpoints)
+        _look(task, log, monitor, images)
     return True
 
 
@@ -192,17 +132,41 @@ def _save(task: Task, folder: Path, images: int, keep: int) -> None:
         plot_losses(folder / "metrics.jsonl", folder / "losses.png", title=folder.name)
 
 
+def _look(task: Task, log: Log, monitor: Monitor, images: int) -> None:
+    """Measures the last contact sheet, and warns if it shows one of the known failures."""
+    if task.drawn is None:
+        return
+    facts = facts_of_sheet(task.drawn)
+    task.drawn = None
+    log.sheet(images, facts)
+    log.warn(images, monitor.check(facts))
+
+
 def _restore(task: Task, folder: Path) -> int:
     """Loads the newest checkpoint and drops metric lines written after it; the images it stands at."""
     newest = checkpoint.latest(folder)
     if newest is None:
         return 0
     images = int(checkpoint.load(newest, task.parts)["images"])
-    path = folder / "metrics.jsonl"
-    if path.is_file() and distributed.is_first():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["images"] <= images]
-        path.write_text("".join(line + "\n" for line in lines))
+    if distributed.is_first():
+        for name in ("metrics.jsonl", "sheets.jsonl", "warnings.jsonl"):
+            _drop_later_lines(folder / name, images)
     return images
+
+
+def _drop_later_lines(path: Path, images: int) -> None:
+    """Keeps the lines up to a checkpoint; what a killed process wrote after it, or half a line, goes."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["images"] <= images:
+                kept.append(line)
+        except ValueError:
+            continue
+    with replacing(path) as writing:
+        writing.write_text("".join(line + "\n" for line in kept))
 
 
 def run_folder(name: str) -> Path:
@@ -236,15 +200,22 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
     if resume not in (None, "latest"):
         raise ValueError(f"--resume is {resume!r}; allowed: latest")
     if dry_run:
+        from .plan import plan
+
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + f"# runs in {folder}")
+        print(plan(config, folder))
         return folder
     if resume is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run; pass --resume latest, or another name with --set run=NAME")
     distributed.barrier()  # before the first process fills the folder
     folder.mkdir(parents=True, exist_ok=True)
     if distributed.is_first():
-        (folder / "recipe.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    finished = _run_kind(config, folder, resume is not None)
+        clear_temporaries(folder)
+        with replacing(folder / "recipe.yaml") as writing:
+            writing.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    distributed.barrier()
+    with STOP.watching():
+        finished = _run_kind(config, folder, resume is not None)
     print(f"{folder / 'export'}" if finished else f"stopped; `--resume latest` goes on in {folder}")
     return folder / "export"
 
@@ -263,6 +234,10 @@ def _run_kind(config: AnyConfig, folder: Path, resume: bool) -> bool:
         from .add import AddTask
 
         task = AddTask(config, folder)
+    elif isinstance(config, LcmConfig):
+        from .lcm import LcmTask
+
+        task = LcmTask(config, folder)
     else:
         from .teacher import TeacherTask
 
