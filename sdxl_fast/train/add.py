@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,10 +21,10 @@ from ..models.feature_nets import Features, feature_network
 from ..nn import fuse
 from ..random import image_seeds
 from . import distributed, losses
-from .bench import Bench, Condition, lay_out, load_teacher, make_bench
+from .bench import Bench, Condition, lay_out, make_bench
 from .checkpoint import Average
 from .config import AddConfig
-from .export import new_folder
+from .students import averaged, export_student, make_student
 from .teacher import call_unet, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
@@ -101,12 +100,13 @@ class AddTask(Task):
     The real picture is decoded from its latent, so that the discriminator judges the student and not the VAE.
     """
 
-    def __init__(self, config: AddConfig, folder: Path) -> None:
+    def __init__(self, config: AddConfig, folder: Path, bench: Bench[AddConfig] | None = None) -> None:
         self.config, self.batch = config, config.batch
-        self.bench = bench = make_bench(config, folder, prompts=(config.negative_prompt,))
+        self.bench = bench = bench or make_bench(config, folder, prompts=(config.negative_prompt,))
         torch.manual_seed(config.seed)
-        self.student: Any = copy.deepcopy(bench.base).requires_grad_(True)
-        self.teacher = ScoreTeacher(bench, copy.deepcopy(bench.base), bench.prompts)
+        self.student: Any = make_student(bench, config.trains)
+        torch.manual_seed(config.seed)
+        self.teacher = ScoreTeacher(bench, bench.frozen_base(), bench.prompts)
         self.features = feature_network(config.feature_network).to(config.torch_device, config.dtype)
         self.image_encoder = (
             feature_network(config.image_encoder).to(config.torch_device, config.dtype)
@@ -119,8 +119,9 @@ class AddTask(Task):
         if config.fuse:
             for network in (self.student, self.teacher.unet, bench.vae):
                 fuse(network)
-        lay_out(config, self.student, self.teacher.unet)
-        self.update = Update(config.optimizer, self.student.parameters(), config.images)
+        lay_out(config, [self.student], [self.teacher.unet])
+        trained = (p for p in self.student.parameters() if p.requires_grad)
+        self.update = Update(config.optimizer, trained, config.images)
         self.d_update = Update(config.discriminator_optimizer, self.discriminator.parameters(), config.images)
         self.average = Average(self.student, config.ema_half_life)
         self.parts = {
@@ -165,7 +166,7 @@ class AddTask(Task):
 
     def discriminator_loss(self, drawn: Drawn) -> tuple[Tensor, dict[str, float]]:
         """Hinge loss summed over heads, plus R1 on the heads' real inputs (eq. 3); the student gets no gradient."""
-        text, image = drawn.condition["pooled"], drawn.image
+        text, image = self._told(drawn)
         inputs = [tokens.detach().requires_grad_() for tokens in drawn.real.tokens]
         with self.config.autocast():
             real_logits = self.discriminator(inputs, text, image)
@@ -179,11 +180,17 @@ class AddTask(Task):
     def student_loss(self, drawn: Drawn, images: int) -> tuple[Tensor, dict[str, float]]:
         """The heads' verdict and the teacher's (eq. 1); the discriminator must not require gradients."""
         with self.config.autocast():
-            logits = self.discriminator(drawn.fake, drawn.condition["pooled"], drawn.image)
+            logits = self.discriminator(drawn.fake, *self._told(drawn))
         adversarial = torch.stack([losses.hinge_generator(logit) for logit in logits]).sum()
         distance = self._distance(drawn.x0, drawn.pictures, drawn.condition, images)
         facts = {"g_loss": adversarial.item(), "distillation": distance.item()}
-        return adversarial + self.config.distillation_weight * distance, facts
+        return self.config.adversarial_weight * adversarial + self.config.distillation_weight * distance, facts
+
+    def _told(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
+        """c_text and c_img; zeros for what the heads are not told (ADD, table 1b)."""
+        embeddings = {"text": drawn.condition["pooled"], "image": drawn.image}
+        text, image = (e if name in self.config.conditions else torch.zeros_like(e) for name, e in embeddings.items())
+        return text, image
 
     def _distance(self, x0: Tensor, pictures: Tensor, condition: Condition, images: int) -> Tensor:
         """E[c(t) d(x̂_θ, x̂_ψ)], d the mean squared difference (eq. 4); t is uniform, which the paper leaves open."""
@@ -230,39 +237,31 @@ class AddTask(Task):
         self.average.update(self.student, images + self.batch, self.batch)
         return logged
 
-    def _averaged(self) -> Any:
-        student = copy.deepcopy(self.bench.base)
-        self.average.copy_to(student)
-        return student.eval()
-
     @torch.no_grad()
     def preview(self, path: Path) -> None:
         """One, two and four ancestral steps of the same prompts and seeds, block below block."""
-        bench, unet = self.bench, self._averaged()
-        condition = bench.previews
-        count = len(condition["pooled"])
-        blocks = []
-        for steps in SHEET_STEPS:
-            x_t = bench.pure_noise(image_seeds(count, "preview"))
-            grid = schedule.trailing_timesteps(steps)
-            for now, then in zip(grid, [*grid[1:], -1], strict=True):
-                t = torch.full((count,), now, device=bench.device)
-                output = call_unet(unet, x_t, t, condition)
-                noise = bench.pure_noise(image_seeds(count, "preview", now))
-                levels = (t, torch.full_like(t, then))
-                x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
-            blocks.append(bench.decode(x_t))
+        with averaged(self.student, self.average), self.config.drawing():
+            blocks = [self._refined(steps) for steps in SHEET_STEPS]
+        self.drawn = blocks[0]
         if distributed.is_first():
             with replacing(path) as writing:
-                to_sheet(torch.cat(blocks), count).save(writing, format="PNG")
+                to_sheet(torch.cat(blocks), len(blocks[0])).save(writing, format="PNG")
+
+    def _refined(self, steps: int) -> Tensor:
+        """Pictures of the preview prompts in a number of ancestral steps: iterative refinement (§4.2)."""
+        bench = self.bench
+        condition, count = bench.previews, len(bench.previews["pooled"])
+        x_t = bench.pure_noise(image_seeds(count, "preview"))
+        grid = schedule.trailing_timesteps(steps)
+        for now, then in zip(grid, [*grid[1:], -1], strict=True):
+            t = torch.full((count,), now, device=bench.device)
+            output = call_unet(self.student, x_t, t, condition)
+            noise = bench.pure_noise(image_seeds(count, "preview", now))
+            levels = (t, torch.full_like(t, then))
+            x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
+        return bench.decode(x_t)
 
     def export(self, folder: Path) -> None:
         """A diffusers folder like SDXL-Turbo's: the student and an ancestral Euler scheduler, trailing timesteps."""
-        pipe = load_teacher(self.config)
-        student = self._averaged()
-        if not distributed.is_first():
-            return
-        arguments = scheduler_arguments(self.bench.prediction_type)
-        pipe.register_modules(unet=student.cpu(), scheduler=EulerAncestralDiscreteScheduler(**arguments))
-        with new_folder(folder) as writing:
-            pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)
+        scheduler = EulerAncestralDiscreteScheduler(**scheduler_arguments(self.bench.prediction_type))
+        export_student(folder, self.bench, self.student, self.average, scheduler, steps=4)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionXLPipeline
+from diffusers import EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline
 
 from sdxl_fast.diffusion import prediction, schedule
+from sdxl_fast.models.config import scheduler_arguments
 from sdxl_fast.models.discriminators import AddDiscriminator, TokenHead
+from sdxl_fast.models.lora import merge_lora, read_lora
+from sdxl_fast.random import image_seeds
 from sdxl_fast.train import checkpoint, losses
 from sdxl_fast.train.add import AddTask, ScoreTeacher
 from sdxl_fast.train.config import AddConfig, load_recipe
+from sdxl_fast.train.teacher import call_unet
 from sdxl_fast.train.trainer import run
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
@@ -132,8 +137,6 @@ def test_the_exponential_target_is_the_guided_walk(recipe: Path, tmp_path: Path,
     x0, condition = bench.batch(0, "test")
     t = torch.tensor([3, 200, 700, 999])
     x_t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
-    from sdxl_fast.train.teacher import call_unet
-
     with torch.no_grad():
         expected, now = x_t, t
         for left in range(steps - 1, -1, -1):
@@ -184,6 +187,61 @@ def test_a_run_resumes_bitwise_and_stock_diffusers_draws_from_it(recipe: Path, c
     pipe.set_progress_bar_config(disable=True)
     image = pipe("red square", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
+
+
+def test_a_lora_on_the_shared_base_trains_and_is_merged_into_the_export(recipe: Path, cache: Path) -> None:
+    folder = run(recipe, ["trains=lora", "lora_rank=2", "export_name=add_toy", "images=8"])
+    teacher = StableDiffusionXLPipeline.from_pretrained(load_recipe(recipe).teacher).unet  # type: ignore[union-attr]
+    merge_lora(teacher, read_lora(folder / "add_toy_4step_lora.safetensors", teacher))
+    exported = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).unet
+    for name, weight in exported.state_dict().items():
+        torch.testing.assert_close(weight, teacher.state_dict()[name], rtol=2e-3, atol=2e-3)
+
+
+def test_a_lora_moves_alone_and_the_base_is_there_once(recipe: Path, tmp_path: Path) -> None:
+    task = _task(recipe, tmp_path, "trains=lora", "lora_rank=2")
+    shared = {p.data_ptr() for p in task.teacher.unet.parameters()}
+    frozen = [p for p in task.student.parameters() if not p.requires_grad]
+    assert frozen and all(p.data_ptr() in shared for p in frozen)
+    before = _weights(task.student)
+    task.step(0)
+    moved = {name for name, value in _weights(task.student).items() if not torch.equal(value, before[name])}
+    assert moved and all("lora_" in name for name in moved)
+
+
+def test_what_the_heads_are_told_can_be_switched_off(recipe: Path, tmp_path: Path) -> None:
+    text_alone = _task(recipe, tmp_path, "conditions=[text]")
+    drawn = text_alone._draw(0)
+    image = drawn._replace(image=drawn.image.flip(0) + 1)
+    text = drawn._replace(condition={**drawn.condition, "pooled": drawn.condition["pooled"].flip(0) + 1})
+    # spectral norm's vectors move with each forward in training mode
+    text_alone.discriminator.eval()
+    plain = text_alone.discriminator_loss(drawn)[0]
+    assert torch.equal(text_alone.discriminator_loss(image)[0], plain)
+    assert not torch.equal(text_alone.discriminator_loss(text)[0], plain)
+
+
+def test_the_distillation_alone_ignores_the_heads(recipe: Path, tmp_path: Path) -> None:
+    task = _task(recipe, tmp_path, "adversarial_weight=0")
+    loss, facts = task.student_loss(task._draw(0), 0)
+    assert loss.item() == pytest.approx(2.5 * facts["distillation"], rel=1e-6) and facts["g_loss"] != 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_refinement_is_diffusers_ancestral_sampler(recipe: Path, tmp_path: Path, steps: int) -> None:
+    """The same noise through stock `EulerAncestralDiscreteScheduler` gives the same pictures."""
+    task = _task(recipe, tmp_path)
+    bench, count = task.bench, len(task.bench.previews["pooled"])
+    scheduler = EulerAncestralDiscreteScheduler(**scheduler_arguments("epsilon"))
+    scheduler.set_timesteps(steps)
+    x = bench.pure_noise(image_seeds(count, "preview")) * (1 + scheduler.sigmas[0] ** 2) ** 0.5
+    draws = iter([bench.pure_noise(image_seeds(count, "preview", int(t))) for t in scheduler.timesteps])
+    place = "diffusers.schedulers.scheduling_euler_ancestral_discrete.randn_tensor"
+    with torch.no_grad(), mock.patch(place, lambda *args, **settings: next(draws)):
+        for t in scheduler.timesteps:
+            output = call_unet(task.student, scheduler.scale_model_input(x, t), t.long().expand(count), bench.previews)
+            x = scheduler.step(output, t, x).prev_sample
+        torch.testing.assert_close(task._refined(steps), bench.decode(x), rtol=1e-3, atol=2e-3)
 
 
 def test_levels_without_pure_noise_are_refused(recipe: Path) -> None:

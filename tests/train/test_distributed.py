@@ -81,6 +81,30 @@ def test_micro_batches_follow_the_batch(recipe: Path, alone: Any, tmp_path: Path
     _assert_same(alone, _losses(tmp_path, recipe, "micro", "accumulate=2", "gradient_checkpointing=true"))
 
 
+@pytest.fixture(scope="module")
+def add_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ADD, 20 steps in float64, the first two of the heads alone."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    tree = {
+        **{"kind": "add", "run": "add", "teacher": str(teacher_folder), "batch": 4, "images": 80, "draws": 2},
+        "data": {"folder": str(pictures), "resolution": 32, "art_size": 64},
+        **{"precision": "fp64", "guidance_scale": 2.0, "checkpoint_every": 80, "log_every": 4, "d_warmup": 8},
+        **{"optimizer": {"lr": 1e-3}, "discriminator_optimizer": {"lr": 1e-3}, "lora_rank": 2},
+    }
+    path = tmp_path_factory.mktemp("recipe") / "add64.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parallel", "trains"), [("ddp", "full"), ("fsdp", "full"), ("fsdp", "lora")])
+def test_two_processes_of_add_follow_one(add_recipe: Path, parallel: str, trains: str, tmp_path: Path) -> None:
+    settings = (f"parallel={parallel}", f"trains={trains}")
+    one = _losses(tmp_path, add_recipe, "one", *settings)
+    assert sum(map(len, one.values())) == 20
+    _assert_same(one, _losses(tmp_path, add_recipe, "two", *settings, processes=2))
+
+
 def test_shares_are_disjoint_and_must_divide() -> None:
     assert distributed.shares(8, 2) == [slice(0, 4), slice(4, 8)]
     with pytest.raises(
