@@ -1,0 +1,188 @@
+"""What a recipe would do, without doing it: stages, what trains in each, how long, and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..models.networks import skeleton
+from ..models.source import PUBLISHED
+from . import checkpoint, distributed
+from .config import (
+    RECIPES,
+    AddConfig,
+    AnyConfig,
+    DistillationConfig,
+    LcmConfig,
+    LightningConfig,
+    OptimizerConfig,
+    TeacherConfig,
+    load_recipe,
+)
+from .optimizers import bytes_per_parameter
+from .rehearsal import Rehearsal
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One network that trains: its parameters, how wide they are, and what moves them."""
+
+    name: str
+    parameters: int
+    optimizer: OptimizerConfig
+    width: int
+    averaged: bool
+
+    @property
+    def bytes(self) -> int:
+        """Weights, gradients, moments, and the average in float32 or wider."""
+        average = max(4, self.width) if self.averaged else 0
+        return self.parameters * (2 * self.width + bytes_per_parameter(self.optimizer, self.width) + average)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage, a phase of it or a whole run: what it trains beside what it only uses, and its length."""
+
+    name: str
+    what: str
+    trained: tuple[Trained, ...]
+    frozen_bytes: int
+    activation_bytes: int
+    images: int
+    left: int
+
+
+def teacher_networks(config: DistillationConfig) -> dict[str, dict[str, Any]]:
+    """Configurations of the teacher's "unet" and "vae": from its folder, SDXL's own, or the recipe that makes it.
+
+    Raises:
+        ValueError: none of these says what the teacher looks like.
+    """
+    from ..models.networks import sdxl_configs
+    from .trainer import export_of
+
+    folder = export_of(config.teacher)
+    if (folder / "unet" / "config.json").is_file():
+        return {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae")}
+    if config.teacher == PUBLISHED:
+        return sdxl_configs()
+    for path in sorted(RECIPES.glob("*.yaml")):
+        recipe = load_recipe(path)
+        if isinstance(recipe, TeacherConfig) and recipe.run == config.teacher:
+            return {"unet": recipe.pipeline.unet_arguments(), "vae": recipe.pipeline.vae_arguments()}
+    raise ValueError(
+        f"teacher {config.teacher!r} is not there yet, so its size is unknown; allowed: a run, a pipeline folder, or "
+        f"{PUBLISHED}"
+    )
+
+
+def _count(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _trainable(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
+def _left(folder: Path, images: int, *, done: bool = False) -> int:
+    newest = checkpoint.latest(folder)
+    return 0 if done else images - (int(newest.name.rpartition("-")[2]) if newest else 0)
+
+
+def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
+    from .stages import BASE, Unit, units_of
+
+    chain = folder / "chain.jsonl"
+    done = {json.loads(line)["unit"] for line in chain.read_text().splitlines()} if chain.is_file() else set()
+    first = config.stages[0].name
+    base = _count(rehearsal.unet) * config.frozen_dtype.itemsize
+    width = config.trained_dtype.itemsize
+
+    def part(unit: Unit) -> Part:
+        phase, place = unit.phase, unit.folder(folder)
+        student = rehearsal.student(unit.trains)
+        optimizer = config.optimizer if phase is None else config.adversarial_optimizer
+        trained = [Trained(f"student ({unit.trains})", _trainable(student), optimizer, width, True)]
+        teacher = (phase.teacher if phase else None) or (BASE if unit.stage.name == first else "the stage before")
+        what = f"{unit.stage.steps} steps, " + ("regression on its x0" if unit.convert else "regression")
+        if phase is not None:
+            d = rehearsal.discriminator(phase.condition)
+            d.encoder.requires_grad_(not config.discriminator.freeze_backbone)
+            trained.append(
+                Trained("D" if phase.condition else "D'", _trainable(d), config.discriminator_optimizer, width, False)
+            )
+            what = f"{unit.stage.steps} steps, adversarial, teacher {teacher}"
+        frozen = base if teacher == BASE else 2 * base  # a LoRA stands on the base, which teaches only the first stage
+        activations = rehearsal.lightning(unit.trains, adversarial=phase is not None)
+        left = _left(place, unit.images, done=place.name in done)
+        return Part(place.name, what, tuple(trained), frozen, activations, unit.images, left)
+
+    return map(part, units_of(config))
+
+
+def _single(config: AddConfig | LcmConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
+    width = config.trained_dtype.itemsize
+    student = rehearsal.student(config.trains)
+    trained = [Trained(f"student ({config.trains})", _trainable(student), config.optimizer, width, True)]
+    frozen = _count(rehearsal.unet) * config.frozen_dtype.itemsize
+    what = "latent consistency"
+    if isinstance(config, AddConfig):
+        heads = rehearsal.heads()
+        if heads is not None:
+            trained.append(Trained("heads", _count(heads), config.discriminator_optimizer, width, False))
+        what = f"ADD, {len(config.timesteps)} levels, {config.distillation}"
+        frozen += _count(rehearsal.vae) * config.dtype.itemsize
+    activations = (
+        rehearsal.add() if isinstance(config, AddConfig) else rehearsal.lightning(config.trains, adversarial=False)
+    )
+    yield Part(config.run, what, tuple(trained), frozen, activations, config.images, _left(folder, config.images))
+
+
+def _lines(config: DistillationConfig, parts: list[Part]) -> Iterator[str]:
+    count = distributed.size()
+    spread = count if config.parallel == "fsdp" else 1
+    each = config.batch // (count * config.accumulate)
+    yield (
+        f"# {count} process(es), {config.parallel}, {each} x {config.accumulate} of {config.batch} images each; "
+        f"memory per process in GiB"
+    )
+    for part in parts:
+        trained = ", ".join(f"{t.name} {t.parameters:,}" for t in part.trained)
+        state = sum(t.bytes for t in part.trained) / spread
+        frozen = part.frozen_bytes / spread
+        total = state + frozen + part.activation_bytes
+        yield f"{part.name}: {part.what}"
+        yield f"  trains {trained}"
+        yield (
+            f"  memory {total / GIB:.1f} = frozen {frozen / GIB:.1f} + weights, gradients, moments, average "
+            f"{state / GIB:.1f} + activations {part.activation_bytes / GIB:.1f}"
+        )
+        yield f"  {part.left:,} of {part.images:,} images to go, {-(-part.left // config.batch):,} steps"
+    yield f"# {sum(part.left for part in parts):,} of {sum(part.images for part in parts):,} images to go"
+
+
+def parts_of(config: LightningConfig | AddConfig | LcmConfig, folder: Path) -> list[Part]:
+    """The stages of a distillation, with counts taken from networks on the meta device."""
+    found = teacher_networks(config)
+    rehearsal = Rehearsal(config, skeleton("unet", found["unet"]), skeleton("vae", found["vae"]))
+    if isinstance(config, LightningConfig):
+        return list(_lightning(config, folder, rehearsal))
+    return list(_single(config, folder, rehearsal))
+
+
+def plan(config: AnyConfig, folder: Path) -> str:
+    """The text of `--dry-run`: stages, parameters trained, memory estimate per rank, images to go."""
+    if not isinstance(config, LightningConfig | AddConfig | LcmConfig):
+        left = _left(folder, config.images)
+        return f"{config.run}: {left:,} of {config.images:,} images to go, {-(-left // config.batch):,} steps"
+    try:
+        parts = parts_of(config, folder)
+    except ValueError as error:
+        return f"# {error}"
+    return "\n".join(_lines(config, parts))
