@@ -8,21 +8,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .attention import Attention as Attention
     from .feed_forward import GEGLU as GEGLU
+    from .feed_forward import ProjectedGEGLU as ProjectedGEGLU
     from .norm import GroupNorm as GroupNorm
     from .norm import GroupNormSiLU as GroupNormSiLU
+    from .norm import LayerNorm as LayerNorm
+    from .report import FuseReport as FuseReport
     from .resnet import ResnetBlock2D as ResnetBlock2D
+    from .sampling import PreparedUpsample2D as PreparedUpsample2D
     from .sampling import Upsample2D as Upsample2D
-    from .swap import FuseReport as FuseReport
+    from .swap import OPERATIONS as OPERATIONS
     from .swap import fuse as fuse
     from .swap import restore as restore
+    from .transformer import BasicTransformerBlock as BasicTransformerBlock
 
 # Loaded on first use: the norms need torch alone, the others subclass diffusers' modules, which take seconds to import.
 _HOME = {
+    "OPERATIONS": "swap",
     "Attention": "attention",
+    "BasicTransformerBlock": "transformer",
+    "FuseReport": "report",
     "GEGLU": "feed_forward",
-    "FuseReport": "swap",
     "GroupNorm": "norm",
     "GroupNormSiLU": "norm",
+    "LayerNorm": "norm",
+    "PreparedUpsample2D": "sampling",
+    "ProjectedGEGLU": "feed_forward",
     "ResnetBlock2D": "resnet",
     "Upsample2D": "sampling",
     "fuse": "swap",
@@ -31,10 +41,15 @@ _HOME = {
 
 __all__ = [
     "GEGLU",
+    "OPERATIONS",
     "Attention",
+    "BasicTransformerBlock",
     "FuseReport",
     "GroupNorm",
     "GroupNormSiLU",
+    "LayerNorm",
+    "PreparedUpsample2D",
+    "ProjectedGEGLU",
     "ResnetBlock2D",
     "Upsample2D",
     "fuse",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
+from .hooks import has_hooks
 
 
 class GEGLU(StockGEGLU):
@@ -20,3 +21,17 @@ class GEGLU(StockGEGLU):
         """[..., dim_in] -> [..., dim_out]; extra arguments are ignored as the stock module does."""
         y: Tensor = ops.geglu(self.proj(hidden_states))
         return y
+
+
+class ProjectedGEGLU(GEGLU):
+    """`GEGLU` with the projection in the same operation, which then stores the result alone.
+
+    That is for inference: a backward has to project again. A projection that is more than a plain `nn.Linear` (LoRA
+    layers, hooks) is called as before.
+    """
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[..., dim_in] -> [..., dim_out]; extra arguments are ignored as the stock module does."""
+        if type(self.proj) is not nn.Linear or has_hooks(self.proj):
+            return super().forward(hidden_states)
+        return ops.linear_geglu(hidden_states, self.proj.weight, self.proj.bias)

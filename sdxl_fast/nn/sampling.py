@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 from torch import Tensor, nn
 
 from .. import ops
+from ..reference.upsample_conv2d import phase_weights
+from .hooks import has_hooks
 
 
 class Upsample2D(StockUpsample2D):
@@ -24,7 +27,43 @@ class Upsample2D(StockUpsample2D):
             y: Tensor = super().forward(hidden_states, output_size, *args, **kwargs)
             return y
         convolution: Any = self.conv if self.name == "conv" else self.Conv2d_0
-        return ops.upsample_conv2d(hidden_states, convolution.weight, convolution.bias)
+        phases = self._prepared(hidden_states, convolution.weight)
+        return ops.upsample_conv2d(hidden_states, convolution.weight, convolution.bias, phases=phases)
+
+    def _prepared(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """The weight's sums, where they are kept: nowhere, as training changes them with every step."""
+        return None
+
+
+class PreparedUpsample2D(Upsample2D):
+    """`Upsample2D` that keeps the sums of its weights, for inference.
+
+    They are made again when the weight has another address or autograd's version counter says that it was written to;
+    a write through `.data` leaves no trace, and `forget` has to be called (`fuse` does so). Where the weight needs a
+    gradient, under autocast and while torch.compile traces, nothing is kept.
+    """
+
+    _kept: tuple[Any, Tensor] | None = None
+
+    def forget(self) -> None:
+        """Drop what was made from the weights."""
+        self.__dict__.pop("_kept", None)
+
+    def _prepared(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        if (
+            torch.compiler.is_compiling()
+            or (weight.requires_grad and torch.is_grad_enabled())
+            or weight.dtype != x.dtype
+            or torch.is_autocast_enabled(x.device.type)
+            or weight.is_inference()
+        ):
+            return None
+        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
+        if self._kept is None or self._kept[0] != state:
+            # a tensor of inference mode could not be used where gradients flow past a frozen weight
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept = (state, phase_weights(weight))
+        return self._kept[1]
 
 
 def why_not_fused(module: StockUpsample2D) -> str | None:
@@ -36,10 +75,8 @@ def why_not_fused(module: StockUpsample2D) -> str | None:
         return "it does more, or other things, than upsample and convolve"
     if type(convolution) is not nn.Conv2d:
         return f"its convolution is wrapped in {type(convolution).__name__} (LoRA?)"
-    if "forward" in vars(convolution) or convolution._forward_hooks or convolution._forward_pre_hooks:
+    if has_hooks(convolution):
         return "its convolution has hooks, which the fused operation would pass by"
-    if convolution._backward_hooks or convolution._backward_pre_hooks:
-        return "its convolution has backward hooks, which the fused operation would pass by"
     shape = (convolution.kernel_size, convolution.stride, convolution.padding, convolution.dilation, convolution.groups)
     if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or convolution.padding_mode != "zeros":
         return "its convolution is not 3x3 with padding 1"

@@ -6,143 +6,223 @@ were, so state dicts, optimisers, adapters and exports see no difference, and th
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .norm import FusedIntoNorm, GroupNorm, GroupNormSiLU
+from .classes import become, kind
+from .norm import FusedIntoNorm, GroupNorm, GroupNormSiLU, LayerNorm
+from .norm import why_not_fused as why_not_the_norm
+from .report import FuseReport
+
+OPERATIONS = (
+    "group_norm_silu",
+    "layer_norm",
+    "geglu",
+    "linear_geglu",
+    "self_attention",
+    "cross_attention",
+    "vae_attention",
+    "upsample_conv2d",
+)
+"""Names that `ops=` takes: the operations that modules of diffusers and transformers can be swapped for."""
 
 
-@dataclass(slots=True)
-class FuseReport:
-    """What `fuse` did: module name to the operation it now runs, and module name to the reason it was left alone."""
-
-    replaced: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        counts = Counter(self.replaced.values())
-        lines = [f"{count:4d} {what}" for what, count in sorted(counts.items())] or ["nothing to fuse"]
-        return "\n".join(lines + [f"  kept {name}: {reason}" for name, reason in self.kept.items()])
-
-
-def fuse(model: nn.Module) -> FuseReport:
+def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool = True) -> FuseReport:
     """Swap every module of `model` that has a fused counterpart, in place.
 
     Swapped are diffusers' `ResnetBlock2D` (both GroupNorm+SiLU pairs, the second with the time embedding's shift),
-    `Attention` with the default processor, `GEGLU`, `Upsample2D` with its convolution, the GroupNorm+SiLU before the
-    output convolution of UNet, VAE encoder and decoder, and the GroupNorms that stand alone. Subclasses, modules whose
-    `forward` is overridden and attention that does more (an IP-Adapter's processor, the causal mask of CLIP) are left
-    as they are and listed in the report. Gradients flow; a second call changes nothing.
+    `BasicTransformerBlock` (residuals added in the LayerNorm after them), `Attention` with the default processor,
+    `GEGLU`, `Upsample2D` with its convolution, the GroupNorm+SiLU before the output convolution of UNet, VAE encoder
+    and decoder, and the GroupNorms and LayerNorms that stand alone. Subclasses, modules whose `forward` is overridden
+    and attention that does more (an IP-Adapter's processor, the causal mask of CLIP) are left as they are and listed in
+    the report. Gradients flow; a second call changes nothing but what other arguments ask for.
 
-    Wrap in FSDP2 afterwards: `fully_shard` makes the modules it wraps subclasses of their own.
+    `state_dict`, LoRA (before or after), gradient checkpointing, `torch.compile`, channels_last, autocast and FSDP2
+    (before or after) work as with the stock modules.
 
     Args:
         model: UNet2DConditionModel, ControlNetModel, AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, or any
             module that contains their parts.
+        ops: names of the operations to swap in, of `OPERATIONS`; None for all. What they leave out is in the report.
+        training: False takes modules made for inference: the projection inside GEGLU becomes part of the operation
+            (its backward projects again), and upsamplers keep the sums of their weights, which are then taken as they
+            are now: after a write through ``.data``, as peft's merges do, call `fuse` again. Gradients still flow.
 
     Returns:
         what was swapped and what was not, by module name.
+
+    Raises:
+        ValueError: `ops` has a name that is not one of `OPERATIONS`.
     """
-    from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
-    from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
-    from diffusers.models.upsampling import Upsample2D as StockUpsample2D
-
-    from .feed_forward import GEGLU
-    from .resnet import ResnetBlock2D
-    from .sampling import Upsample2D, why_not_fused
-
+    wanted = _checked(ops)
     report = FuseReport()
     modules = dict(model.named_modules())
+    for swap in _swaps(training):
+        for name, module in modules.items():
+            if isinstance(module, swap.stock) and not (swap.leaf and _inside(name, report.kept)):
+                _swap_one(name, module, swap, wanted, report)
     for name, module in modules.items():
-        if isinstance(module, StockResnetBlock2D) and not isinstance(module, ResnetBlock2D):
-            reason = _not_plain(module, StockResnetBlock2D) or _unusual_block(module)
-            if reason:
-                report.kept[name] = reason
-            else:
-                module.__class__ = ResnetBlock2D
-                module.norm1.__class__ = module.norm2.__class__ = GroupNormSiLU
-                report.replaced[name] = "ResnetBlock2D: two GroupNorm+SiLU, time embedding"
-        elif isinstance(module, StockGEGLU) and not isinstance(module, GEGLU):
-            if reason := _not_plain(module, StockGEGLU):
-                report.kept[name] = reason
-            else:
-                module.__class__ = GEGLU
-                report.replaced[name] = "GEGLU: gate"
-        elif isinstance(module, StockUpsample2D) and not isinstance(module, Upsample2D):
-            if reason := _not_plain(module, StockUpsample2D) or why_not_fused(module):
-                report.kept[name] = reason
-            else:
-                module.__class__ = Upsample2D
-                report.replaced[name] = "Upsample2D: with its convolution"
-        elif _ends_in_norm_and_silu(module):
-            norm_name = f"{name}.conv_norm_out".lstrip(".")
-            if not _not_plain(module.conv_norm_out, nn.GroupNorm):
-                module.conv_norm_out.__class__ = GroupNormSiLU  # type: ignore[assignment, union-attr]
-                module.conv_act = FusedIntoNorm()
-                report.replaced[norm_name] = "conv_norm_out: GroupNorm+SiLU"
-    for name, module in modules.items():
-        if isinstance(module, nn.GroupNorm) and not isinstance(module, GroupNorm) and not _inside(name, report.kept):
-            if reason := _not_plain(module, nn.GroupNorm):
-                report.kept[name] = reason
-            else:
-                module.__class__ = GroupNorm
-                report.replaced[name] = "GroupNorm"
-    _fuse_attention(modules, report)
-    return report
-
-
-def _fuse_attention(modules: dict[str, nn.Module], report: FuseReport) -> None:
-    """Swaps diffusers' `Attention`; after the norms, since one that stays may keep a fused norm inside."""
-    from diffusers.models.attention_processor import Attention as StockAttention
-
-    from .attention import Attention, operation, why_not_fused
-
-    for name, module in modules.items():
-        if isinstance(module, StockAttention) and not isinstance(module, Attention):
-            if reason := _not_plain(module, StockAttention) or why_not_fused(module):
-                report.kept[name] = reason
-            else:
-                module.__class__ = Attention
-                report.replaced[name] = f"Attention: {operation(module)}"
+        if _ends_in_norm_and_silu(module):
+            become(module.conv_norm_out, GroupNormSiLU)
+            module.conv_act = FusedIntoNorm()
+            report.replaced[f"{name}.conv_norm_out".lstrip(".")] = "conv_norm_out: GroupNorm+SiLU"
         elif type(module).__name__ == "CLIPAttention":
             report.kept[name] = "it runs transformers' attention, causal for text, which the operations are not"
+    return report
 
 
 def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
-    from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
-    from diffusers.models.attention_processor import Attention as StockAttention
-    from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
-    from diffusers.models.upsampling import Upsample2D as StockUpsample2D
-
-    from .attention import Attention
-    from .feed_forward import GEGLU
-    from .resnet import ResnetBlock2D
-    from .sampling import Upsample2D
-
-    stock: dict[type[nn.Module], type[nn.Module]] = {
-        Attention: StockAttention,
-        ResnetBlock2D: StockResnetBlock2D,
-        GEGLU: StockGEGLU,
-        Upsample2D: StockUpsample2D,
-        GroupNorm: nn.GroupNorm,
-        GroupNormSiLU: nn.GroupNorm,
+    stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family} | {
+        GroupNormSiLU: nn.GroupNorm
     }
     count = 0
     for module in model.modules():
         if type(getattr(module, "conv_act", None)) is FusedIntoNorm:
             module.conv_act = nn.SiLU()
-        if type(module) in stock:
-            module.__class__ = stock[type(module)]
+        if kind(module) in stock:
+            _forget(module)
+            become(module, stock[kind(module)])
             count += 1
     return count
 
 
+@dataclass(frozen=True)
+class _Swap:
+    """A stock class and what may take its place.
+
+    Attributes:
+        stock: the class.
+        options: for a module, the operations that do it, the best first, each with the class that runs on it.
+        what: for the report; the operation is filled in.
+        refuse: says why a module is not swapped, or None.
+        parts: the names of the norms inside that change with it, and their new class.
+        family: every class in `options`; fused modules change from one to another.
+        leaf: whether it is left alone inside a module that was.
+    """
+
+    stock: type[nn.Module]
+    options: Callable[[Any], dict[str, type[nn.Module]]]
+    family: tuple[type[nn.Module], ...]
+    what: str
+    refuse: Callable[[Any], str | None] = lambda module: None
+    parts: tuple[tuple[str, ...], type[nn.Module] | None] = ((), None)
+    leaf: bool = False
+
+
+def _swaps(training: bool) -> tuple[_Swap, ...]:
+    """What can be swapped, the modules before the norms they own."""
+    from diffusers.models.activations import GEGLU as StockGEGLU  # noqa: N811 (a class)
+    from diffusers.models.attention import BasicTransformerBlock as StockTransformerBlock
+    from diffusers.models.attention_processor import Attention as StockAttention
+    from diffusers.models.resnet import ResnetBlock2D as StockResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D as StockUpsample2D
+
+    from . import attention, sampling, transformer
+    from .feed_forward import GEGLU, ProjectedGEGLU
+    from .resnet import ResnetBlock2D
+
+    up = sampling.Upsample2D if training else sampling.PreparedUpsample2D
+    gates: dict[str, type[nn.Module]] = {"geglu": GEGLU, "linear_geglu": ProjectedGEGLU}
+    gates = gates if training else dict(reversed(gates.items()))
+    return (
+        _Swap(
+            StockResnetBlock2D,
+            lambda module: {"group_norm_silu": ResnetBlock2D},
+            (ResnetBlock2D,),
+            "ResnetBlock2D: two GroupNorm+SiLU, time embedding",
+            _unusual_block,
+            (("norm1", "norm2"), GroupNormSiLU),
+        ),
+        _Swap(
+            StockTransformerBlock,
+            lambda module: {"layer_norm": transformer.BasicTransformerBlock},
+            (transformer.BasicTransformerBlock,),
+            "BasicTransformerBlock: residuals added in LayerNorm",
+            transformer.why_not_fused,
+            (("norm1", "norm2", "norm3"), LayerNorm),
+        ),
+        _Swap(StockGEGLU, lambda module: gates, (GEGLU, ProjectedGEGLU), "GEGLU: {}"),
+        _Swap(
+            StockUpsample2D,
+            lambda module: {"upsample_conv2d": up},
+            (sampling.Upsample2D, sampling.PreparedUpsample2D),
+            "Upsample2D: with its convolution",
+            sampling.why_not_fused,
+        ),
+        _Swap(nn.GroupNorm, lambda module: {"group_norm_silu": GroupNorm}, (GroupNorm,), "GroupNorm", leaf=True),
+        _Swap(
+            nn.LayerNorm,
+            lambda module: {"layer_norm": LayerNorm},
+            (LayerNorm,),
+            "LayerNorm",
+            why_not_the_norm,
+            leaf=True,
+        ),
+        # After the norms: attention that stays may keep a fused norm inside.
+        _Swap(
+            StockAttention,
+            lambda module: {attention.operation(module): attention.Attention},
+            (attention.Attention,),
+            "Attention: {}",
+            attention.why_not_fused,
+        ),
+    )
+
+
+def _swap_one(name: str, module: nn.Module, swap: _Swap, wanted: frozenset[str], report: FuseReport) -> None:
+    """Swaps a module, or writes down why not."""
+    _forget(module)
+    now, options = kind(module), swap.options(module)
+    chosen = next((operation for operation in options if operation in wanted), None)
+    if chosen is not None and now in swap.family and now is not options[chosen]:
+        reason = None
+    elif issubclass(now, swap.family):
+        return
+    elif chosen is None:
+        reason = f"{' or '.join(options)} was not asked for"
+    else:
+        reason = _not_plain(module, swap.stock) or swap.refuse(module)
+    if reason is not None or chosen is None:
+        report.kept[name] = str(reason)
+        return
+    become(module, options[chosen])
+    names, norm = swap.parts
+    for part in (getattr(module, n) for n in names):
+        if part is not None and norm is not None and not issubclass(kind(part), norm):
+            become(part, norm)
+    report.replaced[name] = swap.what.format(chosen)
+
+
+def _checked(ops: Iterable[str] | None) -> frozenset[str]:
+    """The operations to swap in; raises ValueError for a name that is none of them."""
+    if ops is None:
+        return frozenset(OPERATIONS)
+    if isinstance(ops, str):
+        raise ValueError(f"ops is the string {ops!r}; it takes a collection of names: ops=({ops!r},)")
+    found = frozenset(ops)
+    for name in sorted(found - set(OPERATIONS)):
+        near = difflib.get_close_matches(name, OPERATIONS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"ops has {name!r}, which no module can be swapped for; allowed: {', '.join(OPERATIONS)}{hint}"
+        )
+    return found
+
+
+def _forget(module: nn.Module) -> None:
+    """Drops what a module made for inference has made from its weights."""
+    forget = getattr(module, "forget", None)
+    if kind(module).__module__.startswith(__package__ or "") and forget is not None:
+        forget()
+
+
 def _not_plain(module: Any, stock: type) -> str | None:
-    if type(module) is not stock:
+    if kind(module) is not stock:
         return f"{type(module).__name__} is a subclass of {stock.__name__}; its forward may differ"
     if "forward" in vars(module):
         return "its forward is overridden on the instance (an offloading hook?)"
@@ -163,9 +243,11 @@ def _unusual_block(block: Any) -> str | None:
 def _ends_in_norm_and_silu(module: Any) -> bool:
     """UNet2DConditionModel and the VAE's Encoder and Decoder apply `conv_norm_out`, `conv_act`, `conv_out` in turn."""
     kinds = ("UNet2DConditionModel", "Encoder", "Decoder")
+    norm = getattr(module, "conv_norm_out", None)
     return (
-        any(kind.__name__ in kinds and kind.__module__.startswith("diffusers.models.") for kind in type(module).__mro__)
-        and isinstance(getattr(module, "conv_norm_out", None), nn.GroupNorm)
+        any(base.__name__ in kinds and base.__module__.startswith("diffusers.models.") for base in type(module).__mro__)
+        and isinstance(norm, nn.GroupNorm)
+        and kind(norm) is GroupNorm
         and type(getattr(module, "conv_act", None)) is nn.SiLU
     )
 

@@ -14,11 +14,12 @@ from diffusers import ControlNetModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from sdxl_fast import dispatch
 from sdxl_fast.models.config import TOY, build_unet
 from sdxl_fast.nn import Attention, fuse, restore
+from sdxl_fast.nn import BasicTransformerBlock as FusedBlock
 
 
 def _arguments() -> dict[str, Any]:
@@ -94,22 +95,35 @@ def test_ip_adapter_processors_stay_and_are_named(unet: nn.Module) -> None:
             assert "self_attention" in ran and "cross_attention" not in ran
 
 
-def test_clip_is_left_alone_and_says_why() -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
+@pytest.mark.parametrize("kind", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_of_clip_the_norms_are_fused_and_why_attention_is_not(kind: str) -> None:
+    import transformers
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=12, bos_token_id=48, eos_token_id=49, pad_token_id=49,
     )  # fmt: skip
-    model = CLIPTextModel(config).eval()
+    model = getattr(transformers, kind)(config).eval()
     tokens = torch.randint(0, 50, (2, 12))
+
+    def run() -> list[torch.Tensor]:
+        found = model(tokens, output_hidden_states=True)
+        pooled = found.text_embeds if "Projection" in kind else found.pooler_output
+        return [pooled, found.last_hidden_state, *found.hidden_states]
+
+    names = list(model.state_dict())
     with torch.no_grad():
-        before = model(tokens).last_hidden_state
+        before = run()
         report = fuse(model)
         assert len(report.kept) == 2 and all("causal" in reason for reason in report.kept.values())
-        assert torch.equal(model(tokens).last_hidden_state, before)
-    assert restore(model) == len(report.replaced)
+        assert set(report.replaced.values()) == {"LayerNorm"} and len(report.replaced) == 5
+        with dispatch.record() as counts:
+            torch.testing.assert_close(run(), before, rtol=1e-5, atol=1e-5)
+        assert sum(counts.values()) == 5
+        assert list(model.state_dict()) == names
+        assert restore(model) == len(report.replaced)
+        assert all(torch.equal(a, b) for a, b in zip(run(), before, strict=True))
 
 
 @pytest.fixture
@@ -120,14 +134,21 @@ def alone(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_a_sharded_block_trains_as_the_whole_one(alone: None) -> None:
+@pytest.mark.parametrize("first", ["fuse", "fully_shard"])
+def test_a_sharded_block_trains_as_the_whole_one(alone: None, first: str) -> None:
     """FSDP2 on a fused block: parameters are gathered around the forward that the fused modules run in."""
     torch.manual_seed(0)
     whole = BasicTransformerBlock(32, 2, 16, cross_attention_dim=20, activation_fn="geglu")
     sharded = copy.deepcopy(whole)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    if first == "fully_shard":
+        fully_shard(sharded.norm2, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
     assert not fuse(sharded).kept
-    assert isinstance(sharded.attn1, Attention)
-    fully_shard(sharded, mesh=dist.init_device_mesh("cpu", (1,)))
+    assert isinstance(sharded.attn1, Attention) and isinstance(sharded, FusedBlock)
+    if first == "fuse":
+        fully_shard(sharded, mesh=mesh)
+    assert isinstance(sharded, FSDPModule) and not fuse(sharded).replaced
     x, context = torch.randn(2, 9, 32), torch.randn(2, 5, 20)
     results = []
     for block in (whole, sharded):
@@ -135,7 +156,12 @@ def test_a_sharded_block_trains_as_the_whole_one(alone: None) -> None:
             y = block(x, encoder_hidden_states=context)
         y.square().mean().backward()
         results.append(y.detach())
-    assert {op for op, _ in counts} == {"self_attention", "cross_attention", "geglu"}
+    assert {op for op, _ in counts} == {"self_attention", "cross_attention", "geglu", "layer_norm"}
     torch.testing.assert_close(results[1], results[0])
     for (name, one), (_, other) in zip(whole.named_parameters(), sharded.named_parameters(), strict=True):
         torch.testing.assert_close(other.grad.full_tensor(), one.grad, msg=name, rtol=1e-4, atol=1e-6)
+    restore(sharded)
+    assert isinstance(sharded, FSDPModule) and not isinstance(sharded, FusedBlock)
+    with dispatch.record() as counts:
+        torch.testing.assert_close(sharded(x, encoder_hidden_states=context), y.detach())
+    assert not counts
