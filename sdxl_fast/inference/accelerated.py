@@ -1,4 +1,4 @@
-"""diffusers' UNet and VAE with packed code in front: `attach` swaps the class, `detach` swaps it back.
+"""UNet, VAE and text encoders with packed code in front: `attach` swaps the class, `detach` swaps it back.
 
 The modules stay what they were and where they were; only where a call begins is different. Whatever packed code does
 not know (LoRA layers, IP-Adapter, other attention processors, hooks, gradients, masks) goes to the modules.
@@ -14,19 +14,35 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor
 
-from ..nn import fuse
+from ..nn import FuseReport, fuse
 from ..nn import restore as unfuse
 from .graphs import DEFAULT_BUDGET, CudaCapturer, GraphCache
 from .packing import unpack
-from .runner import Runner, refusal, tensors
+from .runner import SLOT, Runner, refusal, runner_of, tensors
+from .text_program import STOCK as STOCK_TEXT
+from .text_program import PackedText, PackedTextWithProjection, TextProgram
 from .unet_program import UNetProgram
 from .vae_program import DecoderProgram
 
-_SLOT = "_sdxl_fast_runner"
 
+class _Packed:
+    """What both packed networks change beside their forward.
 
-class _Tells:
-    """Weight changes that leave no trace are announced to the runner."""
+    diffusers looks through all modules for offloading hooks whenever it is asked for a network's dtype or device, half
+    a dozen times a call; and some of its weight changes leave no trace, which have to be announced to the runner.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As diffusers', without looking again while the first weight stays what it was."""
+        known = _place(self)
+        return super().dtype if known is None else known[0]  # type: ignore[misc, no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """As diffusers', without looking again while the first weight stays where it was."""
+        known = _place(self)
+        return super().device if known is None else known[1]  # type: ignore[misc, no-any-return]
 
     def fuse_lora(self, *args: Any, **kwargs: Any) -> Any:
         """As diffusers', which writes through `.data`."""
@@ -43,7 +59,7 @@ class _Tells:
             _touch(self)
 
 
-class PackedUNet(_Tells, UNet2DConditionModel):
+class PackedUNet(_Packed, UNet2DConditionModel):  # type: ignore[misc]
     """diffusers' UNet2DConditionModel; its forward takes the same arguments and returns the same."""
 
     def forward(  # type: ignore[override]
@@ -89,7 +105,7 @@ class PackedUNet(_Tells, UNet2DConditionModel):
         return UNet2DConditionOutput(sample=y) if return_dict else (y,)
 
 
-class PackedVae(_Tells, AutoencoderKL):
+class PackedVae(_Packed, AutoencoderKL):  # type: ignore[misc]
     """diffusers' AutoencoderKL with a packed decoder."""
 
     use_tiling: bool
@@ -108,6 +124,13 @@ _STOCK: dict[Any, Any] = {PackedUNet: UNet2DConditionModel, PackedVae: Autoencod
 for _packed, _stock in _STOCK.items():
     # the name is what saved configurations and pipeline indices say
     _packed.__name__, _packed.__qualname__ = _stock.__name__, _stock.__qualname__
+_STOCK |= STOCK_TEXT
+_PROGRAMS: dict[Any, Any] = {
+    PackedUNet: UNetProgram,
+    PackedVae: DecoderProgram,
+    PackedText: TextProgram,
+    PackedTextWithProjection: TextProgram,
+}
 
 
 def packable(network: Any) -> bool:
@@ -116,9 +139,10 @@ def packable(network: Any) -> bool:
 
 
 def attach(network: Any, *, graph_budget: int = DEFAULT_BUDGET) -> Runner[Any]:
-    """Put packed code in front of a UNet2DConditionModel or AutoencoderKL, in place.
+    """Put packed code in front of a UNet2DConditionModel, an AutoencoderKL or a CLIP text encoder, in place.
 
-    Fused operations are swapped into its modules, which get channels-last weights. A second call changes nothing.
+    Fused operations are swapped into the modules of UNet and VAE, which get channels-last weights and, on a GPU, CUDA
+    graphs; those of the text encoders are their caller's (`texts`). A second call changes nothing.
 
     Returns:
         the runner, which says whether the network could be packed and how its calls ran.
@@ -129,33 +153,30 @@ def attach(network: Any, *, graph_budget: int = DEFAULT_BUDGET) -> Runner[Any]:
     found = runner_of(network)
     if found is not None:
         return found
-    graphs = None
+    cls = next((packed for packed, stock in _STOCK.items() if stock is type(network)), None)
+    if cls is None:
+        kinds = ", ".join(stock.__name__ for stock in _STOCK.values())
+        raise ValueError(f"{type(network).__name__} cannot be packed; these can: {kinds}")
+    graphs, fused, was_contiguous = None, FuseReport(), False
     device = next(network.parameters()).device
-    if device.type == "cuda":
-        graphs = GraphCache(CudaCapturer(device), budget=graph_budget)
-    cls: Any
-    build: Any
-    if type(network) is UNet2DConditionModel:
-        cls, build = PackedUNet, UNetProgram
-    elif type(network) is AutoencoderKL:
-        cls, build = PackedVae, DecoderProgram
-    else:
-        raise ValueError(f"{type(network).__name__} cannot be packed; UNet2DConditionModel and AutoencoderKL can")
-    first = network.conv_in.weight if cls is PackedUNet else network.decoder.conv_in.weight
-    was_contiguous = first.is_contiguous()
-    network.to(memory_format=torch.channels_last)
-    fused = fuse(network)
-    runner: Runner[Any] = Runner(network, build, facts=lambda: _facts(network), graphs=graphs)
+    if cls in (PackedUNet, PackedVae):
+        if device.type == "cuda":
+            graphs = GraphCache(CudaCapturer(device), budget=graph_budget)
+        first = network.conv_in.weight if cls is PackedUNet else network.decoder.conv_in.weight
+        was_contiguous = first.is_contiguous()
+        network.to(memory_format=torch.channels_last)
+        fused = fuse(network)
+    runner: Runner[Any] = Runner(network, _PROGRAMS[cls], facts=lambda: _facts(network), graphs=graphs)
     runner.fusion = fused
     runner.was_contiguous = was_contiguous
-    network.__dict__[_SLOT] = runner
+    network.__dict__[SLOT] = runner
     network.__class__ = cls
     return runner
 
 
 def detach(network: Any) -> None:
     """Undo `attach`: the stock classes, weights with memory of their own in the layout they came in."""
-    runner = network.__dict__.pop(_SLOT, None)
+    runner = network.__dict__.pop(SLOT, None)
     for packed, stock in _STOCK.items():
         if isinstance(network, packed):
             network.__class__ = stock
@@ -170,10 +191,13 @@ def detach(network: Any) -> None:
         network.to(memory_format=torch.contiguous_format)
 
 
-def runner_of(network: Any) -> Runner[Any] | None:
-    """The runner that `attach` made for a network; None if there is none."""
-    found: Runner[Any] | None = getattr(network, "__dict__", {}).get(_SLOT)
-    return found
+def _place(network: Any) -> tuple[torch.dtype, torch.device] | None:
+    """A packed network's dtype and device; None where diffusers has to look."""
+    runner = runner_of(network)
+    if runner is None or runner.program is None:
+        return None
+    first = next(network.parameters())
+    return runner.place if (first.dtype, first.device) == runner.place else None
 
 
 def _touch(network: Any) -> None:

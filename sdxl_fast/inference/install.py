@@ -1,9 +1,9 @@
 """`optimize`: the same diffusers pipeline, faster; `restore` takes it back.
 
-What changes is where a call begins. The UNet and the VAE get packed code in front of their modules (`accelerated`),
-prompts that were encoded before are not encoded again, a float16 VAE is decoded in bfloat16 instead of being cast to
-float32 on every call, and one step of image-to-image takes any strength (`start`). Whatever packed code does not know
-runs in the modules as before, and `report` says so.
+What changes is where a call begins. UNet, VAE and text encoders get packed code in front of their modules
+(`accelerated`), prompts that were encoded before are not encoded again, a float16 VAE is decoded in bfloat16 instead of
+being cast to float32 on every call, and one step of image-to-image takes any strength (`start`). Whatever packed code
+does not know runs in the modules as before, and `report` says so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from .texts import TextWatch, adapted
 Shape = tuple[int, int, int]
 
 _SLOT, _STOCK = "_sdxl_fast", "_sdxl_fast_stock"
+NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
+"""Attributes of a pipeline that get packed code."""
 _SIZES = (64, 4096)  # pixels of a side that make sense
 
 
@@ -115,7 +117,8 @@ def optimize(pipe: Any, *, shapes: Sequence[Shape] = ((1, 1024, 1024),), quantiz
     from .accelerated import attach, packable
 
     state: Optimized = pipe.__dict__.get(_SLOT) or _install(pipe)
-    state.runners = {name: attach(network) for name, network in (("unet", unet), ("vae", vae)) if packable(network)}
+    networks = {name: getattr(pipe, name, None) for name in NETWORKS}
+    state.runners = {name: attach(network) for name, network in networks.items() if packable(network)}
     if unet.device.type == "cuda" and "unet" in state.runners:
         for shape in shapes:
             warm(pipe, shape)
@@ -139,7 +142,7 @@ def restore(pipe: Any) -> Any:
         return count
     pipe.__dict__.pop(_SLOT, None)
     pipe.__class__ = getattr(type(pipe), _STOCK, type(pipe))
-    for name in ("unet", "vae"):
+    for name in NETWORKS:
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
             detach(network)
@@ -152,10 +155,12 @@ def report(pipe: Any) -> Report:
     if state is None:
         raise ValueError(f"this {type(pipe).__name__} was not optimized; call sdxl_fast.optimize first")
     parts = describe(state.runners)
-    for name in ("unet", "vae"):
+    for name in NETWORKS:
         network = getattr(pipe, name, None)
         runner = state.runners.get(name)
-        if runner is None or runner.network is not network:
+        if network is None and name not in ("unet", "vae"):
+            parts.pop(name, None)  # a refiner has one text encoder
+        elif runner is None or runner.network is not network:
             parts[name] = PartReport(False, f"a {type(network).__name__} that optimize does not know", Use())
     found = Report(
         parts=parts,

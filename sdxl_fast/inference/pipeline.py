@@ -18,13 +18,14 @@ from ..models import loading
 from ..models.conditioning import time_ids, truncated
 from ..nn import FuseReport
 from . import pictures, presets
-from .accelerated import attach, runner_of
+from .accelerated import attach
 from .adapters import Adapters, LoraVerbs
 from .graphs import CudaCapturer, GraphCache
-from .install import PartReport, check_quantization, check_shapes, describe
+from .install import NETWORKS, PartReport, check_quantization, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
 from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
+from .runner import runner_of
 from .sampler import OnStep, Sampler
 from .start import check_strength, remaining
 from .texts import TextWatch, encode_texts
@@ -78,6 +79,8 @@ class OneStepPipeline(LoraVerbs):
         self.vae_scale_factor: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
         self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
+        attach(self.text_encoder)
+        attach(self.text_encoder_2)
         self._parts = parts
         self._prompts, self._texts = PromptCache(), TextWatch()
         self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
@@ -189,8 +192,8 @@ class OneStepPipeline(LoraVerbs):
 
     @property
     def report(self) -> dict[str, PartReport]:
-        """Whether UNet and VAE run packed, why not, how their calls ran, and their CUDA graphs."""
-        found = {name: runner_of(getattr(self, name)) for name in ("unet", "vae")}
+        """Whether the networks run packed, why not, how their calls ran, and their CUDA graphs."""
+        found = {name: runner_of(getattr(self, name)) for name in NETWORKS}
         return describe({name: runner for name, runner in found.items() if runner is not None})
 
     def memory_report(self) -> dict[str, int]:
@@ -275,6 +278,7 @@ class OneStepPipeline(LoraVerbs):
         self._note(clock, counts)
         return _output(images) if return_dict else (images,)
 
+    @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of texts, on the device in the pipeline's dtype.
 

@@ -26,8 +26,7 @@ class PromptCache:
     """
 
     def __init__(self, *, budget: int = DEFAULT_BUDGET) -> None:
-        self._held: ByteLru[Row] = ByteLru(budget)
-        self._versions: dict[Hashable, tuple[int, ...]] = {}
+        self._held: ByteLru[tuple[Row, tuple[int, ...]]] = ByteLru(budget)
         self.hits = 0
         self.misses = 0
 
@@ -44,25 +43,22 @@ class PromptCache:
         found = self._held.get(key)
         if found is None:
             return None
-        if _versions(found) != self._versions[key]:
-            self._forget(key)
+        row, versions = found
+        if _versions(row) != versions:
+            self._held.drop(key)
             return None
-        return found
+        return row
 
     def put(self, key: Hashable, value: Row) -> Row:
         """Hold tensors, unless they alone exceed the budget; returns them."""
         # a view keeps the whole of what it shows
         nbytes = sum(t.untyped_storage().nbytes() for t in value if t is not None)
-        if self._held.put(key, value, nbytes):
-            self._versions[key] = _versions(value)
-        for gone in self._versions.keys() - set(self._held):
-            del self._versions[gone]
+        self._held.put(key, (value, _versions(value)), nbytes)
         return value
 
     def clear(self) -> None:
         """Forget everything."""
         self._held.clear()
-        self._versions.clear()
 
     def encode(self, prompts: Sequence[str], repeats: int, encode: Encode) -> tuple[Tensor, Tensor]:
         """prompt_embeds [B·repeats, L, D] and pooled_prompt_embeds [B·repeats, P] of prompts.
@@ -83,17 +79,17 @@ class PromptCache:
             self.misses += 1
             embeds, pooled = encode(new)
             for index, text in enumerate(new):
-                rows[text] = self.put(text, (embeds[index : index + 1].clone(), pooled[index : index + 1].clone()))
+                row = (embeds[index : index + 1], pooled[index : index + 1])
+                # a view would keep the rows of all of them
+                rows[text] = self.put(text, row if len(new) == 1 else tuple(part.clone() for part in row))
         else:
             self.hits += 1
+        if len(prompts) == repeats == 1:
+            return rows[prompts[0]]  # type: ignore[no-any-return]
         listed = [rows[text] for text in prompts for _ in range(repeats)]
         embeds, pooled = (torch.cat([row[part] for row in listed]) for part in (0, 1))
         self.put(batch, (embeds, pooled))
         return embeds, pooled
-
-    def _forget(self, key: Hashable) -> None:
-        self._held.drop(key)
-        self._versions.pop(key, None)
 
 
 def _versions(row: Row) -> tuple[int, ...]:

@@ -33,6 +33,9 @@ class Program(Protocol):
 
 P = TypeVar("P", bound=Program)
 
+SLOT = "_sdxl_fast_runner"
+"""Attribute of a network under which its runner is kept."""
+
 
 @dataclass(slots=True)
 class Use:
@@ -72,6 +75,7 @@ class Runner(Generic[P]):
         self._build = build
         self._program: P | None = None
         self._reason = ""
+        self.place: tuple[torch.dtype, torch.device] | None = None
         self._make()
         self._watch = Watch(network, facts=facts)
 
@@ -123,8 +127,15 @@ class Runner(Generic[P]):
         self._program, self._reason = None, ""
         try:
             self._program = self._build(self.network)
+            self.place = (self.network.dtype, self.network.device)  # type: ignore[assignment]
         except NotPackableError as reason:
             self._reason = str(reason)
+
+
+def runner_of(network: Any) -> Runner[Any] | None:
+    """The runner that `accelerated.attach` made for a network; None if there is none."""
+    found: Runner[Any] | None = getattr(network, "__dict__", {}).get(SLOT)
+    return found
 
 
 def refusal(network: nn.Module, program: Program, sample: Tensor, given: dict[str, Any]) -> str | None:

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from ..models.conditioning import tokenize
 from .graphs import GraphCache, through
+from .text_program import penultimate
 from .watch import Change, Watch
 
 
@@ -31,12 +33,19 @@ def encode_texts(
     device = next(encoders[0].parameters()).device
     ids = tuple(tokenize(tokenizer, texts).to(device) for tokenizer in tokenizers)
 
-    def towers(*tokens: Tensor) -> Tensor:
-        outputs = [tower(ids, output_hidden_states=True) for tower, ids in zip(encoders, tokens, strict=True)]
-        embeds = torch.cat([output.hidden_states[-2] for output in outputs], -1)
-        return torch.cat((embeds.flatten(1), outputs[1][0]), 1)  # a graph gives back one tensor
+    def towers(*tokens: Tensor) -> tuple[Tensor, Tensor]:
+        (first, _), (second, pooled) = (penultimate(t, ids) for t, ids in zip(encoders, tokens, strict=True))
+        if pooled is None:
+            raise ModelError(f"the second text encoder, a {type(encoders[1]).__name__}, has no projection")
+        return torch.cat((first, second), -1), pooled
 
-    both = through(graphs, "text", towers, ids, weights)
+    def joined(*tokens: Tensor) -> Tensor:
+        embeds, pooled = towers(*tokens)
+        return torch.cat((embeds.flatten(1), pooled), 1)  # a graph gives back one tensor
+
+    if graphs is None:
+        return towers(*ids)
+    both = through(graphs, "text", joined, ids, weights)
     pooled = pooled_width(encoders[1])
     return both[:, :-pooled].unflatten(1, (ids[0].shape[1], -1)), both[:, -pooled:]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from enum import Enum
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class Watch:
         if found is Change.STRUCTURE:
             self._remember()
         elif found is Change.VALUES:
-            self._versions = [t._version for _, _, t in self._tensors]
+            self._versions = [t._version for t in self._tensors]
         self._touched = False
         return found
 
@@ -57,41 +58,42 @@ class Watch:
         return self._identity
 
     def _remember(self) -> None:
-        self._tensors: list[tuple[dict[str, Any], str, Tensor]] = []
-        self._children: list[tuple[dict[str, Any], str, nn.Module]] = []
-        self._modules: list[nn.Module] = list(self.network.modules())
-        for module in self._modules:
+        self._places: list[tuple[dict[str, Any], str]] = []
+        self._tensors: list[Tensor] = []
+        self._slots: list[tuple[dict[str, Any], str]] = []
+        self._children: list[nn.Module] = []
+        modules = list(self.network.modules())
+        for module in modules:
             for place in (module._parameters, module._buffers):
-                self._tensors += [(place, name, tensor) for name, tensor in place.items() if tensor is not None]
-            self._children += [
-                (module._modules, name, child) for name, child in module._modules.items() if child is not None
-            ]
-        self._sizes = sum(len(module._modules) for module in self._modules)
-        self._addresses = [t.data_ptr() for _, _, t in self._tensors]
-        self._versions = [t._version for _, _, t in self._tensors]
-        self._attentions = [module for module in self._modules if "processor" in module.__dict__]
+                self._places += [(place, name) for name, tensor in place.items() if tensor is not None]
+                self._tensors += [tensor for tensor in place.values() if tensor is not None]
+            self._slots += [(module._modules, name) for name, child in module._modules.items() if child is not None]
+            self._children += [child for child in module._modules.values() if child is not None]
+        self._inner = [module._modules for module in modules]
+        self._own = [module.__dict__ for module in modules]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._attentions = [module.__dict__ for module in modules if "processor" in module.__dict__]
+        self._sizes = sum(map(len, self._inner))
+        self._addresses = [t.data_ptr() for t in self._tensors]
+        self._versions = [t._version for t in self._tensors]
         self._calls = self._look_at_calls()
         self._identity = hash(tuple(self._addresses))
 
     def _compare(self) -> Change:
-        for place, name, child in self._children:
-            if place.get(name) is not child:
-                return Change.STRUCTURE
-        if sum(len(module._modules) for module in self._modules) != self._sizes:
+        # a look at every call of a network of hundreds of weights: loops that run in C, none in Python
+        if not all(map(is_, [place.get(name) for place, name in self._slots], self._children)):
             return Change.STRUCTURE
-        if self._look_at_calls() != self._calls:
+        if sum(map(len, self._inner)) != self._sizes or self._look_at_calls() != self._calls:
             return Change.STRUCTURE
-        changed = self._touched
-        for (place, name, tensor), address, version in zip(self._tensors, self._addresses, self._versions, strict=True):
-            if place.get(name) is not tensor or tensor.data_ptr() != address:
-                return Change.STRUCTURE
-            changed = changed or tensor._version != version
+        if not all(map(is_, [place.get(name) for place, name in self._places], self._tensors)):
+            return Change.STRUCTURE
+        if [t.data_ptr() for t in self._tensors] != self._addresses:
+            return Change.STRUCTURE
+        changed = self._touched or [t._version for t in self._tensors] != self._versions
         return Change.VALUES if changed else Change.NONE
 
     def _look_at_calls(self) -> Hashable:
-        """What packed code would pass by: how many modules carry hooks or a forward of their own; the processors."""
-        hooked = sum(
-            bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-            for module in self._modules
-        )
-        return hooked, tuple(type(module.__dict__.get("processor")) for module in self._attentions), self._facts()
+        """What packed code would pass by: hooks, forwards of their own, the attention processors."""
+        hooks = sum(map(len, self._hooks))
+        forwards = sum(["forward" in own for own in self._own])
+        return hooks, forwards, tuple([type(own.get("processor")) for own in self._attentions]), self._facts()
