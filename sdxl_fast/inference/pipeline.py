@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
@@ -26,7 +25,7 @@ from .presets import Preset
 from .prompts import PromptCache
 from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
 from .runner import runner_of
-from .sampler import OnStep, Sampler
+from .sampler import OnStep, Sampler, noise_schedule
 from .start import check_strength, remaining
 from .texts import TextWatch, encode_texts
 from .timing import StageClock
@@ -86,7 +85,7 @@ class OneStepPipeline(LoraVerbs):
         self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
         self._adapters = Adapters(networks, changed=self._prompts.clear)
-        self._alphas_cumprod = _noise_schedule(parts).to(self.device)
+        self._alphas_cumprod = noise_schedule(parts.scheduler, parts.source).to(self.device)
         self._variants: dict[int, tuple[Any, Preset]] = {}
         self._clock: StageClock | None = None
         self._ran: dict[str, dict[str, int]] = {}
@@ -381,21 +380,6 @@ def _check_device(device: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs here; use cpu")
     return device
-
-
-def _noise_schedule(parts: loading.Components) -> Tensor:
-    """ᾱ [T] of the pipeline's scheduler config."""
-    config = parts.scheduler
-    kind = config.get("beta_schedule", "scaled_linear")
-    if kind != "scaled_linear" or config.get("rescale_betas_zero_snr") or config.get("trained_betas"):
-        raise ModelError(f"{parts.source}: its scheduler config has another noise schedule than SDXL's scaled_linear")
-    if config.get("clip_sample") or config.get("thresholding"):
-        raise ModelError(f"{parts.source}: its scheduler config clips x0, which latents of SDXL must not be")
-    return schedule.alphas_cumprod(
-        config.get("num_train_timesteps", schedule.NUM_TRAIN_TIMESTEPS),
-        config.get("beta_start", schedule.BETA_START),
-        config.get("beta_end", schedule.BETA_END),
-    )
 
 
 def _output(images: Any) -> Any:

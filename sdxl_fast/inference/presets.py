@@ -1,6 +1,6 @@
 """What each published few-step SDXL checkpoint needs, and how to recognise it.
 
-The values are those of the model cards of SDXL-Lightning, SDXL-Turbo, DMD2, Hyper-SD and LCM. All of them are
+The values are those of the model cards of SDXL-Lightning, SDXL-Turbo, DMD2, Hyper-SD, LCM and TCD. All of them are
 distilled without guidance at inference, so a guidance scale above 1 is refused.
 """
 
@@ -16,13 +16,14 @@ from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models.lora import NUM_STEPS_KEY
 
-Sampler = Literal["euler", "ddim", "euler_ancestral", "lcm"]
+Sampler = Literal["euler", "ddim", "euler_ancestral", "lcm", "tcd"]
 
 SCHEDULERS: dict[str, Sampler] = {
     "EulerDiscreteScheduler": "euler",
     "DDIMScheduler": "ddim",
     "EulerAncestralDiscreteScheduler": "euler_ancestral",
     "LCMScheduler": "lcm",
+    "TCDScheduler": "tcd",
 }
 
 
@@ -33,11 +34,12 @@ class Preset:
     Attributes:
         name: for messages.
         sampler: "euler" and "ddim" are the same deterministic move and differ in the scale of the initial noise,
-            "euler_ancestral" and "lcm" draw fresh noise at every step but the last.
+            "euler_ancestral", "lcm" and "tcd" draw fresh noise at every step but the last.
         prediction_type: what the UNet's output means.
         steps: allowed step counts, the recommended one first.
-        timesteps: 0-based grids by step count where they are not trailing (or LCM's own).
+        timesteps: 0-based grids by step count where they are not trailing (or LCM's own, which TCD shares).
         resolution: native side in pixels where the folder's config says another; informative.
+        eta: how much of TCD's noise is drawn anew, from 0, none, to 1.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Preset:
     steps: tuple[int, ...]
     timesteps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     resolution: int | None = None
+    eta: float = 0.3
 
     @property
     def scheduler(self) -> str:
@@ -56,7 +59,7 @@ class Preset:
         """The descending 0-based timesteps for a step count."""
         if num_steps in self.timesteps:
             return self.timesteps[num_steps]
-        if self.sampler == "lcm":
+        if self.sampler in ("lcm", "tcd"):
             return lcm_timesteps(num_steps)
         return tuple(schedule.trailing_timesteps(num_steps))
 
@@ -75,6 +78,7 @@ DMD2 = Preset("DMD2", "lcm", "epsilon", (4, 1), {1: (399,), 4: (999, 749, 499, 2
 HYPER = Preset("Hyper-SD", "ddim", "epsilon", (2, 4, 8))
 HYPER_1 = Preset("Hyper-SD 1-step", "lcm", "epsilon", (1,), {1: (800,)})
 LCM = Preset("LCM", "lcm", "epsilon", (4, 1, 2, 3, 5, 6, 7, 8))
+TCD = Preset("TCD", "tcd", "epsilon", (4, 1, 2, 3, 5, 6, 7, 8))
 
 PRESETS: dict[str, Preset] = {
     "lightning-1step-x0": LIGHTNING_X0,
@@ -85,6 +89,7 @@ PRESETS: dict[str, Preset] = {
     "hyper-1step": HYPER_1,
     **{f"hyper-{n}step": replace(HYPER, name=f"Hyper-SD {n}-step", steps=(n,)) for n in (2, 4, 8)},
     "lcm": LCM,
+    "tcd": TCD,
 }
 """By the name to give as `preset=`."""
 
@@ -94,6 +99,7 @@ _FAMILIES = {
     "dmd2": r"dmd2?(?![a-z])",
     "hyper": r"hyper[-_]?sd",
     "lcm": r"(?<![a-z])lcm(?![a-z])|latent[-_]consistency",
+    "tcd": r"(?<![a-z])tcd(?![a-z])|trajectory[-_]consistency",
 }
 
 
@@ -174,7 +180,7 @@ def _by_scheduler(name: str, scheduler: Mapping[str, Any], metadata: Mapping[str
     if sampler is None:
         raise ModelError(f"{name}: its scheduler is {kind}; few-step sampling knows {', '.join(SCHEDULERS)}")
     spacing = scheduler.get("timestep_spacing", "linspace" if sampler.startswith("euler") else "leading")
-    if sampler != "lcm" and spacing != "trailing":
+    if sampler not in ("lcm", "tcd") and spacing != "trailing":
         raise ModelError(
             f"{name}: its {kind} has timestep_spacing={spacing!r}; a few-step checkpoint needs 'trailing' in "
             f"scheduler/scheduler_config.json (this may be a plain SDXL model), or give preset={_names()}"
@@ -188,7 +194,7 @@ def _by_scheduler(name: str, scheduler: Mapping[str, Any], metadata: Mapping[str
 def _check_agreement(name: str, preset: Preset, scheduler: Mapping[str, Any]) -> None:
     kind = scheduler.get("_class_name")
     wanted: dict[str, str] = {"prediction_type": preset.prediction_type}
-    if preset.sampler != "lcm":
+    if preset.sampler not in ("lcm", "tcd"):
         wanted["timestep_spacing"] = "trailing"
     wrong = [f"{key}={scheduler.get(key)!r}" for key, value in wanted.items() if scheduler.get(key) != value]
     if kind != preset.scheduler or wrong:

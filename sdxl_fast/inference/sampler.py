@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,13 +11,21 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..diffusion import schedule
 from ..diffusion.schedule import alpha_sigma
-from ..diffusion.stochastic import ancestral_move, renoise_move
+from ..diffusion.stochastic import ancestral_move, renoise_move, trajectory_move
+from ..errors import ModelError
 from .presets import Preset
 from .request import Noise
 
 STREAM_STEP = 16
 """Stream of a seed for a stochastic sampler's first fresh draw; the low numbers are those of `diffusion.sampling`."""
+
+_STOCHASTIC: dict[str, Callable[..., Tensor]] = {
+    "lcm": renoise_move,
+    "euler_ancestral": ancestral_move,
+    "tcd": trajectory_move,
+}
 
 OnStep = Callable[[int, int, dict[str, Tensor]], bool]
 
@@ -65,7 +74,8 @@ class Sampler:
         if first is not None:
             alpha, sigma = alpha_sigma(self.alphas_cumprod, torch.tensor([self.timesteps[0]], device=x_t.device), 4)
             x_t = alpha * first.to(x_t.dtype) + sigma * start.to(x_t.dtype)
-        for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], -1), strict=True)):
+        end = 0 if self.preset.sampler == "tcd" else -1  # TCD stops at the lowest level, not at clean latents
+        for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], end), strict=True)):
             t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
             output = self._predict(x_t, now, state)
             x_t = self._move(x_t, output, t, t_next, noise, index)
@@ -100,7 +110,9 @@ class Sampler:
             return cast(Tensor, moved)  # a pair only when noised anew
         shape = (x_t.shape[0], x_t.shape[1], x_t.shape[2], x_t.shape[3])
         fresh = noise.draw(shape, stream=STREAM_STEP + index, dtype=output.dtype, device=x_t.device)
-        step = renoise_move if preset.sampler == "lcm" else ancestral_move
+        step = _STOCHASTIC[preset.sampler]
+        if preset.sampler == "tcd":
+            step = functools.partial(step, eta=preset.eta)
         return step(x_t, output, t, t_next, fresh, self.alphas_cumprod, preset.prediction_type)
 
     def _start(self) -> float:
@@ -113,3 +125,17 @@ class Sampler:
         """Euler samplers hold their latents divided by √ᾱ; callbacks expect that."""
         alpha, _ = alpha_sigma(self.alphas_cumprod, t, 4)
         return 1.0 / alpha if self.preset.sampler.startswith("euler") else torch.ones_like(alpha)
+
+
+def noise_schedule(config: Mapping[str, Any], source: Any) -> Tensor:
+    """ᾱ [T] of a scheduler config; raises ModelError, naming its source, for what is none of SDXL's."""
+    kind = config.get("beta_schedule", "scaled_linear")
+    if kind != "scaled_linear" or config.get("rescale_betas_zero_snr") or config.get("trained_betas"):
+        raise ModelError(f"{source}: its scheduler config has another noise schedule than SDXL's scaled_linear")
+    if config.get("clip_sample") or config.get("thresholding"):
+        raise ModelError(f"{source}: its scheduler config clips x0, which latents of SDXL must not be")
+    return schedule.alphas_cumprod(
+        config.get("num_train_timesteps", schedule.NUM_TRAIN_TIMESTEPS),
+        config.get("beta_start", schedule.BETA_START),
+        config.get("beta_end", schedule.BETA_END),
+    )

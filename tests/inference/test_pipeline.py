@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm
+from diffusers.schedulers import scheduling_euler_ancestral_discrete, scheduling_lcm, scheduling_tcd
 from diffusers.utils.torch_utils import randn_tensor
 
 from sdxl_fast import OneStepPipeline, use_backend
@@ -78,6 +78,7 @@ def test_given_latents_draw_the_stock_picture(pipe: OneStepPipeline, toy_folder:
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "sdxl-turbo": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
     "my-lcm": {"_class_name": "LCMScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
+    "my-tcd": {"_class_name": "TCDScheduler", "timestep_spacing": "leading", "original_inference_steps": 50},
     "student": {"_class_name": "DDIMScheduler", "clip_sample": False},
     "v-student": {"prediction_type": "v_prediction"},
     "sdxl_lightning_4step": {},
@@ -91,7 +92,7 @@ def noise_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None) -> torch.Tensor:
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
-    for module in (scheduling_lcm, scheduling_euler_ancestral_discrete):
+    for module in (scheduling_lcm, scheduling_euler_ancestral_discrete, scheduling_tcd):
         monkeypatch.setattr(module, "randn_tensor", draw)
 
 
@@ -113,6 +114,7 @@ def test_every_sampler_equals_its_stock_scheduler(toy_folder: Path, tmp_path: Pa
             num_inference_steps=steps,
             guidance_scale=0,
             output_type="pt",
+            **({"eta": 0.3} if name == "my-tcd" and not isinstance(pipe, OneStepPipeline) else {}),
         ).images
         return images
 

@@ -26,6 +26,7 @@ NAMES = {
     "Hyper-SDXL-1step-Unet": "hyper-1step",
     "Hyper-SDXL-8steps": "hyper-8step",
     "latent-consistency/lcm-sdxl": "lcm",
+    "h1t/TCD-SDXL-LoRA": "tcd",
 }
 
 
@@ -63,10 +64,11 @@ def test_settings_are_those_of_the_model_cards(key: str) -> None:
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-def test_lcm_grid_is_that_of_its_scheduler(steps: int) -> None:
-    scheduler = diffusers.LCMScheduler()
+@pytest.mark.parametrize("preset", [presets.LCM, presets.TCD], ids=["lcm", "tcd"])
+def test_consistency_grids_are_those_of_their_schedulers(steps: int, preset: presets.Preset) -> None:
+    scheduler = getattr(diffusers, preset.scheduler)()
     scheduler.set_timesteps(steps)
-    assert list(presets.LCM.grid(steps)) == scheduler.timesteps.tolist()
+    assert list(preset.grid(steps)) == scheduler.timesteps.tolist()
 
 
 def test_unknown_names_are_sampled_as_their_scheduler_says() -> None:
