@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sdxl_fast.dispatch import explain as explain
     from sdxl_fast.dispatch import use_backend as use_backend
     from sdxl_fast.inference import OneStepPipeline as OneStepPipeline
+    from sdxl_fast.inference import calibrate as calibrate
     from sdxl_fast.inference import optimize as optimize
     from sdxl_fast.inference import report as report
     from sdxl_fast.inference import restore as restore
@@ -28,6 +29,7 @@ except PackageNotFoundError:  # a checkout on sys.path that was never installed
 # name -> (module, attribute; None for the module itself)
 _PUBLIC: dict[str, tuple[str, str | None]] = {
     "OneStepPipeline": ("sdxl_fast.inference", "OneStepPipeline"),
+    "calibrate": ("sdxl_fast.inference", "calibrate"),
     "explain": ("sdxl_fast.dispatch", "explain"),
     "fuse": ("sdxl_fast.nn", "fuse"),
     "ops": ("sdxl_fast.ops", None),
@@ -40,6 +42,7 @@ _PUBLIC: dict[str, tuple[str, str | None]] = {
 __all__ = [
     "OneStepPipeline",
     "__version__",
+    "calibrate",
     "explain",
     "fuse",
     "ops",

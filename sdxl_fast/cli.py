@@ -65,7 +65,8 @@ def generate(
     strength: Annotated[
         float | None, typer.Option(help="How much of --image is drawn anew, 0..1; 0.5 if left out.")
     ] = None,
-    quantization: Annotated[str | None, typer.Option(help="None is all there is without a GPU.")] = None,
+    quantization: Annotated[str | None, typer.Option(help="fp8, with --scales that `calibrate` found.")] = None,
+    scales: Annotated[Path | None, typer.Option(help="File of float8 scales.")] = None,
     bench: Annotated[int, typer.Option(help="Draw so often once more, and print the times.")] = 0,
 ) -> None:
     """Draw pictures from prompts and write them to files."""
@@ -78,7 +79,7 @@ def generate(
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
     start = _start(image, strength)
-    pipe = _load(model, device, dtype, base, preset, quantization)
+    pipe = _load(model, device, dtype, base, preset, quantization, scales)
     for name, weight in parse_loras(lora or []):
         pipe.load_lora_weights(name, weight=weight)
     call = {
@@ -282,6 +283,7 @@ def described(pipe: OneStepPipeline, settings: dict[str, Any]) -> dict[str, str]
     """Settings as a PNG's text: the model by itself, because it is asked for most, and all of them as JSON."""
     settings = settings | {
         "preset": pipe.preset.name,
+        "quantization": None if pipe.report["unet"].scales is None else "fp8",
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "loras": pipe.loras,
         "sdxl_fast": __version__,
@@ -333,6 +335,7 @@ def _load(
     base: str | None = None,
     preset: str | None = None,
     quantization: str | None = None,
+    scales: Path | None = None,
 ) -> OneStepPipeline:
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
@@ -347,6 +350,7 @@ def _load(
         dtype=None if dtype is None else getattr(torch, _DTYPES[dtype]),
         preset=preset,
         quantization=quantization,
+        scales=scales,
     )
 
 

@@ -132,7 +132,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "dtype": (["cat", "--dtype", "fp8"], "float32, bfloat16"),
     "device": (["cat", "--device", "toaster"], "device is 'toaster'"),
     "preset": (["cat", "--model", "TOY", "--preset", "fast"], "preset is 'fast'; allowed: lightning-1step-x0"),
-    "quantization": (["cat", "--quantization", "fp8"], "needs a GPU"),
+    "quantization": (["cat", "--quantization", "fp8"], "needs scales"),
     "LoRA": (["cat", "--model", "TOY", "--lora", "/nowhere.safetensors"], "no such file"),
     "strength alone": (["cat", "--strength", "0.5"], "give one"),
     "picture": (["cat", "--image", "/nowhere.png"], "nowhere.png"),

@@ -12,12 +12,15 @@ import functools
 import inspect
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..nn import restore as restore_modules
+from .calibration import check_quantization, use_scales
+from .float8 import Scales
 from .graphs import GraphStats
 from .prompts import PromptCache
 from .runner import Runner, Use
@@ -42,9 +45,12 @@ class PartReport:
     graphs: GraphStats | None = None
     graph_bytes: int = 0
     cached_bytes: int = 0
+    scales: Scales | None = None
 
     def __str__(self) -> str:
         lines = ["packed" if self.packed else f"runs by its modules: {self.reason}", *str(self.use).splitlines()]
+        if self.scales is not None:
+            lines += str(self.scales).splitlines()
         if self.graphs is not None:
             g = self.graphs
             lines.append(f"{g.captures} graphs captured, {g.replays} replays, {self.graph_bytes >> 20} MB")
@@ -91,7 +97,13 @@ class Optimized:
         self._texts.settle()
 
 
-def optimize(pipe: Any, *, shapes: Sequence[Shape] = ((1, 1024, 1024),), quantization: str | None = None) -> Any:
+def optimize(
+    pipe: Any,
+    *,
+    shapes: Sequence[Shape] = ((1, 1024, 1024),),
+    quantization: str | None = None,
+    scales: Scales | str | Path | None = None,
+) -> Any:
     """Make a diffusers SDXL pipeline faster, in place; every feature of it keeps its meaning.
 
     Text-to-image, image-to-image (with one step: any strength), inpainting, ControlNet, IP-Adapter, LoRA, schedulers,
@@ -101,24 +113,28 @@ def optimize(pipe: Any, *, shapes: Sequence[Shape] = ((1, 1024, 1024),), quantiz
         pipe: any StableDiffusionXL pipeline of diffusers.
         shapes: (batch, height, width) in pixels to make CUDA graphs for now, where there is a GPU; others are captured
             on first use.
-        quantization: None. "fp8" needs a GPU and calibrated scales and is refused here.
+        quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.
+        scales: those, or the file they were saved in.
 
     Returns:
         the same object.
 
     Raises:
-        ValueError: not an SDXL pipeline, a shape that makes no sense, or an unknown quantization.
+        ValueError: not an SDXL pipeline, a shape that makes no sense, an unknown quantization, or one without scales.
+        ModelError: broken scales, or those of another model.
     """
     unet, vae = getattr(pipe, "unet", None), getattr(pipe, "vae", None)
     if not isinstance(unet, nn.Module) or not isinstance(vae, nn.Module):
         raise ValueError(f"{type(pipe).__name__} has no UNet and VAE; optimize takes diffusers' SDXL pipelines")
     check_shapes(shapes, pipe)
-    check_quantization(quantization)
+    check_quantization(quantization, scales)
     from .accelerated import attach, packable
 
     state: Optimized = pipe.__dict__.get(_SLOT) or _install(pipe)
     networks = {name: getattr(pipe, name, None) for name in NETWORKS}
     state.runners = {name: attach(network) for name, network in networks.items() if packable(network)}
+    if quantization is not None:
+        use_scales(pipe, scales)
     if unet.device.type == "cuda" and "unet" in state.runners:
         for shape in shapes:
             warm(pipe, shape)
@@ -181,17 +197,10 @@ def describe(runners: dict[str, Runner[Any]]) -> dict[str, PartReport]:
             graphs=None if runner.graphs is None else runner.graphs.stats,
             graph_bytes=0 if runner.graphs is None else runner.graphs.nbytes,
             cached_bytes=getattr(runner.program, "cached_bytes", 0),
+            scales=runner.scales,
         )
         for name, runner in runners.items()
     }
-
-
-def check_quantization(quantization: str | None) -> None:
-    """Raises ValueError unless it is None."""
-    if quantization == "fp8":
-        raise ValueError("quantization='fp8' needs a GPU of compute capability 8.9 or more and calibrated scales")
-    if quantization is not None:
-        raise ValueError(f"quantization is {quantization!r}; allowed: None")
 
 
 def check_shapes(shapes: Sequence[Shape], pipe: Any) -> None:

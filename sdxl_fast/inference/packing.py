@@ -7,7 +7,7 @@ dicts stay, a LoRA merged in place reaches both, and the memory is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .. import dispatch, ops
 from ..reference.upsample_conv2d import phase_weights
+from .float8 import Float8Product
 
 
 class NotPackableError(Exception):
     """A network that packed code would compute otherwise than its modules; the message says which part and why."""
 
 
-def pack(parameters: Sequence[nn.Parameter]) -> Tensor:
+def pack(parameters: Sequence[Any]) -> Tensor:
     """One tensor of all the parameters, joined along the first dimension, of which they become views.
 
     Parameters that already are just that are left as they are.
@@ -117,16 +118,41 @@ class Linear:
                 raise NotPackableError(f"{name} is not a 1×1 convolution")
         else:
             plain(module, nn.Linear, name)
-        self.weight, self.bias = module.weight, module.bias
+        self._take(module.weight, module.bias, name)
+
+    def _take(self, weight: Tensor, bias: Tensor | None, name: str) -> None:
+        self.weight, self.bias, self.name = weight, bias, name
+        self.float8: Float8Product | None = None
+        self.observer: Callable[[Linear, Tensor], None] | None = None  # of calibration
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.observer is not None:
+            self.observer(self, x)
+        if self.float8 is not None:
+            return self.float8(x, self.bias, residual)
         return linear(x, self.matrix, self.bias, residual)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """value·GELU(gate) of the product's two halves."""
+        if self.observer is not None or self.float8 is not None:
+            return ops.geglu(self(x))
+        return linear_geglu(x, self.matrix, self.bias)
 
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in]."""
         weight: Tensor = self.weight
         return weight if weight.ndim == 2 else weight.flatten(1)
+
+
+class Joined(Linear):
+    """Several linear layers of one input as one, whose weights `pack` has joined."""
+
+    def __init__(self, parts: Sequence[Linear], name: str) -> None:
+        biases = [part.bias for part in parts if part.bias is not None]
+        if biases and len(biases) != len(parts):
+            raise NotPackableError(f"{name} has biases for some of its parts only")
+        self._take(pack([part.weight for part in parts]), pack(biases) if biases else None, name)
 
 
 class Conv:

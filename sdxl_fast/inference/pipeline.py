@@ -19,8 +19,10 @@ from ..nn import FuseReport
 from . import pictures, presets
 from .accelerated import attach
 from .adapters import Adapters, LoraVerbs
+from .calibration import check_quantization, use_scales
+from .float8 import Scales
 from .graphs import CudaCapturer, GraphCache
-from .install import NETWORKS, PartReport, check_quantization, check_shapes, describe
+from .install import NETWORKS, PartReport, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
 from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
@@ -103,6 +105,7 @@ class OneStepPipeline(LoraVerbs):
         unet: str | Path | None = None,
         lora: str | Path | Mapping[str | Path, float] | None = None,
         quantization: str | None = None,
+        scales: Scales | str | Path | None = None,
     ) -> OneStepPipeline:
         """Load a pipeline.
 
@@ -117,14 +120,15 @@ class OneStepPipeline(LoraVerbs):
             unet: a UNet's file or folder to take instead of the model's own; the same as giving it as `model` and the
                 model as `base`.
             lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`.
-            quantization: None.
+            quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.
+            scales: those, or the file they were saved in.
 
         Raises:
             ModelError: no such model, not an SDXL pipeline, unsafe or broken weights, or a checkpoint whose sampling
                 settings are unknown or contradictory.
             ValueError: an unknown preset, or a dtype that does not work.
         """
-        check_quantization(quantization)
+        check_quantization(quantization, scales)
         if unet is not None:
             if base is not None:
                 raise ValueError("give either unet, which belongs to model, or base, which model belongs to")
@@ -132,7 +136,7 @@ class OneStepPipeline(LoraVerbs):
         device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Drawing one picture with the embedded pipeline on one thread of a CPU that has bf16 instructions takes as long
         # in bfloat16 as in float32 (UNet 92 and 69 ms, VAE 49 and 69 ms); on most CPUs bfloat16 is emulated.
-        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" or quantization else torch.float32)
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype}; allowed: torch.float32, torch.bfloat16 (SDXL's VAE overflows float16)")
         chosen = None if preset is None else presets.by_key(preset)
@@ -145,6 +149,8 @@ class OneStepPipeline(LoraVerbs):
             scheduler = parts.scheduler if parts.own_scheduler else None
             chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None)
         pipe = cls(parts, preset=chosen)
+        if quantization is not None:
+            use_scales(pipe, scales)
         for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
             pipe.load_lora_weights(file, weight=strength)
         return pipe

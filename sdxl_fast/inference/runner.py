@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import FuseReport
+from .float8 import Scales
 from .graphs import GraphCache, Stage, through
 from .packing import NotPackableError
 from .watch import Change, Watch
@@ -75,6 +76,7 @@ class Runner(Generic[P]):
         self._build = build
         self._program: P | None = None
         self._reason = ""
+        self.scales: Scales | None = None
         self.place: tuple[torch.dtype, torch.device] | None = None
         self._make()
         self._watch = Watch(network, facts=facts)
@@ -115,6 +117,14 @@ class Runner(Generic[P]):
             self._program.refresh()
         return self._program
 
+    def quantise(self, scales: Scales | None) -> None:
+        """Have the program compute in float8, now and whenever it is made again; None takes it back."""
+        program: Any = self._program
+        program.quantise(scales)
+        self.scales = scales
+        if self.graphs is not None:
+            self.graphs.clear()
+
     def run(self, name: str, stage: Stage, inputs: tuple[Tensor, ...]) -> Tensor:
         """A stage of the program, through a graph where there are graphs."""
         return through(self.graphs, name, stage, inputs, self._watch.identity)
@@ -127,6 +137,9 @@ class Runner(Generic[P]):
         self._program, self._reason = None, ""
         try:
             self._program = self._build(self.network)
+            if self.scales is not None:
+                program: Any = self._program
+                program.quantise(self.scales)
             self.place = (self.network.dtype, self.network.device)  # type: ignore[assignment]
         except NotPackableError as reason:
             self._reason = str(reason)

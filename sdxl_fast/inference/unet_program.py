@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import ModelError
+from .float8 import Float8Product, Scales, fingerprint, suits
 from .lru import ByteLru
 from .packing import (
     Conv,
+    Joined,
     Linear,
     Norm,
     NotPackableError,
     Resnet,
     UpsampledConv,
     linear,
-    linear_geglu,
     mapped,
     nothing_set,
     pack,
@@ -71,12 +73,12 @@ class Attention:
         self.out = Linear(module.to_out[0], f"{name}.to_out.0")
         self.heads, self.width = module.heads, module.inner_dim
         self.columns = (0, 0)
-        self.qkv = None if cross else pack([self.q.weight, self.k.weight, self.v.weight])
+        self.qkv = self.q if cross else Joined([self.q, self.k, self.v], f"{name}.to_qkv")
 
     def of_itself(self, x: Tensor) -> Tensor:
         """[N, S, C] -> [N, S, C], out projection included."""
         n, s, _ = x.shape
-        q, k, v = linear(x, cast(Tensor, self.qkv)).view(n, s, 3, self.heads, -1).unbind(2)
+        q, k, v = self.qkv(x).view(n, s, 3, self.heads, -1).unbind(2)
         return self.out(ops.self_attention(q, k, v).flatten(2))
 
     def of_prompt(self, x: Tensor, kv: Tensor) -> Tensor:
@@ -109,7 +111,11 @@ class _Block:
     def __call__(self, x: Tensor, kv: Tensor) -> Tensor:
         h, x = self.norms[1].of_sum(self.itself.of_itself(self.norms[0](x)), x)
         h, x = self.norms[2].of_sum(self.prompt.of_prompt(h, kv), x)
-        return self.ff2(linear_geglu(h, self.ff1.matrix, self.ff1.bias), x)
+        return self.ff2(self.ff1.geglu(h), x)
+
+    def products(self) -> list[Linear]:
+        """Its linear layers, but for the prompt's keys and values."""
+        return [self.itself.qkv, self.itself.out, self.prompt.q, self.prompt.out, self.ff1, self.ff2]
 
 
 class _Transformer:
@@ -212,6 +218,7 @@ class UNetProgram:
         self._time_bias = pack([t.bias for t in times])
         self._time_widths = [len(t.weight) for t in times]
         self._kv_weight = self._pack_prompt(stages)
+        self._transformers = [t for stage in stages for t in stage.transformers if t is not None]
         self._folded: dict[float, Tensor] = {}
         self._prompts: ByteLru[tuple[Tensor, int, Tensor]] = ByteLru(PROMPT_BUDGET)
 
@@ -222,6 +229,28 @@ class UNetProgram:
         for stage in self._ups:
             if stage.up is not None:
                 stage.up.refresh()
+        for product in self.float8_products():
+            if product.float8 is not None:
+                product.float8.refresh()
+
+    def float8_products(self) -> list[Linear]:
+        """The linear layers that may be put into float8: those of every step, over the whole map."""
+        found = []
+        for t in self._transformers:
+            found += [t.proj_in, *(product for block in t.blocks for product in block.products()), t.proj_out]
+        return found
+
+    def check_scales(self, scales: Scales) -> None:
+        """Raises ModelError for the scales of another model."""
+        if fingerprint(filter(suits, self.float8_products())) != scales.model:
+            raise ModelError("these float8 scales belong to another model, or to this one without its LoRAs")
+
+    def quantise(self, scales: Scales | None) -> None:
+        """Put linear layers into float8, or all back; float8 gives bfloat16, so weights of another dtype stay."""
+        wanted = {} if scales is None or self.dtype != torch.bfloat16 else scales.used
+        for product in self.float8_products():
+            found = wanted.get(product.name) if suits(product) else None
+            product.float8 = None if found is None else Float8Product(product.matrix, found)
 
     @property
     def cached_bytes(self) -> int:

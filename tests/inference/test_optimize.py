@@ -377,7 +377,7 @@ MISTAKES: dict[str, tuple[Any, dict[str, Any], str]] = {
     "no pipeline": (torch.nn.Linear(1, 1), {}, "has no UNet and VAE"),
     "shape": (None, {"shapes": ((1, 32),)}, "batch, height, width"),
     "size": (None, {"shapes": ((1, 33, 32),)}, "multiples of 4"),
-    "fp8": (None, {"quantization": "fp8"}, "8.9"),
+    "fp8": (None, {"quantization": "fp8"}, "needs scales"),
     "quantization": (None, {"quantization": "int3"}, "allowed: None"),
 }
 

@@ -278,9 +278,9 @@ def test_other_networks_say_what_they_are(unet: Any) -> None:
 
 
 def test_the_true_networks_can_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdxl_fast.inference import unet_program, vae_program
+    from sdxl_fast.inference import packing, unet_program, vae_program
 
-    for module in (unet_program, vae_program):
+    for module in (packing, unet_program, vae_program):
         monkeypatch.setattr(module, "pack", torch.cat)  # without memory there is nothing to make views of
     with torch.device("meta"):
         unet, vae = build_unet(SDXL).eval(), build_vae(SDXL).eval()
