@@ -3,5 +3,6 @@
 from .calibration import calibrate
 from .install import optimize, report, restore
 from .pipeline import OneStepPipeline
+from .pool import Each, EnginePool
 
-__all__ = ["OneStepPipeline", "calibrate", "optimize", "report", "restore"]
+__all__ = ["Each", "EnginePool", "OneStepPipeline", "calibrate", "optimize", "report", "restore"]

@@ -239,7 +239,8 @@ class CudaCapturer:
             torch.cuda.empty_cache()  # so that the difference below is the graph's alone
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            # thread_local: what other engines' threads do meanwhile is none of this capture's business
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = stage(*statics)
             taken = max(torch.cuda.memory_reserved() - before, 0)
         held = sum(t.numel() * t.element_size() for t in (*statics, output))
