@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import command, gpu, report, roofline  # noqa: E402
-from benchmarks.e2e import bench_pipelines  # noqa: E402
+from benchmarks.e2e import bench_cold_start, bench_one_step, bench_pipelines  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
@@ -259,6 +259,36 @@ def test_a_pipeline_that_draws_something_else_is_not_timed(toy_folder: Path) -> 
     }
     gates = bench_pipelines.judge(wrong, toy_folder, torch.randn(1, 4, 8, 8), torch.float32)
     assert [name for name, gate in gates.items() if not gate.passed] == [bench_pipelines.OURS[0]]
+
+
+def test_a_cold_start_is_a_process_by_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = {
+        "sleeps": 'tell("imports")\ntime.sleep(0.2)\ntell("loading")\n',
+        "fails": 'raise ValueError("no " + PROMPT)\n',
+    }
+    monkeypatch.setattr(bench_cold_start, "CODE", code)
+    results = ResultsFile.create(None, "", {})
+    said: list[str] = []
+    request = bench_cold_start.Request(None, "float32", rounds=1)
+    for _ in range(2):
+        bench_cold_start.run([request], "cpu", results, tell=said.append)
+    assert len(said) == 1
+    found = results.data["end_to_end"][0]["contestants"]
+    stages = {stage: times["median"] for stage, times in found["sleeps"]["stages"].items()}
+    assert set(stages) == set(bench_cold_start.STAGES)
+    assert stages["loading"] >= 0.2
+    assert stages["total"] == pytest.approx(sum(stages.values()) - stages["total"])
+    assert "no a red apple" in found["fails"]["refused"]
+
+
+def test_one_step_is_timed_at_a_size_that_is_asked_for(toy_folder: Path) -> None:
+    request = bench_one_step.Request(str(toy_folder), "float32", rounds=1, budget_s=0.0, size=64)
+    results = ResultsFile.create(None, "", {})
+    bench_one_step.run([request], "cpu", CpuClock(0.0), results, tell=lambda text: None)
+    row = results.data["end_to_end"][0]
+    assert row["case"] == "batch 1, 64 px"
+    assert row["about"].startswith("64 px")
+    assert all(found["stages"]["total"]["rounds"] == 1 for found in row["contestants"].values())
 
 
 def test_a_run_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:

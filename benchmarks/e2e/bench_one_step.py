@@ -54,6 +54,7 @@ class Request:
         graphs: whether to time the stages as CUDA graphs too.
         compile: whether stock modules compiled by torch.compile take part, which takes minutes for SDXL.
         rounds, budget_s: as for the ops.
+        size: side of the picture in pixels; None is the pipeline's own.
     """
 
     model: str | None
@@ -63,12 +64,14 @@ class Request:
     compile: bool = False
     rounds: int = 11
     budget_s: float = 20.0
+    size: int | None = None
 
     def key(self, mode: str) -> dict[str, str]:
         """Returns the entries that tell its row from others."""
         name = "embedded pipeline" if self.model is None else self.model
         name = Path(name).name if Path(name).exists() else name  # where a folder lies is nobody's business
-        return {"model": name, "case": f"batch {self.batch}", "dtype": self.dtype, "mode": mode}
+        case = f"batch {self.batch}" + ("" if self.size is None else f", {self.size} px")
+        return {"model": name, "case": case, "dtype": self.dtype, "mode": mode}
 
 
 def random_pipeline(config: configs.PipelineConfig, dtype: torch.dtype, device: str) -> OneStepPipeline:
@@ -263,6 +266,7 @@ def measure(
         ContextLostError: when a GPU fault makes this process useless.
     """
     pipe = load(request, device) if pipe is None else pipe
+    pipe.default_size = request.size or pipe.default_size
     ways = arrangements(pipe, compile=request.compile)
     side = pipe.default_size // pipe.vae_scale_factor
     shape = (request.batch, pipe.unet.config.in_channels, side, side)
@@ -323,18 +327,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command.parser("benchmarks.e2e.bench_one_step", "Time one-step generation.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", help=f"folder, hub id or file; {RANDOM_SDXL}: SDXL with random weights")
+    parser.add_argument("--true-width", action="store_true", help=f"the same as --model {RANDOM_SDXL}, in bfloat16")
+    parser.add_argument("--size", type=int, help="side of the picture in pixels; default: the model's own")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     arguments = parser.parse_args(given)
     command.check(parser, arguments)
+    if arguments.size is not None and (arguments.size < 64 or arguments.size % 64):
+        parser.error(f"--size is {arguments.size}; it must be a multiple of 64")
     machine.restart_with_warm_allocator("benchmarks.e2e.bench_one_step", given, arguments.threads)
     torch.set_num_threads(arguments.threads)
     clock = clock_for(arguments.device, quick=arguments.quick)
     results = command.start(arguments.out, arguments.device, clock, quick=arguments.quick)
     cuda = arguments.device == "cuda"
     request = Request(
-        arguments.model,
-        arguments.dtype or ("bfloat16" if cuda else "float32"),
+        RANDOM_SDXL if arguments.true_width else arguments.model,
+        arguments.dtype or ("bfloat16" if cuda or arguments.true_width else "float32"),
+        size=arguments.size,
         batch=arguments.batch,
         graphs=cuda,
         compile=arguments.compile,
