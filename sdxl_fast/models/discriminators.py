@@ -36,6 +36,8 @@ class UNetEncoder(nn.Module):
         self.unet = copy.deepcopy(unet, {id(unet.up_blocks): nn.ModuleList()})  # the decoder is not even copied
         self.unet.conv_norm_out = self.unet.conv_out = None
         self.unet.requires_grad_(True)
+        self.out_channels: int = self.unet.mid_block.resnets[-1].out_channels
+        self.num_groups: int = self.unet.config.norm_num_groups
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """latents [N, C, h, w], timesteps int64 [N], and prompt_embeds, pooled, time_ids -> [N, C_mid, h', w']."""
@@ -103,13 +105,13 @@ class DiscriminatorHead(nn.Module):
 class LightningDiscriminator(nn.Module):
     """D(x_t, x_{t-ns}, t, t-ns, c), or with `conditional=False` the relaxed D'(x_{t-ns}, t-ns, c).
 
-    The clean latent (timestep -1) is shown to the encoder as timestep 0; logits are unbounded (apply a sigmoid for D).
+    `encoder` is a `UNetEncoder` or one of `encoders`. The clean latent (timestep -1) is shown to it as timestep 0;
+    logits are unbounded (apply a sigmoid for D).
     """
 
-    def __init__(self, encoder: UNetEncoder, *, conditional: bool, side: int, head_channels: int | None = None) -> None:
+    def __init__(self, encoder: Any, *, conditional: bool, side: int, head_channels: int | None = None) -> None:
         super().__init__()
-        channels = encoder.unet.mid_block.resnets[-1].out_channels
-        groups = encoder.unet.config.norm_num_groups
+        channels, groups = encoder.out_channels, encoder.num_groups
         self.encoder = encoder
         self.conditional = conditional
         self.head = DiscriminatorHead(channels * (2 if conditional else 1), head_channels or channels, side, groups)

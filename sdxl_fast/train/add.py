@@ -24,7 +24,7 @@ from . import distributed, losses
 from .bench import Bench, Condition, lay_out, make_bench
 from .checkpoint import Average
 from .config import AddConfig
-from .students import averaged, export_student, make_student
+from .students import averaged, export_student, make_student, untrained_student
 from .teacher import call_unet, scaled_text
 from .trainer import Task, Update, mean_of
 from .vae import to_sheet
@@ -104,7 +104,8 @@ class AddTask(Task):
         self.config, self.batch = config, config.batch
         self.bench = bench = bench or make_bench(config, folder, prompts=(config.negative_prompt,))
         torch.manual_seed(config.seed)
-        self.student: Any = make_student(bench, config.trains)
+        starts_anew = config.student == "random"
+        self.student: Any = untrained_student(bench) if starts_anew else make_student(bench, config.trains)
         torch.manual_seed(config.seed)
         self.teacher = ScoreTeacher(bench, bench.frozen_base(), bench.prompts)
         self.features = feature_network(config.feature_network).to(config.torch_device, config.dtype)

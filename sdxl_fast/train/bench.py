@@ -140,10 +140,12 @@ class Bench(Generic[C]):
         )
         return x_t, t
 
-    def inputs(self, timesteps: tuple[int, ...], images: int, use: str) -> tuple[Tensor, Tensor, Condition]:
-        """A batch for one use after `images` images: x_t, t and the text."""
+    def inputs(
+        self, timesteps: tuple[int, ...], images: int, use: str, *, pure: bool = True
+    ) -> tuple[Tensor, Tensor, Condition]:
+        """A batch for one use after `images` images: x_t, t and the text; `pure` as in `noised`."""
         latents, condition = self.batch(images, use)
-        return *self.noised(latents, timesteps, images, use), condition
+        return *self.noised(latents, timesteps, images, use, pure=pure), condition
 
     def pure_noise(self, seeds: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Latents of unit normal noise, one per seed; `shape` is C, h, w, that of the contact sheets if left out."""
@@ -254,10 +256,11 @@ def _open_source(config: DistillationConfig, pipe: Any, run: Path) -> tuple[Sour
         return Shards(LatentShards(config.shards)), config.preview_prompts
     folder = run_folder(config.teacher)
     cache = (folder if (folder / "export").is_dir() else run) / "latents.safetensors"
+    seed = config.seed if config.data_seed is None else config.data_seed
     if distributed.is_first():
-        latents_of(config.data, cache, pipe.vae, config.draws, config.seed)
+        latents_of(config.data, cache, pipe.vae, config.draws, seed)
     distributed.barrier()  # the others read what the first has made
-    latents = latents_of(config.data, cache, pipe.vae, config.draws, config.seed)
+    latents = latents_of(config.data, cache, pipe.vae, config.draws, seed)
     conditions = _encode(pipe, latents.captions, config)
     previews = config.preview_prompts or preview_prompts(latents.captions)
     return Drawings(latents, conditions, config.data.category_share), previews

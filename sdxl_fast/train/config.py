@@ -46,6 +46,7 @@ __all__ = [
 RECIPES = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16"]
 Trains = Literal["lora", "full"]
+Backbone = Literal["unet", "pixels", "conv"]
 
 
 class AdversarialPhase(Config):
@@ -58,10 +59,17 @@ class AdversarialPhase(Config):
     teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
     regression_weight: float = Field(0.0, ge=0, description="of the MSE to the teacher beside the adversarial loss")
+    adversarial_weight: float = Field(1.0, ge=0, description="of the loss through D; 0 trains by regression alone")
     renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
     renoise_weights: tuple[float, ...] = ()
     lr: float | None = Field(None, description="the student's rate in this phase")
     d_lr: float | None = Field(None, description="the discriminator's rate in this phase")
+
+    @model_validator(mode="after")
+    def _has_a_loss(self) -> AdversarialPhase:
+        if not self.adversarial_weight and not self.regression_weight:
+            raise ValueError("adversarial_weight and regression_weight are both 0; give one of them")
+        return self
 
 
 class StageConfig(Config):
@@ -94,6 +102,7 @@ class DistillationConfig(RunConfig):
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")
+    data_seed: int | None = Field(None, description="of the pictures drawn; None: `seed`, from which all else derives")
     shards: str | None = Field(None, description="folder made by `sdxl-fast data prepare`, in place of `data`")
     resolution: int | None = Field(None, description="side of the shards' pictures, pixels; None: the UNet's own")
     preview_prompts: tuple[str, ...] = Field((), description="of the contact sheets; () takes them from `data`")
@@ -134,6 +143,9 @@ class DistillationConfig(RunConfig):
 class DiscriminatorConfig(Config):
     """SDXL-Lightning's discriminator. The defaults are the paper's: wholly trained, with no penalty."""
 
+    backbone: Backbone = Field(
+        "unet", description="what it looks with; pixels: image features of decoded latents; conv: a small new network"
+    )
     head_channels: int | None = Field(None, description="width of the head; None: that of the mid block")
     freeze_backbone: bool = Field(False, description="train the head alone")
     r1: float = Field(0.0, ge=0, description="weight of the squared gradient norm by the real latents (slow)")
@@ -151,6 +163,7 @@ class LightningConfig(DistillationConfig):
     export_name: str = Field("lightning", description="stem of the exported LoRA files")
     distance: losses.Distance = Field("mse", description="of the regression stages")
     hand_on_average: bool = Field(True, description="a stage hands on its averaged weights; the paper mentions none")
+    pure_noise: bool = Field(True, description="inputs at the last timestep are pure noise, as when drawing (§3.5)")
     teach_average: bool = Field(False, description="a stage's averaged weights teach, though its last ones go on")
     initial: str | None = Field(None, description="LoRA file to start from, to distil a fine-tuned teacher anew")
     bases: tuple[str, ...] = Field(
@@ -171,6 +184,8 @@ class LightningConfig(DistillationConfig):
         ]
         if self.bases and full:
             raise ValueError(f"bases share a LoRA, but {', '.join(full)} trains full UNets; leave these phases out")
+        if self.discriminator.backbone != "unet" and (self.bases or self.parallel == "fsdp"):
+            raise ValueError(f"backbone {self.discriminator.backbone} takes one base and parallel ddp")
         if self.bases and self.parallel == "fsdp":
             raise ValueError("bases share weights, which spread networks cannot; set parallel to ddp")
         return self
@@ -181,6 +196,9 @@ class AddConfig(DistillationConfig):
 
     kind: Literal["add"]
     trains: Trains = Field("full", description="of the student; full as published, lora fits one GPU")
+    student: Literal["teacher", "random"] = Field("teacher", description="where it starts; random: untrained weights")
+    student_width: float = Field(1.0, gt=0, description="channels of a random student over the teacher's")
+    student_text_time: bool = Field(True, description="False: a random student is told no size and no pooled text")
     export_name: str = Field("add", description="stem of the exported LoRA file")
     timesteps: tuple[int, ...] = Field((249, 499, 749, 999), description="student's levels, 0-based; only the last is")
     distillation: Literal["exponential", "sds", "nfsd"] = Field("nfsd", description="c(t), §3.3")
@@ -198,6 +216,14 @@ class AddConfig(DistillationConfig):
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start")
     optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> AddConfig:
+        if self.student == "random" and self.trains != "full":
+            raise ValueError("a random student has nothing to put a LoRA on; set trains to full")
+        if self.student != "random" and (self.student_width != 1.0 or not self.student_text_time):
+            raise ValueError("a student of another shape cannot start from the teacher; set student to random")
+        return self
 
     @field_validator("timesteps")
     @classmethod

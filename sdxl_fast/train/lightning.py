@@ -124,7 +124,8 @@ class StudentTask(Task):
 
     def start(self, images: int, use: str) -> Start:
         """The inputs of the micro-batch after `images` images."""
-        start = Start(*self.bench.inputs(self.student.timesteps, images, use))
+        pure = self.bench.config.pure_noise
+        start = Start(*self.bench.inputs(self.student.timesteps, images, use, pure=pure))
         self.seen = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 
@@ -293,13 +294,15 @@ class AdversarialTask(StudentTask):
         return {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
 
     def _student_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
-        start, weight = self.start(images, "student"), self.phase.regression_weight
+        start, phase = self.start(images, "student"), self.phase
         fake = self.student.move(*start, self._renoise(images, "student"))
-        ((_, loss),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
-        facts = {"g_loss": loss.item()}
-        if weight:
+        loss, facts = fake.x.new_zeros(()), {}
+        if phase.adversarial_weight:
+            ((_, adversarial),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
+            loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.item()
+        if phase.regression_weight:
             regression = losses.distance(fake.x, self.teacher.walk(*start, self.substeps))
-            loss, facts["regression"] = loss + weight * regression, regression.item()
+            loss, facts["regression"] = loss + phase.regression_weight * regression, regression.item()
         return loss, facts
 
     def student_step(self, images: int) -> dict[str, float]:
@@ -316,7 +319,7 @@ class AdversarialTask(StudentTask):
         return self.finish(facts, images)
 
     def step(self, images: int) -> dict[str, float]:
-        logged = self.discriminator_step(images)
+        logged = self.discriminator_step(images) if self.phase.adversarial_weight else {}
         if images >= self.phase.d_warmup:
             logged |= self.student_step(images)
         return logged

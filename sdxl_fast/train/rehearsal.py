@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..models.conditioning import time_ids
-from ..models.discriminators import AddDiscriminator, LightningDiscriminator, UNetEncoder
+from ..models.discriminators import AddDiscriminator, LightningDiscriminator
+from ..models.encoders import make_encoder
 from ..models.feature_nets import EfficientNetLite0
 from .config import AddConfig, DistillationConfig, LightningConfig, Trains
-from .students import add_lora, shared_copy
+from .students import add_lora, reshaped, shared_copy
 from .teacher import call_unet
 
 TOKENS = 77
@@ -119,7 +120,10 @@ class Rehearsal:
     def _copy(self) -> Any:
         from ..models.networks import skeleton
 
-        unet = skeleton("unet", self.unet.config)
+        config, shape = self.config, dict(self.unet.config)
+        if isinstance(config, AddConfig) and config.student == "random":
+            shape = reshaped(shape, width=config.student_width, text_time=config.student_text_time)
+        unet = skeleton("unet", shape)
         if self.config.gradient_checkpointing:
             unet.enable_gradient_checkpointing()
         return unet
@@ -144,7 +148,7 @@ class Rehearsal:
         side = 1 << ((self.side // 2**levels).bit_length() - 1)
         width = self.config.discriminator.head_channels
         with torch.device("meta"):
-            encoder = UNetEncoder(self.unet)
+            encoder = make_encoder(self.config.discriminator.backbone, self.unet, self.vae)
             return LightningDiscriminator(encoder, conditional=conditional, side=side, head_channels=width).train()
 
     def heads(self) -> AddDiscriminator | None:

@@ -24,7 +24,8 @@ from torch import nn
 from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
 from ..files import replacing
-from ..models.discriminators import LightningDiscriminator, UNetEncoder
+from ..models.discriminators import LightningDiscriminator
+from ..models.encoders import make_encoder
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
 from . import distributed
@@ -152,7 +153,8 @@ class Lineage:
     def discriminator_of(self, unit: Unit, phase: AdversarialPhase) -> LightningDiscriminator:
         """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits."""
         torch.manual_seed(self.config.seed + unit.index)
-        encoder = UNetEncoder(self.base, bases=1 + len(self.bench.others))
+        backbone = self.config.discriminator.backbone
+        encoder = make_encoder(backbone, self.base, self.bench.vae, bases=1 + len(self.bench.others))
         levels = len(self.base.config.down_block_types) - 1
         shortest = min(min(height, width) for _, height, width in self.source.shapes)
         d = LightningDiscriminator(
@@ -212,7 +214,7 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     if unit.phase is None:
         return RegressionTask(student, teacher, substeps, config.optimizer, unit.images, convert=unit.convert)
     discriminator = lineage.discriminator_of(unit, unit.phase)
-    if config.fuse:
+    if config.fuse and config.discriminator.backbone == "unet":
         fuse(discriminator.encoder.unet)
     if config.gradient_checkpointing:
         discriminator.train()

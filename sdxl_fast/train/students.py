@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -10,13 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
 from ..models.lora import Lora, lora_file_name, write_lora
 from . import distributed
 from .checkpoint import Average
-from .config import DistillationConfig, Trains
+from .config import AddConfig, DistillationConfig, Trains
 from .distributed import whole
 from .export import new_folder
 
@@ -105,6 +107,32 @@ def make_student(bench: Bench[Any], trains: Trains) -> Any:
     return unet
 
 
+def reshaped(config: dict[str, Any], *, width: float, text_time: bool) -> dict[str, Any]:
+    """A UNet's configuration with `width` times its channels and heads, told its size and pooled text or not."""
+
+    def scaled(value: Any) -> Any:
+        return [scaled(v) for v in value] if isinstance(value, list | tuple) else max(1, round(width * value))
+
+    channels = scaled(config["block_out_channels"])
+    changes = {"block_out_channels": channels, "norm_num_groups": math.gcd(config["norm_num_groups"], *channels)}
+    changes["attention_head_dim"] = scaled(config["attention_head_dim"])  # which for SDXL's UNet counts heads
+    if not text_time:
+        changes |= {"addition_embed_type": None, "projection_class_embeddings_input_dim": None}
+    return {**config, **changes}
+
+
+def untrained_student(bench: Bench[AddConfig]) -> Any:
+    """A UNet of the teacher's architecture, or of the shape that the recipe says, with new weights, to train."""
+    config = bench.config
+    shape = reshaped(dict(bench.base.config), width=config.student_width, text_time=config.student_text_time)  # type: ignore[arg-type]
+    torch.manual_seed(config.seed)
+    unet: Any = UNet2DConditionModel.from_config(shape)
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    unet.to(bench.device, config.trained_dtype, memory_format=torch.channels_last)
+    return unet.requires_grad_(True)
+
+
 def follower_of(student: M, config: DistillationConfig) -> M:
     """A copy of what trains, to be written to by an average; the rest is shared, but for spread networks (FSDP2)."""
     if config.parallel == "fsdp" and distributed.size() > 1:
@@ -154,6 +182,8 @@ def export_student(
         delta = up.cpu().float().flatten(1) @ down.cpu().float().flatten(1)
         weight += (config.alpha / config.lora_rank) * delta.reshape(weight.shape)
     if weights:
+        if student.config != unet.config:
+            unet = UNet2DConditionModel.from_config(student.config)
         unet.load_state_dict(weights)
     pipe.register_modules(unet=unet, scheduler=scheduler)
     with new_folder(folder) as writing:

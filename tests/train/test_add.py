@@ -247,3 +247,27 @@ def test_refinement_is_diffusers_ancestral_sampler(recipe: Path, tmp_path: Path,
 def test_levels_without_pure_noise_are_refused(recipe: Path) -> None:
     with pytest.raises(ValueError, match="hold 999"):
         load_recipe(recipe, ["timesteps=[249,499]"])
+
+
+def test_a_random_student_of_another_shape_trains_and_is_exported(recipe: Path, cache: Path, tmp_path: Path) -> None:
+    shape = ("student=random", "student_width=0.5", "student_text_time=false")
+    task = _task(recipe, tmp_path, *shape)
+    mine, teacher = task.student, task.teacher.unet
+    assert [2 * width for width in mine.config.block_out_channels] == list(teacher.config.block_out_channels)
+    assert mine.config.addition_embed_type is None and not hasattr(mine, "add_embedding")
+    assert mine.config.cross_attention_dim == teacher.config.cross_attention_dim
+    before = _weights(mine)
+    task.step(0)
+    assert not _same(before, _weights(mine))
+    again = _task(recipe, tmp_path, *shape).student
+    assert _same(before, _weights(again)), "new weights are those of the seed"
+    out = run(recipe, [*shape, "images=4"])
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    assert pipe.unet.config.block_out_channels == mine.config.block_out_channels
+
+
+def test_a_student_of_another_shape_must_start_at_random(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="set student to random"):
+        load_recipe(recipe, ["student_width=2"])
+    with pytest.raises(ValueError, match="set trains to full"):
+        load_recipe(recipe, ["student=random", "trains=lora"])

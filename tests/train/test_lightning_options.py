@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from sdxl_fast.models.lora import merge_lora, read_lora
 from sdxl_fast.testing.toy import toy_pipeline
 from sdxl_fast.train import stages
 from sdxl_fast.train.config import LightningConfig, cache_folder, load_recipe
-from sdxl_fast.train.lightning import Teacher
+from sdxl_fast.train.lightning import AdversarialTask, Teacher
 from sdxl_fast.train.teacher import call_unet
 from sdxl_fast.train.trainer import run
 
@@ -131,3 +132,83 @@ def test_frozen_weights_in_bfloat16_are_there_once(lightning_recipe: Path, cache
     assert {p.dtype for p in bench.base.parameters()} == {torch.float32}, "training starts from all bits"
     folder = _run_lora_stages(lightning_recipe, "bits", *settings)
     assert len((folder / "chain.jsonl").read_text().splitlines()) == 2
+
+
+def _phase(recipe: Path, folder: Path, *settings: str, condition: bool = True, **phase: object) -> AdversarialTask:
+    """One adversarial phase that the base teaches."""
+    whole = {"name": "p", "condition": condition, "trains": "full", "images": 8, **phase}
+    stage = {"name": "a", "steps": 32, "loss": "adversarial", "phases": [whole]}
+    config = load_recipe(recipe, [f"stages={json.dumps([stage])}", *settings])
+    assert isinstance(config, LightningConfig)
+    bench = stages.make_bench(config, folder)
+    lineage = stages.Lineage(bench, folder)
+    task = stages.make_task(lineage.units[0], bench, lineage)
+    assert isinstance(task, AdversarialTask)
+    return task
+
+
+@pytest.mark.parametrize("condition", [True, False])
+@pytest.mark.parametrize("backbone", ["conv", "pixels"])
+def test_a_discriminator_with_another_backbone(
+    lightning_recipe: Path, tmp_path: Path, backbone: str, condition: bool
+) -> None:
+    if backbone == "pixels":
+        pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    task = _phase(lightning_recipe, tmp_path, f"discriminator.backbone={backbone}", condition=condition)
+    d, vae = task.discriminator, task.bench.vae
+    weights = _weights(d)
+    assert not any(key.startswith("unet.") or "decoder" in key for key in weights), "frozen networks are not D's"
+    before = {"d": weights, "student": _weights(task.student.unet), "vae": _weights(vae)}
+    logged = task.step(0)
+    assert {"d_loss", "g_loss"} <= logged.keys()
+    assert not _same(before["d"], _weights(d)) and not _same(before["student"], _weights(task.student.unet))
+    assert _same(before["vae"], _weights(vae)) and all(p.grad is None for p in vae.parameters())
+    start = task.start(0, "probe")
+    with torch.no_grad():
+        seen = d.features(start.x_t, start.t, start.condition)
+        other = {**start.condition, "pooled": start.condition["pooled"].flip(0)}
+        assert not torch.allclose(seen, d.features(start.x_t, start.t, other)), "it is told the text"
+        assert not torch.allclose(seen, d.features(start.x_t, start.t - 20, start.condition)), "and the timestep"
+
+
+def test_another_backbone_is_refused_where_it_cannot_be(lightning_recipe: Path) -> None:
+    with pytest.raises(ValueError, match="conv takes one base and parallel ddp"):
+        load_recipe(lightning_recipe, ["discriminator.backbone=conv", "parallel=fsdp"])
+    with pytest.raises(ValueError, match=r"backbone.*'unet', 'pixels' or 'conv'"):
+        load_recipe(lightning_recipe, ["discriminator.backbone=dino"])
+
+
+def test_regression_alone_leaves_the_discriminator_out(lightning_recipe: Path, tmp_path: Path) -> None:
+    task = _phase(lightning_recipe, tmp_path, adversarial_weight=0.0, regression_weight=2.0)
+    d, student = _weights(task.discriminator), _weights(task.student.unet)
+    start = task.start(0, "student")
+    with torch.no_grad():
+        wanted = task.teacher.walk(*start, task.substeps)
+        loss = (task.student.move(*start).x - wanted).square().mean()
+    logged = task.step(0)
+    assert logged.keys() == {"regression", "grad_norm"}
+    assert logged["regression"] == pytest.approx(loss.item(), rel=1e-4)
+    assert _same(d, _weights(task.discriminator)) and not _same(student, _weights(task.student.unet))
+    with pytest.raises(ValueError, match="both 0"):
+        _phase(lightning_recipe, tmp_path, adversarial_weight=0.0)
+
+
+def test_the_last_timestep_can_keep_what_the_schedule_leaves_of_the_picture(
+    lightning_recipe: Path, tmp_path: Path
+) -> None:
+    pure, impure = (_phase(lightning_recipe, tmp_path, f"pure_noise={value}") for value in ("true", "false"))
+    for task in (pure, impure):
+        task.student.timesteps = (999,)
+    a, b = pure.start(0, "probe"), impure.start(0, "probe")
+    latents, _ = pure.bench.batch(0, "probe")
+    alpha_bar = pure.bench.alphas_cumprod[999]
+    torch.testing.assert_close(b.x_t, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * a.x_t)
+    assert alpha_bar.sqrt() > 0.05
+
+
+def test_seeds_of_training_leave_the_pictures_alone(lightning_recipe: Path, tmp_path: Path) -> None:
+    first, second = (_phase(lightning_recipe, tmp_path, "data_seed=5", f"seed={seed}") for seed in (1, 2))
+    third = _phase(lightning_recipe, tmp_path, "seed=2")
+    drawn = [task.bench.source.latents.latents for task in (first, second, third)]  # type: ignore[attr-defined]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(first.start(0, "probe").x_t, second.start(0, "probe").x_t)
