@@ -46,8 +46,8 @@ class LatentSet:
 
 
 def encoder_digest(vae: Any) -> str:
-    """SHA-256 of what makes the VAE's latents; decoders may differ."""
-    digest = hashlib.sha256()
+    """SHA-256 of what makes the VAE's latents as the UNet sees them; decoders may differ."""
+    digest = hashlib.sha256(repr(vae.config.scaling_factor).encode())
     for part in (vae.encoder, vae.quant_conv):
         for name, value in sorted(part.state_dict().items()):
             digest.update(name.encode())

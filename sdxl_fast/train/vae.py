@@ -49,12 +49,13 @@ class VaeTask(Task):
     def __init__(self, config: VaeConfig) -> None:
         self.config, self.batch = config, config.batch
         torch.manual_seed(config.seed)
-        vae: Any = AutoencoderKL(**config.model)
+        source: Any = AutoencoderKL.from_pretrained(export_of(config.initial)) if config.initial else None
+        # Given here: a factor registered later would be lost where another network is made of this one's config.
+        scaling = {} if source is None else {"scaling_factor": source.config.scaling_factor}
+        vae: Any = AutoencoderKL(**config.model | scaling)
         self.vae = vae.to(config.torch_device, memory_format=torch.channels_last)
-        if config.initial:
-            source: Any = AutoencoderKL.from_pretrained(export_of(config.initial))
+        if source is not None:
             self.vae.load_state_dict(source.state_dict())
-            self.vae.register_to_config(scaling_factor=source.config.scaling_factor)
         if config.freeze_encoder:
             self.vae.encoder.requires_grad_(False)
             self.vae.quant_conv.requires_grad_(False)

@@ -87,7 +87,9 @@ def test_a_decoder_trains_alone_and_adversarially(vae_recipe: Path, cache: Path)
     first = AutoencoderKL.from_pretrained(run(vae_recipe, [])).state_dict()
     adversarial = ["adversarial=0.1", "discriminator_optimizer.lr=0.001"]
     out = run(vae_recipe, ["run=decoder", "initial=vae", "freeze_encoder=true", *adversarial])
-    second = AutoencoderKL.from_pretrained(out).state_dict()
+    decoder = AutoencoderKL.from_pretrained(out)
+    assert decoder.config.scaling_factor == 1.0
+    second = decoder.state_dict()
     moved = {key.split(".")[0] for key in first if not torch.equal(first[key], second[key])}
     assert moved == {"decoder", "post_quant_conv"}
     line = (cache / "runs" / "decoder" / "metrics.jsonl").read_text().splitlines()[0]
