@@ -66,9 +66,14 @@ gpu:
 	@if python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
 	  python3 -m benchmarks.gpu; else $(MAKE) $(READY) && $(PY) -m benchmarks.gpu; fi
 
-cuda: $(READY)
+# CUTLASS's headers; what the package requires is for its other uses.
+.cutlass-4.2.0:
+	@$(PIP) install --no-deps --target $@ nvidia-cutlass==4.2.0.0 || { rm -rf $@; exit 1; }
+
+cuda: $(READY) .cutlass-4.2.0
 	@$(VENV)/bin/cmake -S csrc -B build/cuda-90a -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
-	  -DSDXL_FAST_CUDA=on -DSDXL_FAST_CUDA_ARCHS=90a -DSDXL_FAST_WERROR=ON -DSDXL_FAST_PYTHON=OFF > build/cuda-90a.log \
+	  -DCUTLASS_DIR=$(CURDIR)/.cutlass-4.2.0/cutlass_library/source -DSDXL_FAST_CUDA=on \
+	  -DSDXL_FAST_CUDA_ARCHS=90a -DSDXL_FAST_WERROR=ON -DSDXL_FAST_PYTHON=OFF > build/cuda-90a.log \
 	  || { cat build/cuda-90a.log; exit 1; }
 	@$(VENV)/bin/cmake --build build/cuda-90a
 
@@ -84,4 +89,4 @@ triton: $(READY) .triton-3.6.0
 	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
 
 clean:
-	rm -rf build $(VENV) .triton-3.6.0 demo.png
+	rm -rf build $(VENV) .triton-3.6.0 .cutlass-4.2.0 demo.png

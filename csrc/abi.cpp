@@ -26,6 +26,12 @@
 #define SDXL_CUDA_JSON "null"
 #endif
 
+#if defined(SDXL_FAST_WITH_HOPPER)
+#define SDXL_CUTLASS_JSON "\"" SDXL_FAST_CUTLASS_VERSION "\""
+#else
+#define SDXL_CUTLASS_JSON "null"
+#endif
+
 extern "C" {
 
 int32_t sdxl_fast_abi(void) {
@@ -36,7 +42,8 @@ const char* sdxl_fast_build_info(void) {
     return "{\"version\": \"" SDXL_FAST_VERSION
            "\", \"abi\": " SDXL_TEXT(SDXL_FAST_ABI) ", \"compiler\": \"" SDXL_COMPILER "\", \"cuda\": " SDXL_CUDA_JSON
                                                     ", \"cuda_archs\": [" SDXL_FAST_CUDA_ARCHS_JSON
-                                                    "], \"isas\": [" SDXL_FAST_ISAS_JSON "]}";
+                                                    "], \"cutlass\": " SDXL_CUTLASS_JSON
+                                                    ", \"isas\": [" SDXL_FAST_ISAS_JSON "]}";
 }
 
 const char* sdxl_fast_status_text(int32_t status) {
@@ -49,6 +56,8 @@ const char* sdxl_fast_status_text(int32_t status) {
             return "unsupported dtype";
         case SDXL_FAST_NO_CUDA:
             return "the library was built without CUDA";
+        case SDXL_FAST_NOT_BUILT:
+            return "the library was built without these kernels, which need sm_90a and CUTLASS's headers";
         default:
             break;
     }

@@ -75,4 +75,8 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(lora_merge_fwd_cuda);
     EXPOSE(to_uint8_fwd_cpu);
     EXPOSE(to_uint8_fwd_cuda);
+    EXPOSE(linear_fwd_cuda);
+    EXPOSE(linear_geglu_fwd_cuda);
+    EXPOSE(conv2d_fwd_cuda);
+    EXPOSE(upsample_conv2d_fwd_cuda);
 }

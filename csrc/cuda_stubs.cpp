@@ -78,4 +78,24 @@ int32_t sdxl_fast_to_uint8_fwd_cuda(const void*, void*, int64_t, int64_t, int64_
     return SDXL_FAST_NO_CUDA;
 }
 
+int32_t sdxl_fast_linear_fwd_cuda(const void*, const void*, const void*, const void*, const float*, const float*, void*,
+                                  int64_t, int64_t, int64_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_linear_geglu_fwd_cuda(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
+                                        int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_conv2d_fwd_cuda(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
+                                  int64_t, int64_t, int32_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
+                                           int64_t, int64_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 }  // extern "C"

@@ -123,7 +123,12 @@ def collect() -> dict[str, Any]:
 def _native_lines(facts: dict[str, Any]) -> list[str]:
     if "unavailable" in facts:
         return [f"native       not available: {facts['unavailable']}"]
-    cuda = f"CUDA {facts['cuda']} for {', '.join(facts['cuda_archs'])}" if facts["cuda"] else "no CUDA"
+    cuda = "no CUDA"
+    if facts["cuda"]:
+        matrix = (
+            f"with CUTLASS {facts['cutlass']}" if facts["cutlass"] else "no matrix kernels (no CUTLASS, or no 90a)"
+        )
+        cuda = f"CUDA {facts['cuda']} for {', '.join(facts['cuda_archs'])}, {matrix}"
     return [
         f"native       {facts['path']}",
         f"             version {facts['version']}, ABI {facts['abi']}, {facts['compiler']}, {cuda}",

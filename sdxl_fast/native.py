@@ -18,7 +18,7 @@ from typing import Any
 from sdxl_fast.errors import BuildMismatchError, UnavailableError
 
 # The SDXL_FAST_ABI that the callers in sdxl_fast/ops are written for.
-ABI = 5
+ABI = 6
 
 _REBUILD = "rebuild it with `pip install .` (or `pip install -e . --no-build-isolation`) in the checkout"
 
@@ -42,7 +42,7 @@ def load() -> ModuleType:
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """Returns what the library says of its build: version, abi, compiler, cuda, cuda_archs, isas."""
+    """Returns what the library says of its build: version, abi, compiler, cuda, cuda_archs, cutlass, isas."""
     info: dict[str, Any] = json.loads(load().build_info())
     return info
 

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,22 +39,24 @@ def _committed() -> dict[str, dict[str, tuple[int, int]]]:
         if cells[0] == "kernel":
             header = [name.removeprefix("sm_") for name in cells[3:]]
         elif cells[0].startswith("`"):
-            pairs = [tuple(map(int, cell.split("/"))) for cell in cells[3:]]
-            rows[cells[0].strip("`")] = dict(zip(header, pairs, strict=True))
+            pairs = {arch: cell for arch, cell in zip(header, cells[3:], strict=True) if cell != "-"}
+            rows[cells[0].strip("`")] = {arch: tuple(map(int, cell.split("/"))) for arch, cell in pairs.items()}
     return rows
 
 
 def test_table_covers_every_kernel_and_architecture() -> None:
     committed = _committed()
-    assert set(committed) == tool.declared_kernels(), "run python csrc/cuda/resources.py"
+    products = {f"product_kernel {path.stem}" for path in tool.instantiations()}
+    expected = tool.declared_kernels() - {"product_kernel"} | products
+    assert set(committed) == expected, "run python csrc/cuda/resources.py"
     for name, row in committed.items():
-        assert set(row) == set(tool.ARCHS)
+        assert set(row) == set(tool.HOPPER_ARCHS if name in products else tool.ARCHS)
         assert all(spills == 0 and 0 < registers < 255 for registers, spills in row.values()), name
 
 
 def _assert_as_committed(source: Path, arch: str) -> None:
     kernels = tool.compile_source(source, arch)
-    assert kernels, "ptxas reported no kernel"
+    assert bool(kernels) != tool.is_host_side(source), "ptxas reported no kernel, or one too many"
     assert not [kernel for kernel in kernels if kernel.spills]
     committed = _committed()
     written_by = re.search(r"nvcc ([\d.]+\d)", tool.TABLE.read_text())
@@ -81,10 +84,50 @@ def test_a_sample_compiles_as_in_the_table() -> None:
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", tool.ARCHS)
-@pytest.mark.parametrize("name", [path.name for path in tool.sources()])
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [(path.name, arch) for path in tool.sources() if path.parent == CUDA for arch in tool.archs_of(path)],
+)
 def test_every_source_compiles_as_in_the_table(name: str, arch: str) -> None:
     _assert_as_committed(CUDA / name, arch)
+
+
+def _cuobjdump() -> str | None:
+    """The toolkit's, or the one Triton brings."""
+    found = shutil.which("cuobjdump")
+    package = importlib.util.find_spec("triton")
+    if found is None and package is not None and package.origin is not None:
+        found = shutil.which(str(Path(package.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"))
+    return found
+
+
+# Of the instantiations of the matrix kernel one of each element type, drawn by the text of all.
+PRODUCTS = [path.stem for path in tool.instantiations()]
+_TEXT = b"".join(path.read_bytes() for path in sorted(tool.HOPPER.iterdir()))
+DRAWN = [
+    names[int.from_bytes(hashlib.sha256(_TEXT).digest()[:8], "big") % len(names)]
+    for names in ([name for name in PRODUCTS if name.startswith(dtype)] for dtype in ("bf16", "e4m3"))
+]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.skipif(tool.cutlass() is None, reason="CUTLASS's headers are not installed")
+@pytest.mark.parametrize("name", DRAWN)
+def test_matrix_kernels_use_the_tensor_cores_of_hopper(name: str, tmp_path: Path) -> None:
+    """No spill, the warp-group products of their dtype (HGMMA, QGMMA for float8), and none that wait for each other."""
+    target = tmp_path / "object.o"
+    (kernel,) = tool.compile_source(tool.HOPPER / f"{name}.cu", "90a", target=target)
+    assert kernel.name == f"product_kernel {name}" and kernel.spills == 0
+    assert kernel.registers <= _committed()[kernel.name]["90a"][0]
+    dump = _cuobjdump()
+    if dump is None:
+        pytest.skip("no cuobjdump")
+    sass = subprocess.run([dump, "-sass", str(target)], capture_output=True, text=True, check=True).stdout
+    columns = re.findall(r"([HQ])GMMA\.64x(\d+)x", sass)
+    wanted = ("Q" if name.startswith("e4m3") else "H", name.split("_")[1])
+    assert set(columns) == {wanted}
+    assert "UTMALDG" in sass  # and its operands come by TMA
 
 
 def test_a_kernel_is_found_behind_any_hash() -> None:

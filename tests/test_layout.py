@@ -44,7 +44,6 @@ MISSING_ON_PURPOSE: dict[str, str] = {
     **{f"csrc/cuda/{op}.cu": "Triton serves every GPU; the launches it saves are the gain" for op in _HEADS},
     **{f"csrc/cpu/{op}.cpp": "made there of the native group_norm_silu and a product" for op in _HEADS},
     **{f"csrc/cpu/{op}.cpp": "attention on a CPU is PyTorch's library call" for op in _ATTENTION},
-    **{f"csrc/cuda/{op}.cu": "a GPU takes the library's product, or Triton's" for op in _MATRIX},
     **{f"csrc/cpu/{op}.cpp": "matrix ops and attention use PyTorch's CPU library calls there" for op in _MATRIX},
 }
 

@@ -43,6 +43,65 @@ function(sdxl_fast_gpu_archs out)
   set(${out} "${caps}" PARENT_SCOPE)
 endfunction()
 
+# out = the folder of CUTLASS's headers, or empty: from CUTLASS_DIR, else from the Python package nvidia-cutlass.
+function(sdxl_fast_find_cutlass out)
+  set(${out} "" PARENT_SCOPE)
+  set(hints "")
+  set(CUTLASS_DIR "$ENV{CUTLASS_DIR}" CACHE PATH "CUTLASS, for the matrix kernels")
+  if(NOT CUTLASS_DIR STREQUAL "")
+    list(APPEND hints "${CUTLASS_DIR}/include" "${CUTLASS_DIR}")
+  endif()
+  find_package(Python QUIET COMPONENTS Interpreter)
+  if(Python_Interpreter_FOUND)
+    set(ask "import importlib.util as u; s = u.find_spec('cutlass_library'); print(s.submodule_search_locations[0] if s else '')")
+    execute_process(COMMAND "${Python_EXECUTABLE}" -c "${ask}" OUTPUT_VARIABLE package ERROR_QUIET
+                    OUTPUT_STRIP_TRAILING_WHITESPACE)
+    if(package)
+      list(APPEND hints "${package}/source/include")
+    endif()
+  endif()
+  foreach(hint IN LISTS hints)
+    if(EXISTS "${hint}/cutlass/cutlass.h")
+      set(${out} "${hint}" PARENT_SCOPE)
+      return()
+    endif()
+  endforeach()
+endfunction()
+
+# The matrix kernels: Hopper alone, by CUTLASS's headers. Without either the library does without them and says so.
+function(sdxl_fast_add_hopper target)
+  set(archs "${CMAKE_CUDA_ARCHITECTURES}")
+  list(FILTER archs INCLUDE REGEX "^90a(-real)?$")
+  if(archs STREQUAL "")
+    message(STATUS "sdxl_fast: no 90a among ${CMAKE_CUDA_ARCHITECTURES}, building without the matrix kernels")
+    return()
+  endif()
+  sdxl_fast_find_cutlass(headers)
+  if(headers STREQUAL "")
+    message(STATUS "sdxl_fast: no CUTLASS (pip install nvidia-cutlass==4.2.0.0, or CUTLASS_DIR), building without the "
+                   "matrix kernels")
+    return()
+  endif()
+  file(STRINGS "${headers}/cutlass/version.h" lines REGEX "#define CUTLASS_(MAJOR|MINOR|PATCH) ")
+  list(TRANSFORM lines REPLACE "#define CUTLASS_[A-Z]+ +([0-9]+).*" "\\1")
+  list(JOIN lines "." version)
+  message(STATUS "sdxl_fast: matrix kernels with CUTLASS ${version}")
+
+  file(GLOB sources CONFIGURE_DEPENDS cuda/hopper/*.cu)
+  add_library(sdxl_fast_hopper OBJECT ${sources})
+  set_target_properties(sdxl_fast_hopper PROPERTIES
+    CUDA_ARCHITECTURES 90a-real
+    CUDA_STANDARD 17
+    CUDA_STANDARD_REQUIRED ON
+    CUDA_VISIBILITY_PRESET hidden
+    CUDA_RUNTIME_LIBRARY Static)
+  target_include_directories(sdxl_fast_hopper SYSTEM PRIVATE "${headers}")
+  target_compile_definitions(sdxl_fast_hopper PRIVATE CUTE_SM90_EXTENDED_MMA_SHAPES_ENABLED)
+  target_compile_options(sdxl_fast_hopper PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
+  target_sources(${target} PRIVATE $<TARGET_OBJECTS:sdxl_fast_hopper>)
+  target_compile_definitions(${target} PRIVATE SDXL_FAST_WITH_HOPPER "SDXL_FAST_CUTLASS_VERSION=\"${version}\"")
+endfunction()
+
 # A macro, because enable_language must run in the caller's scope.
 macro(sdxl_fast_add_cuda target)
   if(NOT SDXL_FAST_CUDA_ARCHS STREQUAL "")
@@ -73,4 +132,5 @@ macro(sdxl_fast_add_cuda target)
     list(APPEND cuda_flags --Werror=all-warnings -Xcompiler=-Werror)
   endif()
   target_compile_options(${target} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${cuda_flags}>")
+  sdxl_fast_add_hopper(${target})
 endmacro()

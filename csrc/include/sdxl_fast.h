@@ -8,7 +8,7 @@
  *   - returns a status (below), never throws, never allocates device memory, never synchronises, legal in graph
  * capture;
  *   - "or null" pointers may be null, all others must be valid unless a size is zero; no alignment beyond that of the
- *     element type is required; outputs must not overlap inputs;
+ *     element type is required (but for the products below); outputs must not overlap inputs;
  *   - a size of zero is fine: status 0, and every output that has elements is defined.
  *
  * Any change to a prototype or to the meaning of an argument bumps SDXL_FAST_ABI.
@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 5
+#define SDXL_FAST_ABI 6
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -31,7 +31,7 @@ extern "C" {
 #endif
 
 /* Element types. */
-enum { SDXL_FAST_F32 = 0, SDXL_FAST_F64 = 1, SDXL_FAST_BF16 = 2, SDXL_FAST_F16 = 3 };
+enum { SDXL_FAST_F32 = 0, SDXL_FAST_F64 = 1, SDXL_FAST_BF16 = 2, SDXL_FAST_F16 = 3, SDXL_FAST_F8E4M3 = 4 };
 /* Memory order of an N,C,H,W image: NHWC is PyTorch's channels_last, NCHW its contiguous. */
 enum { SDXL_FAST_NHWC = 0, SDXL_FAST_NCHW = 1 };
 enum { SDXL_FAST_ACT_NONE = 0, SDXL_FAST_ACT_SILU = 1 };
@@ -45,13 +45,15 @@ enum {
     SDXL_FAST_INVALID_ARGUMENT = 1,
     SDXL_FAST_UNSUPPORTED_DTYPE = 2,
     SDXL_FAST_NO_CUDA = 3,
+    SDXL_FAST_NOT_BUILT = 4,
     SDXL_FAST_CUDA_ERROR = 1000
 };
 
 /* ---- library ---- */
 
 SDXL_FAST_API int32_t sdxl_fast_abi(void);
-/* JSON object: version, compiler, cuda (version or null), cuda_archs, isas (vector paths compiled in). */
+/* JSON object: version, compiler, cuda (version or null), cuda_archs, cutlass (version, or null without the matrix
+ * kernels), isas (vector paths compiled in). */
 SDXL_FAST_API const char* sdxl_fast_build_info(void);
 /* Vector path in use: "baseline", "avx2", "avx512" or "avx512_bf16". */
 SDXL_FAST_API const char* sdxl_fast_cpu_isa(void);
@@ -243,6 +245,34 @@ SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cpu(const sdxl_fast_lora_module* 
 SDXL_FAST_API int64_t sdxl_fast_lora_merge_plan_cuda(sdxl_fast_lora_module* modules, int64_t count);
 SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cuda(const sdxl_fast_lora_module* modules, int64_t count, int64_t tiles,
                                                     int32_t dtype, int32_t factor_dtype, void* stream);
+
+/* ---- products: linear, linear_geglu, conv2d, upsample_conv2d ----
+ * For sm_90a, built where CUTLASS's headers are; else SDXL_FAST_NOT_BUILT. Of `dtype` bf16, linear of e4m3 as well. All
+ * pointers but the scales are multiples of 16 bytes; c_in is a multiple of 8 (of 16 for e4m3), c_out of 8. Sums in f32,
+ * rounded once. Their derivatives are products too, which the caller takes from a library.
+ *
+ * linear: y = x W^T + bias + residual; x: [rows, c_in], weight: [c_out, c_in]; bias: [c_out], residual and y:
+ * [rows, c_out], of bf16. e4m3 comes with scale_x and scale_w, f32 of one element, the factors of x and weight.
+ * linear_geglu: y = value * GELU(gate), value = x V^T + a, gate = x G^T + b; weight: V above G, [2 * c_out, c_in];
+ * bias: a before b, [2 * c_out]; y: [rows, c_out]. conv2d: stride 1; x: [n, h, w, c_in], weight: [c_out, k, k, c_in]
+ * with k = kernel_size 1 or 3, padding 0 or 1; y and residual: [n, h + 2 padding - k + 1, w + 2 padding - k + 1,
+ * c_out]. upsample_conv2d: x twice as large by nearest neighbours, convolved 3x3 with padding 1, as the transposed
+ * convolution of stride 2 with the kernel `phases`: [c_out, 4, 4, c_in]; y: [n, 2h, 2w, c_out]. */
+
+SDXL_FAST_API int32_t sdxl_fast_linear_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
+                                                const void* residual_or_null, const float* scale_x_or_null,
+                                                const float* scale_w_or_null, void* y, int64_t rows, int64_t c_in,
+                                                int64_t c_out, int32_t dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_linear_geglu_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
+                                                      void* y, int64_t rows, int64_t c_in, int64_t c_out,
+                                                      int32_t approximate, int32_t dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_conv2d_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
+                                                const void* residual_or_null, void* y, int64_t n, int64_t c_in,
+                                                int64_t h, int64_t w, int64_t c_out, int32_t kernel_size,
+                                                int32_t padding, int32_t dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void* x, const void* phases, const void* bias_or_null,
+                                                         void* y, int64_t n, int64_t c_in, int64_t h, int64_t w,
+                                                         int64_t c_out, int32_t dtype, void* stream);
 
 #ifdef __cplusplus
 }

@@ -14,7 +14,7 @@ import torch
 from sdxl_fast.errors import BuildMismatchError, KernelLaunchError, UnavailableError
 
 # Codes of csrc/include/sdxl_fast.h.
-DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.float8_e4m3fn: 4}
 NHWC, NCHW = 0, 1
 ACTIVATION = {"none": 0, "silu": 1}
 APPROXIMATE = {"none": 0, "tanh": 1}

@@ -22,7 +22,7 @@ from sdxl_fast.constraints import (
 )
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, dense, reference_gradients
-from sdxl_fast.ops import _backends, _convolution
+from sdxl_fast.ops import _backends, _convolution, _hopper
 from sdxl_fast.reference import conv2d as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.conv2d import output_shape
@@ -114,6 +114,7 @@ class _Conv2d(FusedOp):
         *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual")),
     )
     backends = (
+        _hopper.backend(_hopper.conv2d, _convolution.conv2d_bwd, _hopper.CHANNELS, _hopper.UNIT_STRIDE),
         _triton_kernels(),
         _convolution.conv2d(),
         _backends.eager(reference),

@@ -22,7 +22,7 @@ from sdxl_fast.constraints import (
 )
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends, _matrix
+from sdxl_fast.ops import _backends, _hopper, _matrix
 from sdxl_fast.reference import linear as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.linear import FLOAT8, output_dtype
@@ -126,6 +126,7 @@ class _Linear(FusedOp):
         *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual", "scale_x", "scale_w")),
     )
     backends = (
+        _hopper.backend(_hopper.linear, _matrix.linear_bwd, _hopper.FEATURES, float8=True),
         _triton_kernels(),
         Backend(
             "library", lambda: (_matrix.linear_fwd, _matrix.linear_bwd), (_matrix.FLOAT8_GPU, _matrix.FLOAT8_LIBRARY)

@@ -11,7 +11,7 @@ import torch
 from sdxl_fast.constraints import Condition, DeviceLike, Dtype, DtypeLike, IsTensor, Ndim, OneOf, ShapeFrom, Sizes
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends, _matrix
+from sdxl_fast.ops import _backends, _hopper, _matrix
 from sdxl_fast.reference import linear_geglu as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.geglu import APPROXIMATIONS
@@ -72,6 +72,7 @@ class _LinearGeglu(FusedOp):
         OneOf("approximate", APPROXIMATIONS),
     )
     backends = (
+        _hopper.backend(_hopper.linear_geglu, _matrix.linear_geglu_bwd, _hopper.GATED_FEATURES),
         _triton_kernels(),
         Backend("library", lambda: (_matrix.linear_geglu_fwd, _matrix.linear_geglu_bwd)),
         _backends.eager(reference),

@@ -11,7 +11,7 @@ import torch
 from sdxl_fast.constraints import DeviceLike, Dtype, DtypeLike, IsTensor, Ndim, NoGradient, ShapeFrom, Sizes
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, reference_gradients
-from sdxl_fast.ops import _backends, _convolution
+from sdxl_fast.ops import _backends, _convolution, _hopper
 from sdxl_fast.reference import upsample_conv2d as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.upsample_conv2d import memory_format, phase_weights
@@ -92,6 +92,7 @@ class _UpsampleConv2d(FusedOp):
         NoGradient("phases"),
     )
     backends = (
+        _with_phases(_hopper.backend(_hopper.upsample_conv2d, _convolution.upsample_bwd, _hopper.CHANNELS)),
         _with_phases(_backends.triton("upsample_conv2d", "x")),
         _convolution.upsample_conv2d(),
         _backends.eager(reference),

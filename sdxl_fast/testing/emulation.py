@@ -19,7 +19,8 @@ from sdxl_fast.testing.compare import Scale, assert_all, compare_all, error_scal
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 # The sanitizer traps signed overflow, misaligned vectors and indices outside shared arrays.
 FLAGS = (
-    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -DSDXL_FAST_CUDA_EMULATION -w "
+    "-std=c++17 -O1 -fPIC -shared -fvisibility=hidden -fno-strict-aliasing -DSDXL_FAST_CUDA_EMULATION "
+    "-DSDXL_FAST_WITH_HOPPER -w "
     "-fsanitize=undefined -fsanitize-undefined-trap-on-error"
 )
 GUARD = 0x5A
@@ -35,7 +36,8 @@ def build(csrc: Path, target: Path) -> ctypes.CDLL:
     Raises:
         RuntimeError: with the compiler's text.
     """
-    sources = [*sorted((csrc / "cuda").glob("*.cu")), csrc / "cuda" / "emulation" / "emulation.cpp"]
+    # Of the matrix kernels, tensor cores through and through, emulation/product.cpp has all but the products.
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *sorted((csrc / "cuda" / "emulation").glob("*.cpp"))]
     command = [str(COMPILER), "-x", "c++", *FLAGS.split(), *map(str, sources), "-o", str(target)]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode:

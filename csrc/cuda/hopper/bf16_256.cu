@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "product.cuh"
+
+int32_t sdxl_fast::hopper::launch_bf16_256(const Maps& maps, const Job& job, int64_t ctas, void* stream) {
+    return launch_product<bf16, 256, 1, false>(maps, job, ctas, stream);
+}

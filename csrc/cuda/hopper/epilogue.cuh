@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From the sums of a tile to y: scale, bias, gate, residual, one rounding. Plain CUDA, which also runs under the
+// emulation of ../emulation.
+#pragma once
+
+#include "../gelu.cuh"
+#include "job.h"
+
+namespace sdxl_fast {
+namespace hopper {
+
+using cuda::bf16;
+
+// Four values at consecutive places, moved by one access of 8 bytes.
+__device__ __forceinline__ void add(float (&to)[4], const bf16* from) {
+    const cuda::Vec<bf16, 4> found = cuda::load<4>(from);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) to[e] += cuda::to_float(found.at[e]);
+}
+
+// wgmma leaves a thread two neighbouring columns of every eight. Of two such blocks each pair of lanes makes two runs
+// of four columns, so that eight rows by 16 columns leave a warp as full sectors of 32 bytes.
+__device__ __forceinline__ void pair_up(float (&run)[4], const float (&even)[2], const float (&odd)[2], bool is_odd) {
+    const float first = __shfl_xor_sync(0xffffffffu, is_odd ? even[0] : odd[0], 1);
+    const float second = __shfl_xor_sync(0xffffffffu, is_odd ? even[1] : odd[1], 1);
+    run[0] = is_odd ? first : even[0];
+    run[1] = is_odd ? second : even[1];
+    run[2] = is_odd ? odd[0] : first;
+    run[3] = is_odd ? odd[1] : second;
+}
+
+// Writes one row of a tile: `row[8-column block][column of the thread's two]`.
+template <int kColumns, bool kGated>
+__device__ __forceinline__ void write_row(const Job& job, const Place& place, const float (&row)[kColumns / 8][2],
+                                          int position, float scale) {
+    constexpr int kOut = kGated ? kColumns / 2 : kColumns;
+    const int lane = threadIdx.x % 4;
+    const bool is_odd = lane % 2 != 0;
+    const int64_t at = output_at(job.output, job.schedule, place, position);
+#pragma unroll
+    for (int pair = 0; pair < kOut / 16; ++pair) {
+        float run[4], gate[4];
+        pair_up(run, row[2 * pair], row[2 * pair + 1], is_odd);
+        if constexpr (kGated) pair_up(gate, row[2 * pair + kOut / 8], row[2 * pair + 1 + kOut / 8], is_odd);
+        const int column = place.column + 16 * pair + (is_odd ? 8 : 0) + lane / 2 * 4;
+        if (at < 0 || column >= job.c_out) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) run[e] *= scale;
+        if (job.bias != nullptr) add(run, job.bias + column);
+        if constexpr (kGated) {
+            if (job.bias != nullptr) add(gate, job.bias + job.c_out + column);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                run[e] *=
+                    job.tanh ? cuda::gelu_for<bf16, true>(gate[e]).value : cuda::gelu_for<bf16, false>(gate[e]).value;
+            }
+        }
+        if (job.residual != nullptr) add(run, job.residual + at + column);
+        cuda::Vec<bf16, 4> out;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out.at[e] = cuda::from_float<bf16>(run[e]);
+        cuda::store<4>(job.y + at + column, out);
+    }
+}
+
+}  // namespace hopper
+}  // namespace sdxl_fast
