@@ -79,4 +79,10 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(linear_geglu_fwd_cuda);
     EXPOSE(conv2d_fwd_cuda);
     EXPOSE(upsample_conv2d_fwd_cuda);
+    EXPOSE(disc_head_workspace_cuda);
+    EXPOSE(disc_head_fwd_cuda);
+    EXPOSE(disc_head_bwd_cuda);
+    EXPOSE(token_head_workspace_cuda);
+    EXPOSE(token_head_fwd_cuda);
+    EXPOSE(token_head_bwd_cuda);
 }

@@ -98,4 +98,37 @@ int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void*, const void*, const void*
     return SDXL_FAST_NO_CUDA;
 }
 
+int64_t sdxl_fast_disc_head_workspace_cuda(int64_t, int64_t) {
+    return 0;
+}
+
+int32_t sdxl_fast_disc_head_fwd_cuda(const void*, const void*, const void*, const void*, const void*, float*, float*,
+                                     float*, float*, float*, int64_t, int64_t, int64_t, int64_t, double, int32_t,
+                                     int32_t, int32_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_disc_head_bwd_cuda(const void*, const void*, const void*, const void*, const float*, const float*,
+                                     const float*, const float*, const float*, const float*, void*, void*, void*, void*,
+                                     void*, void*, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t,
+                                     int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int64_t sdxl_fast_token_head_workspace_cuda(int64_t, int64_t, int64_t, int64_t, int32_t) {
+    return 0;
+}
+
+int32_t sdxl_fast_token_head_fwd_cuda(const void*, const void*, const void*, const void*, const void*, const void*,
+                                      float*, float*, float*, void*, int64_t, int64_t, int64_t, int64_t, double,
+                                      int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_token_head_bwd_cuda(const void*, const void*, const void*, const void*, const void*, const float*,
+                                      const float*, const float*, void*, void*, void*, void*, void*, void*, void*,
+                                      int64_t, int64_t, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 }  // extern "C"

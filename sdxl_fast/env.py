@@ -125,9 +125,7 @@ def _native_lines(facts: dict[str, Any]) -> list[str]:
         return [f"native       not available: {facts['unavailable']}"]
     cuda = "no CUDA"
     if facts["cuda"]:
-        matrix = (
-            f"with CUTLASS {facts['cutlass']}" if facts["cutlass"] else "no matrix kernels (no CUTLASS, or no 90a)"
-        )
+        matrix = f"with CUTLASS {facts['cutlass']}" if facts["cutlass"] else "no matrix kernels (no CUTLASS, or no 90a)"
         cuda = f"CUDA {facts['cuda']} for {', '.join(facts['cuda_archs'])}, {matrix}"
     return [
         f"native       {facts['path']}",

@@ -36,6 +36,9 @@ enum { SDXL_FAST_F32 = 0, SDXL_FAST_F64 = 1, SDXL_FAST_BF16 = 2, SDXL_FAST_F16 =
 enum { SDXL_FAST_NHWC = 0, SDXL_FAST_NCHW = 1 };
 enum { SDXL_FAST_ACT_NONE = 0, SDXL_FAST_ACT_SILU = 1 };
 enum { SDXL_FAST_GELU_NONE = 0, SDXL_FAST_GELU_TANH = 1 };
+/* Losses of a logit that is to become large (s = 1) or small (s = -1): softplus(-s logit), max(0, 1 - s logit),
+ * -s logit. */
+enum { SDXL_FAST_LOSS_NON_SATURATING = 0, SDXL_FAST_LOSS_HINGE = 1, SDXL_FAST_LOSS_LINEAR = 2 };
 /* What a network predicts. */
 enum { SDXL_FAST_EPSILON = 0, SDXL_FAST_SAMPLE = 1, SDXL_FAST_V_PREDICTION = 2 };
 
@@ -273,6 +276,48 @@ SDXL_FAST_API int32_t sdxl_fast_conv2d_fwd_cuda(const void* x, const void* weigh
 SDXL_FAST_API int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void* x, const void* phases, const void* bias_or_null,
                                                          void* y, int64_t n, int64_t c_in, int64_t h, int64_t w,
                                                          int64_t c_out, int32_t dtype, void* stream);
+
+/* ---- disc_head: logit = mean over hw of projection . SiLU(GroupNorm(x)) + offset, and its loss ----
+ * x, dx: n*c*hw elements of `dtype` in `layout`, hw at least 1; weight, bias, projection: [c], offset: [1] and their
+ * gradients of `param_dtype`, which is `dtype` or f32; logits, losses, dlogits, dlosses: [n], pooled: [n, c], mean,
+ * rstd: [n, groups], all of f32. `real`: whether the logit is to become large.
+ * bwd: pooled, mean, rstd and logits are those of fwd; a null dx, dweight, dbias, dprojection or doffset is not
+ * computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+
+SDXL_FAST_API int64_t sdxl_fast_disc_head_workspace_cuda(int64_t n, int64_t c);
+SDXL_FAST_API int32_t sdxl_fast_disc_head_fwd_cuda(const void* x, const void* weight, const void* bias,
+                                                   const void* projection, const void* offset, float* logits,
+                                                   float* losses, float* pooled, float* mean, float* rstd, int64_t n,
+                                                   int64_t c, int64_t hw, int64_t groups, double eps, int32_t loss,
+                                                   int32_t real, int32_t layout, int32_t dtype, int32_t param_dtype,
+                                                   void* stream);
+SDXL_FAST_API int32_t sdxl_fast_disc_head_bwd_cuda(
+    const void* x, const void* weight, const void* bias, const void* projection, const float* dlogits_or_null,
+    const float* dlosses_or_null, const float* logits, const float* pooled, const float* mean, const float* rstd,
+    void* dx_or_null, void* dweight_or_null, void* dbias_or_null, void* dprojection_or_null, void* doffset_or_null,
+    void* workspace, int64_t n, int64_t c, int64_t hw, int64_t groups, int32_t loss, int32_t real, int32_t layout,
+    int32_t dtype, int32_t param_dtype, void* stream);
+
+/* ---- token_head: logit[l] = sum over c of direction (residual + LeakyReLU(GroupNorm(hidden))) + offset ----
+ * hidden, residual, dhidden, dresidual: [n, c, length] of `dtype`, length at least 1; weight, bias: [c], direction:
+ * [n, c], offset: [n] and their gradients of `param_dtype`, which is `dtype` or f32; logits, dlogits: [n, length],
+ * mean, rstd: [n, groups], all of f32. The ReLU's slope: 0.2. bwd: mean and rstd are those of fwd; a null gradient is
+ * not computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+
+SDXL_FAST_API int64_t sdxl_fast_token_head_workspace_cuda(int64_t n, int64_t c, int64_t length, int64_t groups,
+                                                          int32_t backward);
+SDXL_FAST_API int32_t sdxl_fast_token_head_fwd_cuda(const void* hidden, const void* residual, const void* weight,
+                                                    const void* bias, const void* direction, const void* offset,
+                                                    float* logits, float* mean, float* rstd, void* workspace, int64_t n,
+                                                    int64_t c, int64_t length, int64_t groups, double eps,
+                                                    int32_t dtype, int32_t param_dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_token_head_bwd_cuda(const void* hidden, const void* residual, const void* weight,
+                                                    const void* bias, const void* direction, const float* dlogits,
+                                                    const float* mean, const float* rstd, void* dhidden_or_null,
+                                                    void* dresidual_or_null, void* dweight_or_null, void* dbias_or_null,
+                                                    void* ddirection_or_null, void* doffset_or_null, void* workspace,
+                                                    int64_t n, int64_t c, int64_t length, int64_t groups, int32_t dtype,
+                                                    int32_t param_dtype, void* stream);
 
 #ifdef __cplusplus
 }

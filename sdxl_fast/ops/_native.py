@@ -48,6 +48,11 @@ def pointer(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def alike(*parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns the parameters in one dtype, which is float32 where theirs differ."""
+    return parameters if len({t.dtype for t in parameters}) == 1 else tuple(t.float() for t in parameters)
+
+
 def scratch(size: int, like: torch.Tensor) -> torch.Tensor | None:
     """Returns ``size`` uninitialised bytes on the device of ``like``, or None for none."""
     # torch aligns CPU storage to 64 bytes and CUDA storage to 512; the kernels ask for 64.

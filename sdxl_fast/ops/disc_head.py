@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from sdxl_fast.constraints import (
 )
 from sdxl_fast.dispatch import Backend, any_backend
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, dense, reference_gradients
-from sdxl_fast.ops import _backends
+from sdxl_fast.ops import _backends, _native
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
 from sdxl_fast.reference import disc_head as reference
 from sdxl_fast.reference._common import accumulation_dtype
@@ -74,6 +74,86 @@ def disc_head(
     """
     logits, losses, *_ = _OP(x, weight, bias, projection, offset, num_groups, eps, loss)
     return logits, losses
+
+
+# Codes of the C ABI, by the kinds of the reference.
+_LOSS = {"non_saturating": 0, "hinge": 1, "linear": 2}
+
+
+def _native_kernels(device: str) -> _backends.Pair:
+    """Adapters from the raw signature to the C functions of ``device``."""
+    lib = _native.binding(device)
+    return _native.guard(device, _native_fwd(lib, device)), _native.guard(device, _native_bwd(lib, device))
+
+
+def _codes(x: torch.Tensor, parameters: Sequence[torch.Tensor], loss: str) -> tuple[int, ...]:
+    kind, sign = reference.LOSSES[loss]
+    dtypes = (_native.DTYPE[x.dtype], _native.DTYPE[parameters[0].dtype])
+    return _LOSS[kind], int(sign > 0), _native.layout(x), *dtypes
+
+
+def _native_fwd(lib: Any, device: str) -> Callable[..., reference.Outputs]:
+    name = f"disc_head_fwd_{device}"
+    function, tail = getattr(lib, name), _native.TAIL[device]
+
+    def fwd(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        projection: torch.Tensor,
+        offset: torch.Tensor,
+        num_groups: int,
+        eps: float,
+        loss: str,
+    ) -> reference.Outputs:
+        n, c, h, w = x.shape
+        parameters = _native.alike(weight, bias, projection, offset)
+        logits, pooled, mean = (x.new_empty(s, dtype=torch.float32) for s in ((n,), (n, c), (n, num_groups)))
+        found = (logits, torch.empty_like(logits), pooled, mean, torch.empty_like(mean))
+        pointers = (t.data_ptr() for t in (x, *parameters, *found))
+        status = function(*pointers, n, c, h * w, num_groups, eps, *_codes(x, parameters, loss), tail(x))
+        if status:
+            _native.fail(lib, status, name, x, *parameters)
+        return found
+
+    return fwd
+
+
+def _native_bwd(lib: Any, device: str) -> Callable[..., reference.Gradients]:
+    name = f"disc_head_bwd_{device}"
+    function, workspace_size = getattr(lib, name), getattr(lib, f"disc_head_workspace_{device}")
+    tail, pointer = _native.TAIL[device], _native.pointer
+
+    def bwd(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        projection: torch.Tensor,
+        offset: torch.Tensor,
+        dlogits: torch.Tensor | None,
+        dlosses: torch.Tensor | None,
+        logits: torch.Tensor,
+        pooled: torch.Tensor,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        num_groups: int,
+        loss: str,
+        needs: Sequence[bool],
+    ) -> reference.Gradients:
+        n, c, h, w = x.shape
+        given = (weight, bias, projection, offset)
+        parameters = _native.alike(*given)
+        found = [torch.empty_like(t) if need else None for t, need in zip((x, *parameters), needs, strict=True)]
+        workspace = _native.scratch(workspace_size(n, c), x)
+        tensors = (x, *parameters[:3], dlogits, dlosses, logits, pooled, mean, rstd, *found, workspace)
+        sizes = (n, c, h * w, num_groups, *_codes(x, parameters, loss))
+        status = function(*map(pointer, tensors), *sizes, tail(x))
+        if status:
+            _native.fail(lib, status, name, x, *parameters)
+        dx, *rest = (None if g is None else g.to(t.dtype) for g, t in zip(found, (x, *given), strict=True))
+        return dx, *rest
+
+    return bwd
 
 
 def _norm_arguments(
@@ -170,6 +250,7 @@ class _DiscHead(FusedOp):
         OneOf("loss", tuple(reference.LOSSES)),
     )
     backends = (
+        _backends.native("cuda", "x", _native_kernels),
         _backends.triton("disc_head", "x", Condition("a group must have at most 1024 channels", _narrow_groups)),
         Backend("library", lambda: (_composed_fwd, _composed_bwd)),
         _backends.eager(reference),

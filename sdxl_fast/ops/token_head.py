@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from sdxl_fast.constraints import (
 )
 from sdxl_fast.dispatch import Backend, any_backend
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends
+from sdxl_fast.ops import _backends, _native
 from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
 from sdxl_fast.reference import token_head as reference
 from sdxl_fast.reference._common import accumulation_dtype, without_autocast
@@ -71,6 +71,76 @@ def token_head(
     """
     logits: torch.Tensor = _OP(hidden, residual, weight, bias, direction, offset, num_groups, eps)[0]
     return logits
+
+
+def _native_kernels(device: str) -> _backends.Pair:
+    """Adapters from the raw signature to the C functions of ``device``."""
+    lib = _native.binding(device)
+    return _native.guard(device, _native_fwd(lib, device)), _native.guard(device, _native_bwd(lib, device))
+
+
+def _native_fwd(lib: Any, device: str) -> Callable[..., reference.Outputs]:
+    name = f"token_head_fwd_{device}"
+    function, workspace_size = getattr(lib, name), getattr(lib, f"token_head_workspace_{device}")
+    tail, pointer = _native.TAIL[device], _native.pointer
+
+    def fwd(
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        direction: torch.Tensor,
+        offset: torch.Tensor,
+        num_groups: int,
+        eps: float,
+    ) -> reference.Outputs:
+        n, c, length = hidden.shape
+        parameters = _native.alike(weight, bias, direction, offset)
+        logits, mean = (hidden.new_empty((n, size), dtype=torch.float32) for size in (length, num_groups))
+        rstd = torch.empty_like(mean)
+        workspace = _native.scratch(workspace_size(n, c, length, num_groups, 0), hidden)
+        tensors = (hidden, residual, *parameters, logits, mean, rstd, workspace)
+        dtypes = (_native.DTYPE[hidden.dtype], _native.DTYPE[parameters[0].dtype])
+        status = function(*map(pointer, tensors), n, c, length, num_groups, eps, *dtypes, tail(hidden))
+        if status:
+            _native.fail(lib, status, name, hidden, residual, *parameters)
+        return logits, mean, rstd
+
+    return fwd
+
+
+def _native_bwd(lib: Any, device: str) -> Callable[..., reference.Gradients]:
+    name = f"token_head_bwd_{device}"
+    function, workspace_size = getattr(lib, name), getattr(lib, f"token_head_workspace_{device}")
+    tail, pointer = _native.TAIL[device], _native.pointer
+
+    def bwd(
+        hidden: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        direction: torch.Tensor,
+        offset: torch.Tensor,
+        dlogits: torch.Tensor,
+        mean: torch.Tensor,
+        rstd: torch.Tensor,
+        num_groups: int,
+        needs: Sequence[bool],
+    ) -> reference.Gradients:
+        n, c, length = hidden.shape
+        given = (hidden, residual, weight, bias, direction, offset)
+        parameters = _native.alike(*given[2:])
+        like = (hidden, residual, *parameters)
+        found = [torch.empty_like(t) if need else None for t, need in zip(like, needs, strict=True)]
+        workspace = _native.scratch(workspace_size(n, c, length, num_groups, 1), hidden)
+        tensors = (*like[:5], dlogits, mean, rstd, *found, workspace)
+        dtypes = (_native.DTYPE[hidden.dtype], _native.DTYPE[parameters[0].dtype])
+        status = function(*map(pointer, tensors), n, c, length, num_groups, *dtypes, tail(hidden))
+        if status:
+            _native.fail(lib, status, name, hidden, residual, *parameters)
+        return tuple(None if g is None else g.to(t.dtype) for g, t in zip(found, given, strict=True))
+
+    return bwd
 
 
 def _norm(
@@ -173,6 +243,7 @@ class _TokenHead(FusedOp):
         NonNegative("eps"),
     )
     backends = (
+        _backends.native("cuda", "hidden", _native_kernels),
         _backends.triton("token_head", "hidden", Condition("a group must have at most 1024 channels", _narrow_groups)),
         Backend("library", lambda: (_composed_fwd, _composed_bwd)),
         _backends.eager(reference),
