@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import __version__
+from .cli_calibrate import calibrate
 from .cli_data import prepare
 from .cli_export import export_app
 from .errors import SdxlFastError
@@ -35,6 +36,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(prepare)
+app.command("calibrate")(calibrate)
 app.add_typer(export_app, name="export")
 
 ModelOption = Annotated[

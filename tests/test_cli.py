@@ -107,6 +107,39 @@ def test_demo_says_where_how_and_how_long(toy_folder: Path, tmp_path: Path, caps
     assert Image.open(out_file).size[0] > 6 * 128
 
 
+def test_scales_are_calibrated_and_used(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts, scales, picture = (tmp_path / name for name in ("prompts.txt", "scales.safetensors", "cat.png"))
+    prompts.write_text("cat\n\n  guitar \n")
+    there = ("--model", toy_folder, "--device", "cpu")
+    code, out, err = _run(capsys, "calibrate", prompts, "--out", scales, "--max-error", "1", *there)
+    assert (code, err) == (0, "")
+    assert "calibrated on 2 prompts" in out
+    assert "PSNR" in out
+    draw = ("generate", "cat", "--quantization", "fp8", "--scales", scales, "--out", picture, *there)
+    code, _, err = _run(capsys, *draw)
+    assert (code, err) == (0, "")
+    assert json.loads(Image.open(picture).text["settings"])["quantization"] == "fp8"
+
+
+WRONG_PROMPTS: dict[str, tuple[str | None, str, str]] = {
+    "no file": (None, "s.safetensors", "no such file"),
+    "no prompts": (" \n", "s.safetensors", "no prompts in it"),
+    "another file": ("cat", "s.pt", ".safetensors file"),
+}
+
+
+@pytest.mark.parametrize(("text", "name", "message"), WRONG_PROMPTS.values(), ids=WRONG_PROMPTS)
+def test_calibration_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, name: str, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "prompts.txt").write_text(text)
+    code, _, err = _run(capsys, "calibrate", tmp_path / "prompts.txt", "--out", tmp_path / name)
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / name).exists()
+
+
 def _broken(toy_folder: Path, tmp_path: Path, damage: str) -> Path:
     folder = Path(shutil.copytree(toy_folder, tmp_path / "broken"))
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"

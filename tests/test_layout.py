@@ -78,6 +78,7 @@ LAYERS: dict[str, int] = {
     "train": 5,
     "inference": 5,
     "cli": 6,
+    "cli_calibrate": 6,
     "cli_data": 6,
     "cli_eval": 6,
     "cli_export": 6,
