@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tries the papers' claims on the embedded model.
+
+    python -m benchmarks.claims                          # all, from the run emoji-lightning
+    python -m benchmarks.claims --only blur x0-form      # some
+    python -m benchmarks.claims --report                 # the page anew from what has been measured
+    python -m benchmarks.claims --start weights/emoji-lightning --set teacher=weights/emoji-teacher
+
+Each variant takes about 20 minutes on two cores. What is done is kept, in `--out` and in the cache: the same command
+goes on where the last one was stopped, in the middle of a training too.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.claims import page
+from benchmarks.claims.claims import CLAIMS, ONE_SEED, Claim
+from benchmarks.claims.variants import VARIANTS, Variant
+from benchmarks.claims.work import NotRunError, Options, Workshop
+from sdxl_fast.eval.report import first_of_each
+
+OUT = Path("benchmarks/claims/results")
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.claims", description=__doc__.partition("\n")[0])
+    names = [claim.name for claim in CLAIMS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"claims: {', '.join(names)}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="instead of each claim's own (three or one)")
+    parser.add_argument("--out", type=Path, default=OUT, help="results, sheets and claims.md")
+    parser.add_argument("--start", default="emoji-lightning", help="finished run whose stages all go on from")
+    parser.add_argument("--set", nargs="+", default=[], metavar="A.B=VALUE", help="overrides of that run's recipe")
+    parser.add_argument("--scale", type=float, default=1.0, help="of every length, to try it out")
+    parser.add_argument("--pictures", type=int, default=1000, help="drawn per row")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the page from what is there")
+    return parser.parse_args(argv)
+
+
+def seeds_of(claim: Claim, variant: Variant, asked: Sequence[int] | None) -> Sequence[int]:
+    """Of what is drawn as it is there is one of each."""
+    trained = variant.recipe is not None or variant.base is not None
+    return (asked or claim.seeds) if trained else ONE_SEED
+
+
+def work_off(claims: Sequence[Claim], workshop: Workshop, seeds: Sequence[int] | None) -> list[str]:
+    """Runs what the claims need, first seed first, and writes the page after each; the reasons of what was not run."""
+    refused: dict[str, str] = {}
+    jobs = [
+        (index, claim, VARIANTS[name], seed)
+        for claim in claims
+        for name in claim.variants
+        for index, seed in enumerate(seeds_of(claim, VARIANTS[name], seeds))
+    ]
+    for _, _, variant, seed in sorted(jobs, key=lambda job: job[0]):
+        try:
+            workshop.result(variant, seed)
+        except (NotRunError, FloatingPointError, ImportError) as error:
+            refused[variant.name] = str(error)
+            continue
+        page.write(CLAIMS, workshop.options.out)
+    for claim in claims:
+        _sheet(claim, workshop, (seeds or claim.seeds)[0])
+    return [f"{name}: {reason}" for name, reason in refused.items()]
+
+
+def _sheet(claim: Claim, workshop: Workshop, seed: int) -> None:
+    """The contact sheet of what was drawn; every side of a claim shows the same prompts."""
+    pictures, styles = {}, set()
+    for side in claim.sides:
+        name, _, steps = side.partition("@")
+        variant = VARIANTS[name]
+        try:
+            pictures[side] = workshop.pictures(variant, seeds_of(claim, variant, (seed,))[0], int(steps))
+        except (NotRunError, OSError):
+            continue
+        styles.add(variant.style or workshop.config.data.style)
+    if not pictures:
+        return
+    questions = workshop.questions(styles.pop())
+    chosen = first_of_each(questions.targets, page.SHEET_ROWS)
+    page.sheet(claim, pictures, questions.prompts, chosen, workshop.options.out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    given = _arguments(argv)
+    claims = [claim for claim in CLAIMS if given.only is None or claim.name in given.only]
+    refused: list[str] = []
+    if not given.report:
+        lengths = {"pictures": given.pictures, "scale": given.scale}
+        options = Options(given.start, given.out, settings=tuple(given.set), **lengths)
+        refused = work_off(claims, Workshop(options), given.seeds)
+    print(page.write(CLAIMS, given.out))
+    for reason in refused:
+        print(f"not run: {reason}")
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

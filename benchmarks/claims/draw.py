@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a student by the sampler of its method, and what is measured of them beside the package's own metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.claims.variants import Sampler
+from sdxl_fast.diffusion import sampling, schedule
+from sdxl_fast.diffusion.prediction import PredictionType
+from sdxl_fast.diffusion.stochastic import ancestral_move, renoise_move
+from sdxl_fast.eval.sources import decode, vae_factor
+from sdxl_fast.models.conditioning import encode_prompts, time_ids
+from sdxl_fast.random import derive_seed
+from sdxl_fast.train.teacher import call_unet
+
+TILE = 8  # px, of `grain`
+STOCHASTIC: dict[Sampler, Callable[..., Tensor]] = {"ancestral": ancestral_move, "consistency": renoise_move}
+
+
+@dataclass
+class Drawer:
+    """Draws float [N, 3, H, W] in 0..1 of prompts and seeds; the same seed is the same noise for every student.
+
+    Attributes:
+        pipe: diffusers' SDXL pipeline, of which the scheduler is not used.
+        prediction_type: of its UNet.
+        steps: trailing.
+        sampler: deterministic moves, or one that draws fresh noise between them.
+        guidance: 1 is none; deterministic moves only.
+    """
+
+    pipe: Any
+    prediction_type: PredictionType
+    steps: int
+    sampler: Sampler = "ddim"
+    guidance: float = 1.0
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        pipe = self.pipe
+        embeds, pooled = encode_prompts(
+            prompts, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
+        )
+        side = pipe.unet.config.sample_size * vae_factor(pipe.vae)
+        ids = time_ids(side, side, batch=len(prompts), device=embeds.device)
+        condition = {"prompt_embeds": embeds, "pooled": pooled, "time_ids": ids}
+        nothing = {**condition, "prompt_embeds": 0 * embeds, "pooled": 0 * pooled}
+        predict = sampling.guided(
+            lambda x, t, text: call_unet(pipe.unet, x, t, text), condition, nothing, self.guidance
+        )
+        grid, start = schedule.trailing_timesteps(self.steps), self._noise(seeds)
+        if self.sampler == "ddim":
+            return decode(pipe.vae, sampling.sample(predict, start, grid, prediction_type=self.prediction_type))
+        return decode(pipe.vae, self._stochastic(predict, start, grid, seeds))
+
+    def _noise(self, seeds: Sequence[int], *key: int) -> Tensor:
+        config = self.pipe.unet.config
+        shape = (config.in_channels, config.sample_size, config.sample_size)
+        own = [derive_seed(seed, *key) for seed in seeds] if key else list(seeds)
+        return sampling.pure_noise(shape, torch.tensor(own, dtype=torch.int64, device=self.pipe.device))
+
+    def _stochastic(
+        self, predict: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, grid: Sequence[int], seeds: Sequence[int]
+    ) -> Tensor:
+        move, table = STOCHASTIC[self.sampler], schedule.alphas_cumprod().to(x_t.device)
+        for now, then in zip(grid, [*grid[1:], -1], strict=True):
+            t = torch.full((len(x_t),), now, device=x_t.device)
+            output = predict(x_t, t)
+            x_t = move(x_t, output, t, torch.full_like(t, then), self._noise(seeds, now), table, self.prediction_type)
+        return x_t
+
+
+def reconstruct(vae: Any) -> Callable[[Tensor], Tensor]:
+    """Pictures in 0..1 to the VAE's, by the mode of its posterior."""
+
+    @torch.no_grad()
+    def through(images: Tensor) -> Tensor:
+        latents = vae.encode(2.0 * images.to(vae.device) - 1.0).latent_dist.mode()
+        return decode(vae, vae.config.scaling_factor * latents)
+
+    return through
+
+
+def grain(images: Tensor) -> float:
+    """Noise where a picture is plain: the deviation of the Laplacian in the quietest quarter of its 8 px tiles.
+
+    Args:
+        images: float [N, 3, H, W] in 0..1, sides at least 24.
+
+    Returns:
+        the root mean square over pictures, in levels of 255.
+    """
+    luma = (images.float() * torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    edges = torch.nn.functional.conv2d(luma, kernel)
+    tiles = torch.nn.functional.unfold(edges, TILE, stride=TILE).var(dim=1, correction=0)  # [N, tiles]
+    return float(255.0 * tiles.quantile(0.25, dim=1).mean().sqrt())
+
+
+def flow_distance(images: Tensor, teachers: Tensor) -> float:
+    """How far pictures are from where the teacher ends from the same noise: root mean square, 0..1, mean over pairs."""
+    return float((images.float() - teachers.float()).square().mean((1, 2, 3)).sqrt().mean())

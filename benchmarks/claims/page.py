@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of results: per claim a sentence, a table and a contact sheet, all from the result files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks.claims.claims import Claim
+from benchmarks.claims.rules import METRICS, RULE, Results, judge, mean, standard_error
+from benchmarks.claims.variants import VARIANTS
+from sdxl_fast.eval.sheets import contact_sheet, to_pil
+from sdxl_fast.files import replacing
+
+SHEET_ROWS = 8
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every result file, by name."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def by_side(files: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """The rows by "variant@steps" and seed, each with what its file says of the training."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for file in files:
+        training = {"trained_images": file["images"], "trained_seconds": file["seconds"]}
+        for steps, row in file["rows"].items():
+            found.setdefault(f"{file['variant']}@{steps}", {})[file["seed"]] = {**row, **training}
+    return found
+
+
+def _cell(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    metric, values = METRICS[name], [float(row[name]) for row in rows if row.get(name) is not None]
+    if not values:
+        return "–"
+    shown = metric.show(mean(values))
+    return shown if len(values) < 2 else f"{shown} ± {metric.show(standard_error(values))}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(claim: Claim, results: Results) -> list[str]:
+    """The claim's sides, one a line: means over seeds and, of several, their standard errors."""
+    header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "images", "minutes"]
+    lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
+    for side in claim.sides:
+        rows = list(results.get(side, {}).values())
+        about = VARIANTS[side.partition("@")[0]].about
+        if not rows:
+            lines.append(_line([side, about, "0", *["–"] * (len(header) - 3)]))
+            continue
+        minutes = mean([row["trained_seconds"] for row in rows]) / 60.0
+        costs = [f"{rows[0]['trained_images']:,}", f"{minutes:.1f}"]
+        lines.append(_line([side, about, str(len(rows)), *(_cell(name, rows) for name in METRICS), *costs]))
+    return lines
+
+
+def _machine(files: Sequence[Mapping[str, Any]]) -> str:
+    found = [file["environment"] for file in files]
+    kinds = sorted({f"{e['platform']}, {e['threads']} threads, torch {e['torch']}" for e in found})
+    return "; ".join(kinds) or "nothing was run yet"
+
+
+def write(claims: Sequence[Claim], out: Path) -> str:
+    """Writes `claims.md` from the result files and returns it; claims without results are said to be not run."""
+    files = read_results(out / "results")
+    results = by_side(files)
+    verdicts = {claim.name: judge(claim, results) for claim in claims}
+    words = [verdict.word for verdict in verdicts.values()]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in ("reproduces", "does not reproduce", "not run"))
+    scales = sorted({file["scale"] for file in files} - {1.0})
+    lines = [
+        "# The papers' claims on the embedded model",
+        "",
+        f"Of {len(claims)} claims: {counts}.",
+        "",
+        f"Made by `python -m benchmarks.claims`. {RULE}",
+        "",
+        "Top-5, KID excess, sharpness and diversity as `sdxl-fast eval` has them; grain: deviation of the Laplacian in "
+        "the quietest quarter of a picture, in levels of 255; flow: root mean square distance to where the checkpoint "
+        "that taught ends from the same noise; images and minutes: of training, without what came before.",
+        "",
+        f"Machine: {_machine(files)}.",
+    ]
+    if scales:
+        lines += ["", f"Some lengths were scaled, by {', '.join(f'{scale:g}' for scale in scales)}."]
+    for claim in claims:
+        lines += ["", f"## {claim.name}", "", verdicts[claim.name].sentence, "", *table(claim, results)]
+        if (out / "sheets" / f"{claim.name}.png").is_file():
+            lines += ["", f"![{claim.name}](sheets/{claim.name}.png)"]
+    text = "\n".join(lines) + "\n"
+    with replacing(out / "claims.md") as writing:
+        writing.write_text(text)
+    return text
+
+
+def sheet(claim: Claim, pictures: Mapping[str, Tensor], prompts: Sequence[str], chosen: Tensor, out: Path) -> None:
+    """Writes the contact sheet of a claim: the same prompts and seeds down, its sides across."""
+    columns = {side: to_pil(images[chosen]) for side, images in pictures.items()}
+    contact_sheet(columns, [prompts[index] for index in chosen.tolist()], out / "sheets" / f"{claim.name}.png")

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The claims: what they compare exists, the rule that turns numbers into sentences, and a run on a toy pipeline."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionXLPipeline
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks.claims import __main__ as command  # noqa: E402
+from benchmarks.claims import page, rules  # noqa: E402
+from benchmarks.claims.claims import CLAIMS, Claim, Comparison  # noqa: E402
+from benchmarks.claims.draw import Drawer, flow_distance, grain  # noqa: E402
+from benchmarks.claims.rules import compare, judge  # noqa: E402
+from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS  # noqa: E402
+from benchmarks.claims.work import NotRunError, Options, Workshop  # noqa: E402
+from sdxl_fast.train import checkpoint, trainer  # noqa: E402
+from sdxl_fast.train.config import AdversarialPhase, StageConfig, load_recipe  # noqa: E402
+from sdxl_fast.train.trainer import run  # noqa: E402
+
+SHARP = Comparison("a@4", "b@4", "sharpness")
+
+
+# ---- what is declared ----
+
+
+def test_claims_compare_variants_that_exist_in_steps_they_are_drawn_in() -> None:
+    assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    for claim in CLAIMS:
+        assert claim.comparisons and claim.says[-1] != "." and claim.source
+        assert all(comparison.metric in rules.METRICS for comparison in claim.comparisons)
+        for side in claim.sides:
+            name, _, steps = side.partition("@")
+            assert int(steps) in VARIANTS[name].steps, side
+    used = {name for claim in CLAIMS for name in claim.variants}
+    taught = {f"start-{variant.start}" for variant in VARIANTS.values() if variant.recipe == LIGHTNING}
+    assert VARIANTS.keys() == used | taught | {v.base for v in VARIANTS.values() if v.base}
+    headline = [claim.name for claim in CLAIMS if len(claim.seeds) == 3]
+    assert headline == ["blur", "relaxed-d", "x0-form", "levels-of-d"]
+
+
+def test_compared_lightning_variants_are_as_long() -> None:
+    """Of one start all train on as many images, so that only what is named differs."""
+    lengths: dict[str, set[int]] = {}
+    for variant in VARIANTS.values():
+        if variant.recipe == LIGHTNING:
+            stage = StageConfig.model_validate(variant.stage)
+            images = stage.images + stage.convert_images + sum(phase.images for phase in stage.phases)
+            lengths.setdefault(str(variant.start), set()).add(images)
+    assert lengths == {"8-step": {24_000}, "2-step": {28_000}}
+
+
+@pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.recipe is not None])
+def test_every_variant_is_a_valid_recipe(name: str) -> None:
+    variant = VARIANTS[name]
+    recipe = {LIGHTNING: "emoji_lightning", TUNED: "emoji_teacher"}.get(str(variant.recipe), str(variant.recipe))
+    config = load_recipe(recipe, list(variant.settings))
+    default = load_recipe(recipe)
+    assert variant.recipe == LIGHTNING or config != default
+    if variant.recipe == LIGHTNING:
+        names = [stage.name for stage in default.stages]  # type: ignore[union-attr]
+        assert variant.start in names
+        for phase in StageConfig.model_validate(variant.stage).phases:
+            assert isinstance(phase, AdversarialPhase) and phase.d_warmup < phase.images
+
+
+# ---- the rule ----
+
+
+def _rows(*values: float, metric: str = "sharpness", **more: Any) -> dict[int, dict[str, Any]]:
+    return {seed: {metric: value, "images": 1000, **more} for seed, value in enumerate(values)}
+
+
+def _claim(*comparisons: Comparison, seeds: tuple[int, ...] = (0,)) -> Claim:
+    return Claim("toy", "A beats B", "L §0", comparisons, seeds)
+
+
+def test_a_difference_counts_beyond_twice_its_error() -> None:
+    def sign(a: float, b: float) -> int:
+        outcome = compare(SHARP, {"a@4": _rows(a), "b@4": _rows(b)})
+        assert outcome is not None
+        return outcome.sign
+
+    assert sign(1.0, 0.9) == 1  # 0.1 against 2 · 0.025 · √(1 + 0.81) = 0.067
+    assert sign(1.0, 0.95) == 0
+    assert sign(0.9, 1.0) == -1
+
+
+def test_seeds_that_disagree_widen_the_error() -> None:
+    steady = compare(SHARP, {"a@4": _rows(1.0, 1.01, 0.99), "b@4": _rows(0.9, 0.9, 0.9)})
+    shaky = compare(SHARP, {"a@4": _rows(1.4, 0.7, 0.9), "b@4": _rows(0.9, 0.9, 0.9)})
+    assert steady is not None and shaky is not None
+    assert steady.gain == pytest.approx(shaky.gain) == pytest.approx(0.1)
+    assert (steady.sign, shaky.sign) == (1, 0) and (steady.seeds, shaky.seeds) == (3, 3)
+    spread = rules.standard_error([0.5, -0.2, 0.0])
+    assert spread == pytest.approx(0.2082, abs=1e-4)  # a deviation of 0.3606 over √3
+    measuring = sum(0.025**2 * (a**2 + 0.81) for a in (1.4, 0.7, 0.9)) / 3
+    assert shaky.error == pytest.approx((spread**2 + measuring) ** 0.5)
+
+
+def test_metrics_have_their_own_errors_and_directions() -> None:
+    assert rules.error_of("top5", {"top5": 0.5, "images": 100}) == pytest.approx(0.05)
+    assert rules.error_of("kid_excess", {"kid_excess": 0.03, "kid_excess_error": 0.002}) == 0.002
+    lower = Comparison("a@4", "b@4", "kid_excess")
+    rows = {
+        "a@4": _rows(0.01, metric="kid_excess", kid_excess_error=0.003),
+        "b@4": _rows(0.03, metric="kid_excess", kid_excess_error=0.004),
+    }
+    found = compare(lower, rows)
+    assert found is not None and found.sign == 1 and found.gain == pytest.approx(0.02)
+    assert found.error == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    ("a", "strict", "word", "why"),
+    [
+        (1.0, True, "reproduces", "better"),
+        (0.52, True, "does not reproduce", "no difference that counts"),
+        (0.52, False, "reproduces", "no difference that counts"),
+        (0.3, True, "does not reproduce", "worse"),
+        (0.3, False, "does not reproduce", "worse"),
+    ],
+)
+def test_the_sentence_follows_from_the_numbers(a: float, strict: bool, word: str, why: str) -> None:
+    claim = _claim(replace(SHARP, strict=strict))
+    verdict = judge(claim, {"a@4": _rows(a), "b@4": _rows(0.5)})
+    assert verdict.word == word
+    assert verdict.sentence.startswith(f"**{word.capitalize()}** (1 seed): A beats B (L §0). sharpness {a:.2f} against")
+    assert verdict.sentence.endswith(f"(a@4, b@4): {why}.")
+
+
+def test_one_comparison_that_fails_is_enough() -> None:
+    claim = _claim(SHARP, Comparison("a@4", "c@4", "sharpness"))
+    rows = {"a@4": _rows(1.0), "b@4": _rows(0.5), "c@4": _rows(1.5)}
+    assert judge(claim, rows).word == "does not reproduce"
+    assert judge(claim, rows | {"c@4": _rows(0.5)}).word == "reproduces"
+
+
+def test_what_was_not_run_is_said_to_be() -> None:
+    claim = _claim(SHARP, seeds=(0, 1, 2))
+    verdict = judge(claim, {"a@4": _rows(1.0)})
+    assert (verdict.word, verdict.sentence) == ("not run", "**Not run**: A beats B (L §0). Missing: b@4.")
+    assert judge(claim, {"a@4": {0: {"sharpness": 1.0}}, "b@4": {1: {"sharpness": 0.5}}}).word == "not run"
+    unmeasured = {"a@4": _rows(1.0), "b@4": {0: {"sharpness": None}}}
+    assert judge(claim, unmeasured).word == "not run"
+    partial = judge(claim, {"a@4": _rows(1.0, 1.0), "b@4": _rows(0.5, 0.5, 0.5)})
+    assert partial.sentence.startswith("**Reproduces** (2 seeds of 3)")
+
+
+# ---- what is measured ----
+
+
+def test_grain_is_noise_on_plain_ground_and_not_edges() -> None:
+    plain = torch.full((2, 3, 64, 64), 0.5)
+    plain[:, :, 20:40, 20:40] = 0.9
+    noise = 0.02 * torch.randn((2, 1, 64, 64), generator=torch.Generator().manual_seed(0))
+    assert grain(plain) == pytest.approx(0.0, abs=1e-3)
+    # the Laplacian of noise of deviation s has √20 · s; the quietest quarter of tiles has a little less
+    assert 0.75 * 20**0.5 * 0.02 * 255 < grain(plain + noise) < 20**0.5 * 0.02 * 255
+
+
+def test_flow_distance() -> None:
+    a, b = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
+    b[0] = 0.5
+    assert flow_distance(a, b) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "consistency"])
+def test_a_sample_depends_on_its_seed_and_sampler_alone(sampler: Any, teacher_folder: Path) -> None:
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(teacher_folder)
+    prompts, seeds = ["red square", "blue square"], [3, 4]
+    few = Drawer(pipe, "epsilon", 4, sampler)(prompts, seeds)
+    torch.testing.assert_close(few[1:], Drawer(pipe, "epsilon", 4, sampler)(prompts[1:], seeds[1:]), rtol=0, atol=1e-4)
+    assert few.shape[1] == 3 and few.min() >= 0 and few.max() <= 1
+    walked = Drawer(pipe, "epsilon", 4)(prompts, seeds)
+    assert not torch.allclose(few, walked, atol=1e-2)
+    one = Drawer(pipe, "epsilon", 1, sampler)(prompts, seeds)
+    torch.testing.assert_close(one, Drawer(pipe, "epsilon", 1)(prompts, seeds), rtol=1e-3, atol=1e-3)
+
+
+# ---- a run ----
+
+
+class Grid:
+    """Pictures averaged down to 4 x 4, in place of a feature network."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+
+    def provenance(self) -> dict[str, str | int]:
+        return {"network": "grid", "input_size": 4}
+
+
+@pytest.fixture
+def workshop(lightning_recipe: Path, cache: Path, tmp_path: Path) -> Workshop:
+    """A toy run of two stages, 8 and 2 steps, with a full branch that nothing goes on from."""
+    tree = yaml.safe_load(lightning_recipe.read_text())
+    first, few = tree["stages"][:2]
+    lora = few["phases"][0]
+    two = {"name": "2-step", "steps": 2, "loss": "adversarial", "timesteps": [499, 999], "phases": [lora]}
+    tree["stages"] = [{**few, "phases": [lora, few["phases"][2]]}, two]
+    tree["stages"] = [{**first, "images": 4}, *tree["stages"]]
+    path = tmp_path / "source.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    run(path, ["run=source"])
+    return Workshop(_options(tmp_path))
+
+
+def _options(tmp_path: Path) -> Options:
+    return Options("source", tmp_path / "out", pictures=12, scale=1e-9, extractor=Grid())
+
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The labels of what is trained."""
+    seen: list[str] = []
+    fit = trainer.fit
+
+    def noting(*arguments: Any, label: str, **more: Any) -> bool:
+        seen.append(label)
+        return fit(*arguments, label=label, **more)
+
+    monkeypatch.setattr("sdxl_fast.train.stages.fit", noting)
+    monkeypatch.setattr("sdxl_fast.train.trainer.fit", noting)
+    yield seen
+
+
+def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: Path, trainings: list[str]) -> None:
+    blur = next(claim for claim in CLAIMS if claim.name == "blur")
+    assert command.work_off([blur], workshop, [0]) == []
+    out = tmp_path / "out"
+    names = {"four-d", "four-mse", "one-d", "one-mse", "start-8-step", "start-2-step"}
+    assert {path.stem for path in (out / "results").iterdir()} == {f"{name}-0" for name in names}
+    assert trainings.count("03-4-step-lora-d") == 1 and "03-4-step-mse" in trainings
+    assert sum("1-step-convert" in label for label in trainings) == 2, "those of the stages before are not run again"
+    assert not any("8-step" in label or "2-step" in label for label in trainings)
+    found = json.loads((out / "results" / "one-d-0.json").read_text())
+    row = found["rows"]["1"]
+    assert found["images"] == 8 and row["images"] == 12 and row["flow"] > 0 and row["grain"] > 0
+    text = (out / "claims.md").read_text()
+    assert f"{len(CLAIMS) - 1} not run" in text and "**Not run**: ADD needs" in text
+    assert "![blur](sheets/blur.png)" in page.write(CLAIMS, out)
+    assert "| four-mse@4 | LoRA, MSE to the teacher | 1 |" in text
+
+    trainings.clear()
+    again = Workshop(_options(tmp_path))
+    assert command.work_off([blur], again, [0]) == [] and trainings == []
+    assert json.loads((out / "results" / "one-d-0.json").read_text()) == found
+    (out / "results" / "one-d-0.json").unlink()
+    assert again.result(VARIANTS["one-d"], 0)["rows"]["1"]["sha256"] == row["sha256"] and trainings == []
+    seeds = [again.result(VARIANTS["four-d"], seed)["rows"]["4"]["sha256"] for seed in (0, 1)]
+    assert seeds[0] != seeds[1]
+    other = Workshop(replace(_options(tmp_path), pictures=13))
+    assert other.result(VARIANTS["start-8-step"], 0)["rows"]["8"]["images"] == 13, "asked otherwise, drawn anew"
+
+
+def test_a_training_that_was_stopped_goes_on(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = workshop.result(VARIANTS["four-d"], 3)
+    stopping = {**VARIANTS["four-d"].stage}  # type: ignore[dict-item]
+    variant = replace(VARIANTS["four-d"], about="stopped", stage=stopping)
+    save, count = checkpoint.save, 0
+
+    def dies(*arguments: Any, **more: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError("no space left")
+        return save(*arguments, **more)
+
+    longer = replace(workshop.options, scale=2 * 4 / 24_000)
+    shop = Workshop(longer)
+    monkeypatch.setattr(checkpoint, "save", dies)
+    with pytest.raises(OSError, match="no space"):
+        shop.result(variant, 3)
+    monkeypatch.setattr(checkpoint, "save", save)
+    units = list(shop.folder(variant, 3).glob("03-*"))
+    assert len(units) == 1 and checkpoint.latest(units[0]) is not None
+    assert shop.result(variant, 3)["rows"]["4"]["sha256"] != whole["rows"]["4"]["sha256"]
+    unbroken = replace(variant, about="in one go")
+    assert shop.result(unbroken, 3)["rows"]["4"]["sha256"] == shop.result(variant, 3)["rows"]["4"]["sha256"]
+
+
+def test_a_start_that_is_not_there_is_named(workshop: Workshop, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotRunError, match="holds no run of kind lightning"):
+        Workshop(Options("nobody", tmp_path))
+    with pytest.raises(NotRunError, match="has no stage '16-step'"):
+        workshop.result(replace(VARIANTS["four-d"], start="16-step"), 0)
+    (cache / "runs" / "source" / "01-8-step-lora-d" / "student.safetensors").unlink()
+    claim = next(claim for claim in CLAIMS if claim.name == "flow")
+    refused = command.work_off([claim], workshop, None)
+    assert len(refused) == 3 and "no finished LoRA of stage '8-step'" in refused[0]
+    assert judge(claim, page.by_side(page.read_results(tmp_path / "out" / "results"))).word == "not run"
+
+
+@pytest.mark.slow
+def test_all_claims_run(workshop: Workshop, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    claims = [claim for claim in CLAIMS if claim.name != "other-style"]  # which needs the pictures of two styles
+    assert command.work_off(claims, workshop, [0]) == []
+    found = page.by_side(page.read_results(tmp_path / "out" / "results"))
+    assert all(judge(claim, found).word != "not run" for claim in claims)
+    assert {path.stem for path in (tmp_path / "out" / "sheets").iterdir()} == {claim.name for claim in claims}
