@@ -18,7 +18,7 @@ import torch
 from benchmarks import machine, report, roofline
 from benchmarks.measure import measure, one_line
 from benchmarks.results import ResultsFile
-from benchmarks.suite import GATE_FAILED, OpBench, Options, Work, verdicts, works
+from benchmarks.suite import GATE_FAILED, OpBench, Options, Work, stage_verdicts, verdicts, works
 from benchmarks.timing import Clock, clock_for
 
 Say = Callable[[str], None]
@@ -139,6 +139,7 @@ def summary(results: ResultsFile) -> str:
         mean = report.geometric_mean(values)
         lines.append(f"{op} {dtype} on {name}: {mean:.2f}x eager (geometric mean of {len(values)} rows)")
     checked = [v for row in results.data["rows"] if "targets" in row for v in verdicts(row, results.data["ceilings"])]
+    checked += [v for row in results.data["end_to_end"] for v in stage_verdicts(row)]
     if checked:
         lines.append(f"targets reached: {sum(reached for _, _, reached in checked)} of {len(checked)}")
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CPU benchmark in one run, under 4 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
+"""Every CPU benchmark in one run, under 5 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
 
 The machine should have nothing else to do: another process on the same cores slows both by up to a hundred times.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import command, machine
+from benchmarks.e2e import bench_fuse
 from benchmarks.e2e.bench_one_step import Request, run
 from benchmarks.ops import benches
 from benchmarks.suite import works
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.measure_ceilings_again(results, clock, quick=arguments.quick)
     request = Request(arguments.model, "float32", rounds=options.rounds, budget_s=4 * options.budget_s)
     run([request], "cpu", clock, results)
+    bench_fuse.run([bench_fuse.Request(arguments.model, n, options.rounds) for n in bench_fuse.BATCHES], results)
     raise SystemExit(command.finish(results))
 
 

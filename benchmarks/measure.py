@@ -25,7 +25,7 @@ from benchmarks.suite import (
     with_ratios,
 )
 from benchmarks.timing import Call, Clock, Timed, interleave, sets_to_exceed, summarise, tensor_bytes
-from sdxl_fast.dispatch import available_backends
+from sdxl_fast.dispatch import available_backends, explain
 
 
 class ContextLostError(RuntimeError):
@@ -47,6 +47,7 @@ class Prepared:
     Attributes:
         count: argument sets.
         bytes_per_set: of the arguments of one call.
+        chosen: the backend that the registry takes for this case.
     """
 
     def __init__(self, work: Work, options: Options) -> None:
@@ -57,6 +58,7 @@ class Prepared:
         self._base = [first, *(self._draw(i) for i in range(1, self.count))]
         self._layouts: dict[str, list[tuple[Values, torch.Tensor]]] = {}
         values, dy = self.sets(work.bench.layout)[0]
+        self.chosen = explain(work.bench.subject.op, **values).backend
         gradient = dy if BOTH in work.modes else None
         self.gate: Gate | None = Gate(work.bench.subject, values, gradient, work.bench.rows(work.case))
 
@@ -182,6 +184,7 @@ def measure(
     prepared.close_gate()
     for mode in work.modes:
         row = {**_header(work, mode, prepared), "clock": clock.name, "compile": options.compile}
+        row["chosen"] = prepared.chosen
         row["contestants"] = copy.deepcopy(judged)
         timed: dict[str, Timed] = {}
         for contestant in entered:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import ResultsFile
-from benchmarks.suite import copy_share, fastest, verdicts
+from benchmarks.suite import copy_share, fastest, stage_verdicts, verdicts
 from sdxl_fast.files import replacing
 
 Row = Mapping[str, Any]
@@ -82,10 +82,7 @@ def text(row: Row, ceilings: Row) -> str:
             continue
         numbers = f"{time:>9s} ±{spread:>4s}  {bandwidth:>10s}  {share:>5s} of copy  {speedup:>7s} eager"
         lines.append(f"  {name:22s} {numbers}  gate {gate}")
-    for what, value, reached in verdicts(row, ceilings):
-        got = "not timed" if value is None else f"{value:.2f}"
-        lines.append(f"  target: {what}: {'reached' if reached else 'NOT REACHED'} ({got})")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_target_lines(verdicts(row, ceilings))])
 
 
 def model_text(row: Row) -> str:
@@ -96,7 +93,15 @@ def model_text(row: Row) -> str:
     for name, found in row["contestants"].items():
         times = (f"{s} {_stage_text(t)}" for s, t in found["stages"].items())
         lines.append(f"  {name:22s} {found.get('refused') or '  '.join(times) + '  gate ' + found['gate']}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_target_lines(stage_verdicts(row))])
+
+
+def _target_lines(found: Iterable[tuple[str, float | None, bool]]) -> list[str]:
+    lines = []
+    for what, value, reached in found:
+        got = "not timed" if value is None else f"{value:.2f}"
+        lines.append(f"  target: {what}: {'reached' if reached else 'NOT REACHED'} ({got})")
+    return lines
 
 
 def _stage_text(found: Row | None) -> str:
@@ -162,11 +167,12 @@ def _ops(data: Row) -> list[str]:
 
 
 def _targets(data: Row) -> list[str]:
+    listed = [(row, verdicts(row, data["ceilings"])) for row in data["rows"] if "contestants" in row]
+    listed += [(row, stage_verdicts(row)) for row in data["end_to_end"]]
     rows = [
         [title(row), what, "not timed" if value is None else f"{value:.2f}", "yes" if reached else "**no**"]
-        for row in data["rows"]
-        if "contestants" in row
-        for what, value, reached in verdicts(row, data["ceilings"])
+        for row, found in listed
+        for what, value, reached in found
     ]
     return ["## Targets", "", *_table(("row", "target", "measured", "reached"), rows)] if rows else []
 

@@ -230,4 +230,23 @@ def verdicts(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[tuple[
             share = copy_share(row, target["backend"], ceilings) if timed else None
             what = f"{target['backend']} at least {target['copy_share']:.0%} of copy bandwidth"
             found.append((what, share, share is not None and share >= target["copy_share"]))
+    chosen = row.get("chosen")
+    ratio = row["contestants"].get(chosen, {}).get("same_layout")
+    if ratio is not None:
+        # Slower only where three quarters of the rounds say so: half of them do by chance for equals.
+        what = f"{chosen}, which the registry takes, no slower than eager in the same layout"
+        found.append((what, ratio["median"], ratio["high"] >= 1))
+    return found
+
+
+def stage_verdicts(row: Mapping[str, Any]) -> list[tuple[str, float | None, bool]]:
+    """Returns the same for a row of a whole model, whose targets are per stage."""
+    found = []
+    for target in row.get("targets", ()):
+        reached = row["ratios"].get(target["stage"])
+        value = None if reached is None else reached["median"]
+        # As above, where not to be slower is all that is asked.
+        best = None if reached is None else reached["high" if target["speedup"] == 1 else "median"]
+        what = f"{target['stage']} at least {target['speedup']:g} times stock in its faster layout"
+        found.append((what, value, best is not None and best >= target["speedup"]))
     return found

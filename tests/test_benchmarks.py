@@ -19,12 +19,22 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import command, gpu, report, roofline  # noqa: E402
-from benchmarks.e2e import bench_cold_start, bench_one_step, bench_pipelines  # noqa: E402
+from benchmarks.e2e import bench_cold_start, bench_fuse, bench_one_step, bench_pipelines  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
-from benchmarks.suite import FORWARD, Options, Target, Work, contestants, verdicts, with_ratios, works  # noqa: E402
+from benchmarks.suite import (  # noqa: E402
+    FORWARD,
+    Options,
+    Target,
+    Work,
+    contestants,
+    stage_verdicts,
+    verdicts,
+    with_ratios,
+    works,
+)
 from benchmarks.timing import CpuClock, interleave, quotient, sets_to_exceed, summarise  # noqa: E402
 from sdxl_fast import ops  # noqa: E402
 
@@ -100,6 +110,18 @@ def test_targets() -> None:
     assert (share, near) == (pytest.approx(0.8), False)
     slow = with_ratios(_row(2.0, 3.0, 2.0), targets)
     assert [reached for _, _, reached in verdicts(slow, CEILINGS)] == [False, False]
+
+
+def test_what_the_registry_takes_may_not_be_slower_than_eager() -> None:
+    """Half of the rounds are, for equals: only what is slower in three quarters of them is."""
+    row = _row(1.0, 1.0, 1.0)
+    row["chosen"] = "cpu"
+    for times, reached in (([0.9, 1.1, 1.1], True), ([1.2, 1.1, 1.1], False)):
+        row["contestants"]["cpu"] |= {"seconds": summarise(times).as_dict(), "samples": times}
+        ((what, _, found),) = verdicts(with_ratios(row, ()), CEILINGS)
+        assert what.startswith("cpu, which the registry takes, no slower than eager") and found is reached
+    row["chosen"] = "eager"
+    assert not verdicts(row, CEILINGS)
 
 
 def test_ceilings_only_rise() -> None:
@@ -249,6 +271,37 @@ def test_pipelines_draw_the_same_and_are_timed(toy_folder: Path) -> None:
     for row in rows:
         assert set(row["contestants"]) == {*bench_pipelines.STOCK, *bench_pipelines.OURS}
         assert all(found["stages"]["total"]["rounds"] == 3 for found in row["contestants"].values())
+
+
+def test_fused_networks_compute_the_same_and_are_timed(toy_folder: Path) -> None:
+    results = ResultsFile.create(None, "", {})
+    results.set("ceilings", CEILINGS)
+    said: list[str] = []
+    for _ in range(2):
+        bench_fuse.run([bench_fuse.Request(str(toy_folder), 2, 3, 0.0)], results, tell=said.append)
+    (row,) = results.data["end_to_end"]
+    assert len(said) == 1 and said[0].count("target:") == len(bench_fuse.TARGETS) == len(row["ratios"])
+    assert set(row["contestants"]) == {"stock channels_last", "stock contiguous", bench_fuse.FUSED}
+    assert all(set(found["stages"]) == set(bench_fuse.TARGETS) for found in row["contestants"].values())
+    assert "targets reached:" in command.summary(results)
+    row["ratios"] = {stage: {"median": 0.99, "high": 1.2} for stage in bench_fuse.TARGETS}
+    assert [reached for _, _, reached in stage_verdicts(row)] == [False, False, True]
+    del row["ratios"]["training step"]
+    assert stage_verdicts(row)[-1][1:] == (None, False)
+
+
+def test_a_fused_network_that_computes_something_else_is_refused(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(network: torch.nn.Module, **_: Any) -> None:
+        for name, parameter in network.named_parameters():
+            if name.endswith("conv_in.weight"):
+                parameter.data.mul_(1.01)
+
+    monkeypatch.setattr(bench_fuse, "fuse", wrong)
+    row = bench_fuse.measure(bench_fuse.Request(str(toy_folder), 1, 3, 0.0))
+    assert "failed its gate" in row["contestants"][bench_fuse.FUSED]["refused"]
+    assert not row["contestants"][bench_fuse.FUSED]["stages"] and not row["ratios"]
 
 
 def test_a_pipeline_that_draws_something_else_is_not_timed(toy_folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.gate import Subject, Values
-from benchmarks.suite import FORWARD, OpBench
+from benchmarks.suite import FORWARD, OpBench, Target
 from sdxl_fast import ops
 from sdxl_fast.diffusion.schedule import NUM_TRAIN_TIMESTEPS, alphas_cumprod
 from sdxl_fast.reference import forward_diffusion as reference
@@ -67,6 +67,7 @@ BENCH = OpBench(
     modes=(FORWARD,),
     images=True,
     own=("noise",),
+    targets=tuple(Target(case.name, dtype, 2.0) for case in (_ONE, _SIXTEEN) for dtype in ("float32", "bfloat16")),
 )
 
 
