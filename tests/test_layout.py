@@ -85,6 +85,7 @@ LAYERS: dict[str, int] = {
     "demo": 6,
     "env": 6,
     "__main__": 6,
+    "examples": 7,  # programs of users: may use everything
     "testing": 7,  # for tests: may use everything, and nothing may use it
 }
 NEVER_EACH_OTHER = ({"train", "inference"},)
