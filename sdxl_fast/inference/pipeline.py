@@ -207,6 +207,7 @@ class OneStepPipeline(LoraVerbs):
         networks["other step counts"] = [unet for unet, _ in self._variants.values()]
         held = {name: sum(t.nbytes for n in found for t in n.parameters()) for name, found in networks.items()}
         parts = self.report.values()
+        held["float8 weights"] = getattr(getattr(runner_of(self.unet), "program", None), "float8_bytes", 0)
         held["LoRAs and first weights"] = self._adapters.nbytes
         held["prompts"] = self._prompts.nbytes + sum(part.cached_bytes for part in parts)
         held["graphs"] = sum(part.graph_bytes for part in parts) + (

@@ -253,6 +253,11 @@ class UNetProgram:
             product.float8 = None if found is None else Float8Product(product.matrix, found)
 
     @property
+    def float8_bytes(self) -> int:
+        """Bytes of weights in float8, beside those they were rounded from."""
+        return sum(product.float8.nbytes for product in self.float8_products() if product.float8 is not None)
+
+    @property
     def cached_bytes(self) -> int:
         """Bytes of keys and values held for prompts."""
         return self._prompts.used

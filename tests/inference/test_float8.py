@@ -12,12 +12,13 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 import sdxl_fast
-from sdxl_fast import OneStepPipeline, calibrate
+from sdxl_fast import OneStepPipeline, calibrate, ops
 from sdxl_fast.errors import ModelError
 from sdxl_fast.inference.calibration import use_scales
-from sdxl_fast.inference.float8 import MAX_ERROR, Errors, Float8Product, Scales, psnr
+from sdxl_fast.inference.float8 import MAX_ERROR, Errors, Float8Product, Magnitudes, Scales, psnr
 from sdxl_fast.inference.packing import Linear
 from sdxl_fast.inference.runner import runner_of
+from sdxl_fast.reference.linear import quantise
 
 PROMPTS = ["a red apple", "a blue house"]
 CALL: dict[str, Any] = {"num_inference_steps": 1, "height": 64, "width": 64}
@@ -52,6 +53,7 @@ def test_calibration_puts_layers_into_float8(embedded: tuple[OneStepPipeline, Sc
     assert not torch.equal(after, before)
     assert min(psnr(after.float(), before.float())) > 20.0
     assert "PSNR" in str(pipe.report["unet"])
+    assert pipe.memory_report()["float8 weights"] == sum(product.weight.numel() for product in used)
 
 
 def test_errors_are_those_of_three_bits(embedded: tuple[OneStepPipeline, Scales, torch.Tensor]) -> None:
@@ -192,6 +194,23 @@ def test_a_product_is_within_its_rounding() -> None:
     worse = Errors({"layer": float(outliers.abs().max()) / 448})
     worse(product, outliers[:, 1:])
     assert worse.relative()["layer"] > MAX_ERROR
+
+
+@torch.no_grad()
+def test_inputs_are_scaled_without_rounding() -> None:
+    x = torch.randn(64, 32).to(torch.bfloat16) * 37
+    seen = Magnitudes()
+    layer = Linear(torch.nn.Linear(32, 32).to(torch.bfloat16), "layer")
+    seen(layer, x[:32])
+    seen(layer, x[32:])
+    scale = seen.scales()["layer"]
+    assert scale / 2 < float(x.abs().max()) / 448 <= scale
+    assert math.log2(scale).is_integer()
+    product = Float8Product(layer.weight, scale)
+    direct = ops.linear(
+        quantise(x, product.scale_x), product.weight, scale_x=product.scale_x, scale_w=product.scale_w
+    )  # fmt: skip
+    assert torch.equal(product(x, None), direct)
 
 
 @torch.no_grad()
