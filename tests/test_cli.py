@@ -279,6 +279,14 @@ def test_env_prints_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert "group_norm_silu" in out
 
 
+@pytest.mark.parametrize(("cutlass", "said"), [("4.2.0", "with CUTLASS 4.2.0"), (None, "no matrix kernels")])
+def test_env_says_what_a_cuda_build_lacks(cutlass: str | None, said: str) -> None:
+    from sdxl_fast import env
+
+    facts = {**env._native(), "cuda": "13.0.88", "cuda_archs": ["90a"], "cutlass": cutlass}
+    assert f"CUDA 13.0.88 for 90a, {said}" in "\n".join(env._native_lines(facts))
+
+
 def test_help_needs_no_torch() -> None:
     """Everything heavy is imported by the command that needs it."""
     code = "import sys, sdxl_fast.cli; sys.exit(any(name in sys.modules for name in ('torch', 'diffusers', 'PIL')))"
