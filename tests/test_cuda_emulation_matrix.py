@@ -200,6 +200,18 @@ def test_plans_fit_the_machine_and_cover_the_product(library: ctypes.CDLL, sms: 
             assert plan["ctas"] == min(tiles, sms), name
 
 
+@pytest.mark.parametrize(("columns", "split"), [(128, 1), (160, 1), (160, 2), (256, 1)])
+def test_stages_fit_into_shared_memory_and_no_other_would(library: ctypes.CDLL, columns: int, split: int) -> None:
+    out = (ctypes.c_int32 * 2)()
+    library.sdxl_fast_emulation_shared(columns, split, out)
+    stages, size = out
+    most, stage = 227 * 1024, (128 + columns) * 128
+    assert 3 <= stages <= 8 and size <= most
+    assert size + stage > most or stages == 8
+    # Beside the stages: their barriers, two of 8 bytes each, and 64 rows of sums from the other block of a pair.
+    assert size - stages * stage >= 1024 + 16 * stages + (64 * columns * 4 if split == 2 else 0)
+
+
 def _busy(plan: dict[str, int], product: dict[str, int], sms: int = 132) -> float:
     """Share of the processors' time spent on tiles, all tiles taking as long."""
     blocks = plan["tiles_m"] * plan["tiles_n"] * product["phases"] * plan["split"]

@@ -131,4 +131,11 @@ __attribute__((visibility("default"))) void sdxl_fast_emulation_place(int32_t ti
     for (int at = 0; at < 5; ++at) out[at] = found[at];
 }
 
+// out: stages of the ring, bytes of shared memory of a block.
+__attribute__((visibility("default"))) void sdxl_fast_emulation_shared(int32_t columns, int32_t split, int32_t* out) {
+    using namespace sdxl_fast::hopper;
+    out[0] = ring_stages(columns, split);
+    out[1] = shared_bytes(columns, split);
+}
+
 }  // extern "C"

@@ -72,14 +72,9 @@ struct Layout {
     static constexpr int kDepth = kSliceBytes / static_cast<int>(sizeof(T));
     static constexpr int kBytesA = kRows * kSliceBytes;
     static constexpr int kBytesB = kColumns * kSliceBytes;
-    // The half of the rows that the other block of a cluster sends, a column of floats for every thread.
-    static constexpr int kExchange = kParts > 1 ? kRows / 2 * kColumns * 4 : 0;
-    static constexpr int kBarrierBytes = 256;
-    static constexpr int kAlignment = 1024;  // of a swizzled tile; the dynamic shared memory itself promises 16
-    static constexpr int kMostBytes = 227 * 1024;
-    static constexpr int kFit = (kMostBytes - kAlignment - kBarrierBytes - kExchange) / (kBytesA + kBytesB);
-    static constexpr int kStages = kFit < 8 ? kFit : 8;
-    static constexpr int kBytes = kAlignment + kStages * (kBytesA + kBytesB) + kExchange + kBarrierBytes;
+    static constexpr int kExchange = exchange_bytes(kColumns, kParts);
+    static constexpr int kStages = ring_stages(kColumns, kParts);
+    static constexpr int kBytes = shared_bytes(kColumns, kParts);
     static_assert(kStages >= 3, "too few stages to hide the latency of memory");
 };
 
@@ -106,7 +101,7 @@ struct Memory {
 
 template <class L>
 __device__ __forceinline__ Memory carve(unsigned char* raw) {
-    unsigned char* base = raw + (L::kAlignment - cute::cast_smem_ptr_to_uint(raw) % L::kAlignment) % L::kAlignment;
+    unsigned char* base = raw + (kTileAlignment - cute::cast_smem_ptr_to_uint(raw) % kTileAlignment) % kTileAlignment;
     Memory memory;
     memory.a = base;
     memory.b = memory.a + L::kStages * L::kBytesA;

@@ -21,6 +21,28 @@ constexpr int kGatedColumns = 80;  // value and gate are tiles of this width eac
 // The widths a tile can have: 160 divides SDXL's channels, which are multiples of 320, 128 and 256 its VAE's.
 enum class Width { k128 = 128, k160 = 160, k256 = 256 };
 
+// Shared memory of a block: a ring of stages, a slice of x and one of W each, what the other block of a pair sends
+// (half the rows, in fp32), and barriers. As many stages as fit, but no more than hide the latency of memory.
+constexpr int kMostBytes = 227 * 1024;  // that a block can have
+constexpr int kMostStages = 8;
+constexpr int kTileAlignment = 1024;  // of a swizzled tile; dynamic shared memory by itself promises 16
+constexpr int kBarrierBytes = 256;
+
+constexpr int exchange_bytes(int columns, int split) {
+    return split > 1 ? kRows / 2 * columns * 4 : 0;
+}
+
+constexpr int ring_stages(int columns, int split) {
+    const int left = kMostBytes - kTileAlignment - kBarrierBytes - exchange_bytes(columns, split);
+    const int fit = left / ((kRows + columns) * kSliceBytes);
+    return fit < kMostStages ? fit : kMostStages;
+}
+
+constexpr int shared_bytes(int columns, int split) {
+    return kTileAlignment + ring_stages(columns, split) * (kRows + columns) * kSliceBytes +
+           exchange_bytes(columns, split) + kBarrierBytes;
+}
+
 struct Plan {
     Width width;
     int split;
