@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training benchmark: its peer computes the same steps, one that does not is refused, and what the row says."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks import training  # noqa: E402
+from benchmarks.plain_training import PlainLoop  # noqa: E402
+from benchmarks.results import ResultsFile  # noqa: E402
+from benchmarks.suite import GATE_FAILED  # noqa: E402
+
+PLAIN = list(training.PLAIN)
+
+
+def test_the_plain_loop_has_our_gradients() -> None:
+    verdicts = training.gate()
+    assert list(verdicts) == [*PLAIN, training.OURS]
+    assert all(verdict.passed for verdict in verdicts.values()), verdicts
+
+
+def test_a_loop_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = PlainLoop.real
+    monkeypatch.setattr(PlainLoop, "real", lambda self, start: 1.01 * real(self, start))
+    verdicts = training.gate()
+    assert not any(verdict.passed for verdict in verdicts.values())
+    monkeypatch.setattr(training, "gate", lambda: verdicts)
+    row = training.measure(rounds=1, steps=1, batch=4, threads=1)
+    assert row["about"].startswith("Nothing to compare")
+    assert all(GATE_FAILED in found["refused"] for found in row["contestants"].values())
+
+
+def test_what_the_row_says_follows_from_the_best_layout_and_the_leanest(tmp_path: Path) -> None:
+    def found(seconds: float, mebibytes: int) -> dict[str, Any]:
+        timed = {"median": seconds, "best": seconds, "low": seconds, "high": seconds, "rounds": 1, "spread": 0.0}
+        return {"stages": {training.TIMED: timed}, "gate": "", "peak_bytes": mebibytes * training.MIB}
+
+    said = training.about({training.OURS: found(1.0, 300), PLAIN[0]: found(1.5, 400), PLAIN[1]: found(1.2, 600)})
+    assert "over ours, by best samples: 1.20 in time" in said
+    assert "ours over the leaner plain one 0.75" in said
+
+
+@pytest.mark.slow
+def test_each_contestant_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    results = ResultsFile.create(tmp_path, "training", {"device": "made up", "date": "2020-01-01"})
+    training.write(results, training.measure(rounds=1, steps=1, batch=4, threads=torch.get_num_threads()))
+    (row,) = ResultsFile.load(tmp_path / "training.json").data["end_to_end"]
+    for name in training.NAMES:
+        contestant = row["contestants"][name]
+        assert contestant["stages"][training.TIMED]["best"] > 0
+        assert contestant["peak_bytes"] > 30 * training.MIB, "weights, gradients and moments alone"
