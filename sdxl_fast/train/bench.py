@@ -123,13 +123,18 @@ class Bench(Generic[C]):
         return torch.tensor(allowed)[choice][self.share].to(self.device)
 
     def noised(
-        self, latents: Tensor, timesteps: tuple[int, ...], *key: int | str, pure: bool = True
+        self,
+        latents: Tensor,
+        timesteps: tuple[int, ...],
+        *key: int | str,
+        weights: Sequence[float] = (),
+        pure: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """x_t and t, drawn from `timesteps`; a function of `key`.
+        """x_t and t, drawn from `timesteps` with `weights`; a function of `key`.
 
         `pure`: x_t is pure noise at the last timestep (SDXL-Lightning §3.5, ADD §3.1).
         """
-        t = self.timesteps(timesteps, *key)
+        t = self.timesteps(timesteps, *key, weights=weights)
         x_t, _ = ops.forward_diffusion(
             latents,
             alphas_cumprod=self.alphas_cumprod,
@@ -141,11 +146,11 @@ class Bench(Generic[C]):
         return x_t, t
 
     def inputs(
-        self, timesteps: tuple[int, ...], images: int, use: str, *, pure: bool = True
+        self, timesteps: tuple[int, ...], images: int, use: str, *, weights: Sequence[float] = (), pure: bool = True
     ) -> tuple[Tensor, Tensor, Condition]:
-        """A batch for one use after `images` images: x_t, t and the text; `pure` as in `noised`."""
+        """A batch for one use after `images` images: x_t, t and the text; `weights` and `pure` as in `noised`."""
         latents, condition = self.batch(images, use)
-        return *self.noised(latents, timesteps, images, use, pure=pure), condition
+        return *self.noised(latents, timesteps, images, use, weights=weights, pure=pure), condition
 
     def pure_noise(self, seeds: Tensor, shape: Sequence[int] | None = None) -> Tensor:
         """Latents of unit normal noise, one per seed; `shape` is C, h, w, that of the contact sheets if left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -49,6 +50,13 @@ Trains = Literal["lora", "full"]
 Backbone = Literal["unet", "pixels", "conv"]
 
 
+def _check_weights(name: str, weights: Sequence[float], of: str, values: Sequence[int]) -> None:
+    if weights and (len(weights) != len(values) or min(weights) < 0 or not sum(weights)):
+        raise ValueError(
+            f"{name} is {weights} for {of} {values}; allowed: none, or one of at least 0 for each, not all 0"
+        )
+
+
 class AdversarialPhase(Config):
     """One phase of an adversarial stage: which discriminator judges, and what of the student trains."""
 
@@ -69,6 +77,7 @@ class AdversarialPhase(Config):
     def _has_a_loss(self) -> AdversarialPhase:
         if not self.adversarial_weight and not self.regression_weight:
             raise ValueError("adversarial_weight and regression_weight are both 0; give one of them")
+        _check_weights("renoise_weights", self.renoise_weights, "renoise", self.renoise)
         return self
 
 
@@ -81,7 +90,13 @@ class StageConfig(Config):
     images: int = Field(0, ge=0, description="length of an MSE stage")
     convert_images: int = Field(0, ge=0, description="length of the conversion to x0-prediction before the phases")
     timesteps: tuple[int, ...] | None = Field(None, description="0-based; None is the trailing grid of `steps`")
+    timestep_weights: tuple[float, ...] = Field((), description="how often each of them is drawn; empty: all alike")
     phases: tuple[AdversarialPhase, ...] = ()
+
+    @model_validator(mode="after")
+    def _weighs_what_there_is(self) -> StageConfig:
+        _check_weights("timestep_weights", self.timestep_weights, "timesteps", self.timesteps or ())
+        return self
 
 
 class DistillationConfig(RunConfig):

@@ -90,6 +90,7 @@ class Student:
     steps: int
     timesteps: tuple[int, ...]
     others: tuple[nn.Module, ...] = ()
+    weights: tuple[float, ...] = ()  # of the timesteps; empty: all alike
 
     @property
     def current(self) -> nn.Module:
@@ -124,8 +125,8 @@ class StudentTask(Task):
 
     def start(self, images: int, use: str) -> Start:
         """The inputs of the micro-batch after `images` images."""
-        pure = self.bench.config.pure_noise
-        start = Start(*self.bench.inputs(self.student.timesteps, images, use, pure=pure))
+        student, pure = self.student, self.bench.config.pure_noise
+        start = Start(*self.bench.inputs(student.timesteps, images, use, weights=student.weights, pure=pure))
         self.seen = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 

@@ -206,7 +206,7 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     students = tuple(same_lora_on(bench.frozen_base(1 + k), network, config) for k in range(len(bench.others)))
     grid = stage.timesteps or tuple(schedule.trailing_timesteps(stage.steps))
     kind: PredictionType = "sample" if stage.convert_images else bench.prediction_type
-    student = Student(bench, network, kind, stage.steps, grid, students)
+    student = Student(bench, network, kind, stage.steps, grid, students, stage.timestep_weights)
     substeps = teacher_steps // stage.steps
     for each in (network, *students, unet, *teachers) if config.fuse else ():
         fuse(each)

@@ -34,6 +34,8 @@ def test_overrides_reach_into_lists_and_are_typed(lightning_recipe: Path) -> Non
         ("batch=0", "batch: Input should be greater than 0"),
         ("kind=lightening", "kind"),
         ("batch", "not of the form a.b=value"),
+        ("stages.0.timestep_weights=[1,2]", "timestep_weights"),
+        ("stages.1.phases.0.renoise_weights=[1]", "renoise_weights"),
     ],
 )
 def test_a_wrong_setting_is_named(lightning_recipe: Path, override: str, message: str) -> None:

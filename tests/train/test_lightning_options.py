@@ -101,6 +101,17 @@ def test_a_fine_tune_is_distilled_anew_from_a_published_lora(lightning_recipe: P
         lineage.student_of(lineage.units[0])
 
 
+def test_timesteps_are_drawn_by_their_weights(lightning_recipe: Path, cache: Path) -> None:
+    grid, weights = "stages.0.timesteps=[249,499,749,999]", "stages.0.timestep_weights=[1,0,0,3]"
+    config = load_recipe(lightning_recipe, ["batch=400", grid, weights])
+    assert isinstance(config, LightningConfig)
+    bench = stages.make_bench(config, cache)
+    lineage = stages.Lineage(bench, cache)
+    drawn = stages.make_task(lineage.units[0], bench, lineage).start(0, "test").t
+    assert set(drawn.tolist()) == {249, 999}
+    assert 260 <= int((drawn == 999).sum()) <= 340  # 300 expected, standard deviation 8.7
+
+
 def test_the_average_teaches_while_the_last_weights_go_on(lightning_recipe: Path, cache: Path) -> None:
     settings = ("teach_average=true", "hand_on_average=false", "ema_half_life=1000")
     folder = _run_lora_stages(lightning_recipe, "average", *settings) / "00-32-step-mse"
