@@ -58,7 +58,7 @@ class Prepared:
         self._base = [first, *(self._draw(i) for i in range(1, self.count))]
         self._layouts: dict[str, list[tuple[Values, torch.Tensor]]] = {}
         values, dy = self.sets(work.bench.layout)[0]
-        self.chosen = explain(work.bench.subject.op, **values).backend
+        self.chosen = explain(work.bench.subject.op, **work.bench.arguments(values)).backend
         gradient = dy if BOTH in work.modes else None
         self.gate: Gate | None = Gate(work.bench.subject, values, gradient, work.bench.rows(work.case))
 

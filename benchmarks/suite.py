@@ -59,6 +59,7 @@ class OpBench:
         images: whether tensors have a memory format; peers are then timed in both.
         rows: over how many rows an element of an output or gradient sums, by case.
         cost: what else the cost model needs to know of a case.
+        arguments: the operation's own arguments of a case, where the subject's public function takes others.
         own: outputs that a peer draws for itself.
         peers: further ways of stock PyTorch to compute the same on a GPU, by name.
         targets: what is to be reached.
@@ -76,6 +77,7 @@ class OpBench:
     images: bool = False
     rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
     cost: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
+    arguments: Callable[[Values], Values] = field(default=dict)
     own: tuple[str, ...] = ()
     peers: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()

@@ -27,12 +27,18 @@ CPU_CASES = (_case(4, 1280, 1280, 64), _case(1, 1280, 11520, 64))
 GPU_CASES = (_case(192, 1280, 1280, 64), _case(16, 1280, 11520, 64), _case(192, 1280, 1280, 8))
 
 
-def merged(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *, scale: float) -> torch.Tensor:
+def merged(**values: Any) -> torch.Tensor:
     """Merges all modules in one call into new weights."""
-    weights = torch.empty_like(base)
-    lists = (list(t.unbind()) for t in (weights, down, up))
-    ops.lora_merge(*lists, scales=scale, bases=list(base.unbind()))
+    weights = torch.empty_like(values["base"])
+    ops.lora_merge(**arguments(values) | {"weights": weights.unbind()})
     return weights
+
+
+def arguments(values: Values) -> Values:
+    """One list entry per module, and new weights."""
+    base, down, up = (values[name].unbind() for name in ("base", "down", "up"))
+    weights = [torch.empty_like(each) for each in base]
+    return {"weights": weights, "downs": down, "ups": up, "scales": values["scale"], "bases": base}
 
 
 def stock(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -67,6 +73,7 @@ BENCH = OpBench(
     gpu_cases=GPU_CASES,
     modes=(FORWARD,),
     rows=lambda case: {"weights": case.shape[3]},
+    arguments=arguments,
 )
 
 

@@ -47,15 +47,28 @@ def device_of(backend: str) -> str:
     return "cpu" if backend == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
+def refusal(backend: str, op: str, values: Values | None = None) -> str | None:
+    """Why ``backend`` cannot run (this call of) ``op`` here, or None if it can."""
+    reason = available_backends()[op][backend]
+    if reason is not None or values is None:
+        return reason
+    with use_backend(backend):
+        found = explain(op, **values)
+    return None if found.backend else found.reasons[backend]
+
+
 def require(backend: str, op: str, values: Values | None = None) -> None:
     """Skips the running test, with the registry's reason, when ``backend`` cannot run (this call of) ``op`` here."""
-    reason = available_backends()[op][backend]
-    if reason is None and values is not None:
-        with use_backend(backend):
-            found = explain(op, **values)
-        reason = None if found.backend else found.reasons[backend]
+    reason = refusal(backend, op, values)
     if reason is not None:
         pytest.skip(f"backend {backend}: {reason}")
+
+
+def runnable(op: str, values: Values) -> list[str]:
+    """The backends of ``op`` that can run this call here; eager always can."""
+    found = [backend for backend in available_backends()[op] if refusal(backend, op, values) is None]
+    assert "eager" in found
+    return found
 
 
 def _strided(t: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from sdxl_fast.ops.conv2d import _OP
 from sdxl_fast.reference import conv2d as reference
 from sdxl_fast.testing.cases import Case, draw, sdxl_cases
 from sdxl_fast.testing.contract_suite import ContractSuite
-from sdxl_fast.testing.op_suite import device_of, require
+from sdxl_fast.testing.op_suite import device_of, require, runnable
 
 BACKENDS = [backend.name for backend in _OP.backends]
 
@@ -89,9 +89,10 @@ def test_integers_come_out_exactly_everywhere(k, stride, padding, layout):
     weight, bias = torch.randint(-4, 5, (7, 12, k, k)).float(), torch.randint(-4, 5, (7,)).float()
     expected = F.conv2d(x, weight, bias, stride, k // 2 if padding is None else padding)
     residual = torch.randint(-4, 5, expected.shape).float()
-    for backend in BACKENDS:
+    values = {"x": x, "weight": weight, "bias": bias, "stride": stride, "padding": padding, "residual": residual}
+    for backend in runnable("conv2d", values):
         with use_backend(backend):
-            y = ops.conv2d(x, weight, bias, stride=stride, padding=padding, residual=residual)
+            y = ops.conv2d(**values)
         assert torch.equal(y, expected + residual)
 
 

@@ -16,7 +16,7 @@ from sdxl_fast.ops.upsample_conv2d import _OP, phase_weights
 from sdxl_fast.reference import upsample_conv2d as reference
 from sdxl_fast.testing.cases import Case, draw, sdxl_cases
 from sdxl_fast.testing.contract_suite import ContractSuite
-from sdxl_fast.testing.op_suite import device_of, require
+from sdxl_fast.testing.op_suite import device_of, require, runnable
 
 BACKENDS = [backend.name for backend in _OP.backends]
 
@@ -94,7 +94,7 @@ def test_equal_in_real_arithmetic(layout):
     x = torch.randint(-4, 5, (2, 12, 9, 8)).float().contiguous(memory_format=layout)
     weight, bias = torch.randint(-4, 5, (7, 12, 3, 3)).float(), torch.randint(-4, 5, (7,)).float()
     expected = F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
-    for backend in BACKENDS:
+    for backend in runnable("upsample_conv2d", {"x": x, "weight": weight, "bias": bias}):
         for phases in (None, phase_weights(weight)):
             with use_backend(backend):
                 assert torch.equal(ops.upsample_conv2d(x, weight, bias, phases=phases), expected)
@@ -136,7 +136,7 @@ def test_error_of_16_bit_is_within_the_stated_bound(backend, dtype):
 
 def test_phases_do_not_stop_the_gradient_of_the_weight():
     x, weight, bias = torch.randn(1, 8, 9, 9), torch.randn(6, 8, 3, 3, requires_grad=True), torch.randn(6)
-    for backend in BACKENDS:
+    for backend in runnable("upsample_conv2d", {"x": x, "weight": weight, "bias": bias}):
         with use_backend(backend):
             plain = torch.autograd.grad(ops.upsample_conv2d(x, weight, bias).square().sum(), weight)
             given = ops.upsample_conv2d(x, weight, bias, phases=phase_weights(weight.detach()))
