@@ -168,10 +168,12 @@ class TokenHead(nn.Module):
         self.condition = nn.Linear(condition, self.PROJECTION)
 
     def forward(self, tokens: Tensor, condition: Tensor) -> Tensor:
-        """tokens [N, C, L >= 4], condition [N, width] -> logits [N, L]."""
+        """tokens [N, C, L], condition [N, width] -> logits [N, L]."""
         x = self.lift(tokens)
         (convolution, norm, _), projection = cast(Any, self.residual), cast(Any, self.projection)
-        hidden = convolution(x)
+        # Circular padding goes around once: a shorter sequence is repeated, which changes nothing of what is kept.
+        length, reach = x.shape[2], convolution.padding[0]
+        hidden = convolution(x.repeat(1, 1, -(-reach // length)))[..., :length] if length < reach else convolution(x)
         # (projection(x) · mapped) is linear in x: the two make one direction per sample. The residual block's 1/√2 and
         # the 1/√64 of the product go along.
         mapped = self.condition(condition) / math.sqrt(self.PROJECTION)
@@ -198,7 +200,8 @@ class AddDiscriminator(nn.Module):
 
     def forward(self, tokens: list[Tensor], text: Tensor, image: Tensor) -> list[Tensor]:
         """Logits [N, L_k] per layer."""
-        condition = torch.cat([F.layer_norm(part, part.shape[1:]) for part in (text.float(), image.float())], dim=1)
+        wide = [part.to(torch.promote_types(part.dtype, torch.float32)) for part in (text, image)]
+        condition = torch.cat([F.layer_norm(part, part.shape[1:]) for part in wide], dim=1)
         return [head(layer, condition) for head, layer in zip(self.heads, tokens, strict=True)]
 
 

@@ -96,15 +96,6 @@ def add_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.Te
     return path
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("parallel", "trains"), [("ddp", "full"), ("fsdp", "full"), ("fsdp", "lora")])
-def test_two_processes_of_add_follow_one(add_recipe: Path, parallel: str, trains: str, tmp_path: Path) -> None:
-    settings = (f"parallel={parallel}", f"trains={trains}")
-    one = _losses(tmp_path, add_recipe, "one", *settings)
-    assert sum(map(len, one.values())) == 20
-    _assert_same(one, _losses(tmp_path, add_recipe, "two", *settings, processes=2))
-
-
 def test_shares_are_disjoint_and_must_divide() -> None:
     assert distributed.shares(8, 2) == [slice(0, 4), slice(4, 8)]
     with pytest.raises(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import resource
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -101,32 +99,6 @@ def _newest_loads(unit: Path) -> int | None:
         with safe_open(newest / f"{name}.safetensors", "pt") as file:
             assert all(torch.isfinite(file.get_tensor(key)).all() for key in file.keys())  # noqa: SIM118
     return int(state["images"])
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(runs: Runs) -> None:
-    started = time.perf_counter()
-    whole = runs.finish("whole")
-    length = time.perf_counter() - started
-    draw, killed, finished = random.Random(0), 0, 0
-    folder = runs.cache / "runs" / "killed"
-    while killed < KILLS:
-        process = runs.start("killed")
-        process.join(draw.uniform(0.05, 0.9) * length)
-        if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            killed += 1
-            for unit in folder.glob("[0-9]*"):
-                _newest_loads(unit)
-            continue
-        assert process.exitcode == 0
-        finished += 1
-        assert _weights(folder) == _weights(whole)
-        shutil.rmtree(folder)
-    again = runs.finish("killed")
-    assert _weights(again) == _weights(whole)
-    assert not list(again.rglob(".*")), "nothing half-written is left"
 
 
 def _wait_for(condition: Any, process: Any) -> None:
