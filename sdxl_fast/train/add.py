@@ -210,7 +210,7 @@ class AddTask(Task):
         if config.space == "pixel":
             with torch.no_grad(), config.autocast():
                 mine, wanted = pictures, self._decode(target)
-        return (weight * (mine.float() - wanted.float()).square().mean((1, 2, 3))).mean()
+        return losses.distance(mine, wanted, weight=weight.view(-1, 1, 1, 1))
 
     def step(self, images: int) -> dict[str, float]:
         """D first, then the student against it; a single micro-batch keeps the student's graph in between."""

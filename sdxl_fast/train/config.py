@@ -72,11 +72,16 @@ class AdversarialPhase(Config):
     renoise_weights: tuple[float, ...] = ()
     lr: float | None = Field(None, description="the student's rate in this phase")
     d_lr: float | None = Field(None, description="the discriminator's rate in this phase")
+    repeat: int = Field(
+        0, ge=0, description="images after which the inputs come again, the teacher's targets kept in memory; 0: never"
+    )
 
     @model_validator(mode="after")
     def _has_a_loss(self) -> AdversarialPhase:
         if not self.adversarial_weight and not self.regression_weight:
             raise ValueError("adversarial_weight and regression_weight are both 0; give one of them")
+        if self.adversarial_weight and self.repeat:
+            raise ValueError("repeat is for phases of regression alone; leave it out, or set adversarial_weight to 0")
         _check_weights("renoise_weights", self.renoise_weights, "renoise", self.renoise)
         return self
 
@@ -191,6 +196,13 @@ class LightningConfig(DistillationConfig):
     adversarial_optimizer: OptimizerConfig
     discriminator_optimizer: OptimizerConfig
     stages: tuple[StageConfig, ...]
+
+    @model_validator(mode="after")
+    def _repeats_whole_batches(self) -> LightningConfig:
+        for phase in (phase for stage in self.stages for phase in stage.phases):
+            if phase.repeat % self.batch:
+                raise ValueError(f"repeat {phase.repeat} of {phase.name} must be a multiple of batch, {self.batch}")
+        return self
 
     @model_validator(mode="after")
     def _shares_a_lora(self) -> LightningConfig:

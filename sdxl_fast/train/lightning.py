@@ -216,7 +216,7 @@ class AdversarialTask(StudentTask):
         phase: AdversarialPhase,
     ) -> None:
         config: LightningConfig = student.bench.config
-        optimizer = config.adversarial_optimizer
+        optimizer = config.adversarial_optimizer if phase.adversarial_weight else config.optimizer
         if phase.lr is not None:
             optimizer = optimizer.model_copy(update={"lr": phase.lr})
         super().__init__(student, optimizer, phase.images)
@@ -227,6 +227,7 @@ class AdversarialTask(StudentTask):
         if phase.d_lr is not None:
             d_optimizer = d_optimizer.model_copy(update={"lr": phase.d_lr})
         self.d_update = Update(d_optimizer, trained, phase.images)
+        self._targets: dict[tuple[int, int], Tensor] = {}
         self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _renoise(self, *key: int | str) -> Renoise | None:
@@ -294,15 +295,26 @@ class AdversarialTask(StudentTask):
             facts.append(fact)
         return {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
 
+    def _target(self, start: Start, images: int) -> Tensor:
+        """Where the teacher walks to; kept if these inputs come again."""
+        if not self.phase.repeat:
+            return self.teacher.walk(*start, self.substeps)
+        key = (images, self.bench.share.start)
+        if key not in self._targets:
+            self._targets[key] = self.teacher.walk(*start, self.substeps)
+        return self._targets[key]
+
     def _student_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
-        start, phase = self.start(images, "student"), self.phase
+        phase = self.phase
+        images = images % phase.repeat if phase.repeat else images
+        start = self.start(images, "student")
         fake = self.student.move(*start, self._renoise(images, "student"))
         loss, facts = fake.x.new_zeros(()), {}
         if phase.adversarial_weight:
             ((_, adversarial),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
             loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.item()
         if phase.regression_weight:
-            regression = losses.distance(fake.x, self.teacher.walk(*start, self.substeps))
+            regression = losses.distance(fake.x, self._target(start, images))
             loss, facts["regression"] = loss + phase.regression_weight * regression, regression.item()
         return loss, facts
 

@@ -18,14 +18,17 @@ Distance = Literal["mse", "l1", "huber"]
 HUBER_C = 1e-3  # of latent consistency models' trainers
 
 
-def distance(prediction: Tensor, target: Tensor, kind: Distance = "mse") -> Tensor:
-    """Mean distance of two tensors, scalar: squared (SDXL-Lightning eq. 16), absolute, or pseudo-Huber, c = 1e-3."""
+def distance(prediction: Tensor, target: Tensor, kind: Distance = "mse", weight: Tensor | float = 1.0) -> Tensor:
+    """Mean distance of two tensors, scalar: squared (SDXL-Lightning eq. 16), absolute, or pseudo-Huber, c = 1e-3.
+
+    `weight` multiplies each element's distance before the mean; it must broadcast to them.
+    """
     error = _wide(prediction) - _wide(target)
     if kind == "mse":
-        return error.square().mean()
+        return (weight * error.square()).mean()
     if kind == "l1":
-        return error.abs().mean()
-    return ((error.square() + HUBER_C**2).sqrt() - HUBER_C).mean()
+        return (weight * error.abs()).mean()
+    return (weight * ((error.square() + HUBER_C**2).sqrt() - HUBER_C)).mean()
 
 
 def non_saturating_discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sdxl_fast.models.lora import merge_lora, read_lora
 from sdxl_fast.testing.toy import toy_pipeline
@@ -18,6 +20,9 @@ from sdxl_fast.train.config import LightningConfig, cache_folder, load_recipe
 from sdxl_fast.train.lightning import AdversarialTask, Teacher
 from sdxl_fast.train.teacher import call_unet
 from sdxl_fast.train.trainer import run
+
+
+ALONE: dict[str, Any] = {"adversarial_weight": 0.0, "regression_weight": 1.0}  # no discriminator
 
 
 def _weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -145,7 +150,7 @@ def test_frozen_weights_in_bfloat16_are_there_once(lightning_recipe: Path, cache
     assert len((folder / "chain.jsonl").read_text().splitlines()) == 2
 
 
-def _phase(recipe: Path, folder: Path, *settings: str, condition: bool = True, **phase: object) -> AdversarialTask:
+def _phase(recipe: Path, folder: Path, *settings: str, condition: bool = True, **phase: Any) -> AdversarialTask:
     """One adversarial phase that the base teaches."""
     whole = {"name": "p", "condition": condition, "trains": "full", "images": 8, **phase}
     stage = {"name": "a", "steps": 32, "loss": "adversarial", "phases": [whole]}
@@ -202,6 +207,40 @@ def test_regression_alone_leaves_the_discriminator_out(lightning_recipe: Path, t
     assert _same(d, _weights(task.discriminator)) and not _same(student, _weights(task.student.unet))
     with pytest.raises(ValueError, match="both 0"):
         _phase(lightning_recipe, tmp_path, adversarial_weight=0.0)
+
+
+def test_repeated_inputs_keep_the_teachers_targets(
+    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, fresh = (_phase(lightning_recipe, tmp_path, **ALONE, repeat=repeat) for repeat in (8, 0))
+    starts, walks = [], 0
+    for images in (0, 4, 8, 12):
+        walk = Teacher.walk
+
+        def counted(teacher: Teacher, *arguments: Any) -> Tensor:
+            nonlocal walks
+            walks += 1
+            starts.append(arguments[0])
+            return walk(teacher, *arguments)
+
+        monkeypatch.setattr(Teacher, "walk", counted)
+        facts = task.step(images)
+        monkeypatch.undo()
+        if images < 8:
+            assert facts == fresh.step(images), "the first time around nothing differs"
+    assert walks == 2 and not torch.equal(*starts)
+    assert torch.equal(task.seen["x_t"], starts[1]), "images 12 to 16 are images 4 to 8 again"
+    with pytest.raises(ValueError, match="repeat is for phases of regression alone"):
+        _phase(lightning_recipe, tmp_path, repeat=8)
+    with pytest.raises(ValueError, match="repeat 6 of p must be a multiple of batch, 4"):
+        _phase(lightning_recipe, tmp_path, **ALONE, repeat=6)
+
+
+def test_a_regression_phase_has_the_optimizer_of_regressions(lightning_recipe: Path, tmp_path: Path) -> None:
+    settings = ("optimizer.betas=[0.8, 0.9]", "adversarial_optimizer.betas=[0.0, 0.99]")
+    for phase, betas in ((ALONE, (0.8, 0.9)), ({}, (0.0, 0.99))):
+        task = _phase(lightning_recipe, tmp_path, *settings, **phase)
+        assert task.update.optimizer.param_groups[0]["betas"] == betas
 
 
 def test_the_last_timestep_can_keep_what_the_schedule_leaves_of_the_picture(
