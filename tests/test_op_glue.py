@@ -38,7 +38,7 @@ class Spy:
     def kernels(self) -> Kernels:
         return Kernels("spy", self.fwd, self.bwd)
 
-    def fwd(self, x, approximate):
+    def fwd(self, x, approximate, scale_y):
         self.calls.append("fwd")
         self.stack = [frame.name for frame in traceback.extract_stack()]
         return reference.fwd(x.detach(), approximate)
@@ -111,7 +111,7 @@ def test_create_graph_uses_the_reference_and_plain_backward_does_not(spy):
 def test_unneeded_gradients_are_not_computed():
     x, weight, bias = torch.randn(2, 4, 3, 3), _leaf(4), _leaf(4)
     needs = []
-    inner = GROUP_NORM_SILU.plan((x, weight, bias, None, 2, 1e-5, "silu"))
+    inner = GROUP_NORM_SILU.plan((x, weight, bias, None, 2, 1e-5, "silu", None))
 
     def bwd(*args):
         needs.append(args[-1])
@@ -126,7 +126,7 @@ def test_unneeded_gradients_are_not_computed():
 
 
 def test_statistics_carry_no_gradient():
-    found = GROUP_NORM_SILU(_leaf(2, 4, 3, 3), None, None, None, 2, 1e-5, "silu")
+    found = GROUP_NORM_SILU(_leaf(2, 4, 3, 3), None, None, None, 2, 1e-5, "silu", None)
     assert [t.requires_grad for t in found] == [True, False, False]
 
 
@@ -236,7 +236,7 @@ def test_compiled_call_obeys_use_backend_around_it(monkeypatch):
     compiled(x)
     with use_backend("eager"):
         compiled(x)
-    assert names == [plan((x, "none")).backend, "eager"]
+    assert names == [plan((x, "none", None)).backend, "eager"]
 
 
 def test_compiled_channels_last_and_strided_inputs_keep_the_eager_layout():

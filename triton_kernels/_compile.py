@@ -141,6 +141,7 @@ def _group_norm_silu_cases(dtype: torch.dtype) -> None:
             weight = bias = None if params is None else empty(c, like=params)
             shift = empty(n, c) if shifted else None
             y, mean, rstd = group_norm_silu_fwd(x, weight, bias, shift, groups, 1e-5, activation)
+            group_norm_silu_fwd(x, weight, bias, shift, groups, 1e-5, activation, mean.view(-1)[:1])
             needs = (True, params is not None, params is not None, shifted)
             group_norm_silu_bwd(y, x, weight, bias, shift, mean, rstd, groups, activation, needs)
 
@@ -154,6 +155,7 @@ def _layer_norm_cases(dtype: torch.dtype) -> None:
         for params, residual in ((dtype, None), (torch.float32, x), (None, x)):
             weight = None if params is None else torch.empty(shape[1], dtype=params, device="meta")
             layer_norm_fwd(x, weight, weight, residual, 1e-5)
+            layer_norm_fwd(x, weight, weight, residual, 1e-5, mean[:1])
             layer_norm_bwd(x, residual, x, weight, mean, mean, (True, True, True))
             layer_norm_bwd(x, residual, x, weight, mean, mean, (True, False, False))
 
@@ -165,6 +167,7 @@ def _geglu_cases(dtype: torch.dtype) -> None:
         for shape in ((4096, 2 * 2560), (1024, 2 * 5120), (7, 2 * 33), (2**21, 2 * 1280)):
             x = torch.empty(shape, dtype=dtype, device="meta")
             geglu_bwd(geglu_fwd(x, approximate), x, approximate)
+            geglu_fwd(x, approximate, torch.empty(1, device="meta"))
 
 
 def _forward_diffusion_cases(dtype: torch.dtype) -> None:

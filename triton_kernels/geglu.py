@@ -16,11 +16,14 @@ import triton
 import triton.language as tl
 
 from ._config import pick_config
+from ._float8 import reciprocal_of, round_result, written
 from ._math import gelu_and_grad, round_to
 
 
 @triton.jit
-def geglu_fwd_kernel(x_ptr, y_ptr, rows, cols, TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def geglu_fwd_kernel(
+    x_ptr, scale_ptr, y_ptr, rows, cols, TANH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
     i_row = tl.program_id(0).to(tl.int64) * BLOCK_R
     i_col = tl.program_id(1) * BLOCK_C
     o_r = tl.arange(0, BLOCK_R)
@@ -33,7 +36,8 @@ def geglu_fwd_kernel(x_ptr, y_ptr, rows, cols, TANH: tl.constexpr, BLOCK_R: tl.c
     b_g = tl.load(p_x + cols_64, mask=m_rc, other=0.0).to(tl.float32)
     b_gelu, _ = gelu_and_grad(b_g, TANH, x_ptr.dtype.element_ty != tl.float32)
     p_y = y_ptr + row_64[:, None] * cols_64 + o_c[None, :]
-    tl.store(p_y, round_to(b_v * b_gelu, y_ptr.dtype.element_ty), mask=m_rc)
+    b_y = round_result(b_v * b_gelu, reciprocal_of(scale_ptr), x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    tl.store(p_y, b_y, mask=m_rc)
 
 
 @triton.jit
@@ -61,16 +65,19 @@ def _rows_cols(x: torch.Tensor) -> tuple[int, int]:
     return (x.numel() // (2 * cols) if cols else 0), cols
 
 
-def geglu_fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
-    """y of shape (..., C) from contiguous x of shape (..., 2C), fp32, bf16 or fp16; approximate is none or tanh."""
+def geglu_fwd(x: torch.Tensor, approximate: str, scale_y: torch.Tensor | None = None) -> torch.Tensor:
+    """y of shape (..., C) from contiguous x of shape (..., 2C), fp32, bf16 or fp16; approximate is none or tanh.
+
+    With scale_y, fp32 of one element, y is float8_e4m3fn.
+    """
     rows, cols = _rows_cols(x)
-    y = x.new_empty((*x.shape[:-1], cols))
+    y = x.new_empty((*x.shape[:-1], cols), dtype=x.dtype if scale_y is None else torch.float8_e4m3fn)
     if y.numel() == 0:
         return y
     config = pick_config("geglu", (rows, cols), x.dtype)
     grid = (triton.cdiv(rows, config.block_rows), triton.cdiv(cols, config.block_cols))
     geglu_fwd_kernel[grid](
-        x.contiguous(), y, rows, cols,
+        x.contiguous(), scale_y, written(y), rows, cols,
         TANH=approximate == "tanh", BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
     )  # fmt: skip
     return y

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from ._config import KernelConfig, next_power_of_2, pick_config
+from ._float8 import reciprocal_of, round_result, written
 from ._math import round_to, sigmoid, silu_grad
 
 
@@ -127,7 +128,7 @@ def group_norm_silu_stats_kernel(
 
 @triton.jit
 def group_norm_silu_apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, y_ptr, channels, hw, groups, chunk,
+    x_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, scale_ptr, y_ptr, channels, hw, groups, chunk,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(2).to(tl.int64)
@@ -143,6 +144,7 @@ def group_norm_silu_apply_kernel(
     b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
     b_scale = b_rstd * _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
     b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
+    reciprocal = reciprocal_of(scale_ptr)
     for i_row in range(0, rows, BLOCK_R):
         m_rc = (i_row + tl.arange(0, BLOCK_R) < rows)[:, None] & m_c[None, :]
         o_rc = tl.cast(i_row, tl.int64) * row_stride + o_tile
@@ -150,7 +152,8 @@ def group_norm_silu_apply_kernel(
         b_y = (b_x + b_center[None, :]) * b_scale[None, :] + b_bias[None, :]
         if SILU:
             b_y = b_y * sigmoid(b_y)
-        tl.store(y_ptr + o_rc, round_to(b_y, y_ptr.dtype.element_ty), mask=m_rc)
+        b_y = round_result(b_y, reciprocal, x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+        tl.store(y_ptr + o_rc, b_y, mask=m_rc)
 
 
 @triton.jit
@@ -305,15 +308,17 @@ def group_norm_silu_fwd(
     num_groups: int,
     eps: float,
     activation: str,
+    scale_y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, mean, rstd): y of x's shape, dtype and memory format; mean and rstd (N, num_groups) fp32.
 
     x: (N, C, H, W), fp32, bf16 or fp16, contiguous or channels_last; weight, bias: (C,) of x's dtype or fp32, or None;
-    shift: (N, C) of x's dtype, or None; activation is none or silu.
+    shift: (N, C) of x's dtype, or None; activation is none or silu. With scale_y, fp32 of one element, y is
+    float8_e4m3fn.
     """
     x, channels_last = _layout(x)
     n, channels, hw, config, grid = _geometry(x, channels_last)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=x.dtype if scale_y is None else torch.float8_e4m3fn)
     mean = x.new_empty((n, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
@@ -332,7 +337,7 @@ def group_norm_silu_fwd(
         BLOCK_K=block_k, BLOCK_C=block_c, **config.options(max_registers=160),
     )  # fmt: skip
     group_norm_silu_apply_kernel[grid](
-        x, weight, bias, shift, mean, rstd, y, channels, hw, num_groups, chunk,
+        x, weight, bias, shift, mean, rstd, scale_y, written(y), channels, hw, num_groups, chunk,
         SILU=activation == "silu", **tile, **config.options(),
     )  # fmt: skip
     return y, mean, rstd

@@ -6,7 +6,8 @@ Formula   backward: dx = rstd (w dy - c1 - xhat c2) + dsum, with c1 and c2 the r
 Grid      forward: blocks of rows. Backward: runs of blocks of rows; a program keeps the parameters' sums of its run,
           which a second kernel adds up, blocks of columns, in a fixed order.
 Registers whole rows as floats, padded to a power of two; in the backward two sums per column beside them.
-Bytes     forward reads 1 and writes 1 element per element, 2 and 2 with a residual; backward reads 2 (3) and writes 1.
+Bytes     forward reads 1 and writes 1 element per element, 2 and 2 with a residual; y may be float8, half of 16 bits;
+          backward reads 2 (3) and writes 1.
 Wrong     for rows beyond 4096 elements, which no program can hold; widths just above a power of two waste half of it.
 """
 
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ._config import pick_config
+from ._float8 import reciprocal_of, round_result, written
 from ._math import round_to
 
 
@@ -32,7 +34,7 @@ def _column_vector(ptr, o_c, m_c, absent: tl.constexpr):
 
 @triton.jit
 def layer_norm_fwd_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, rows, cols, eps,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, y_ptr, sum_ptr, mean_ptr, rstd_ptr, rows, cols, eps,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0).to(tl.int64) * BLOCK_R
@@ -60,7 +62,8 @@ def layer_norm_fwd_kernel(
     b_weight = _column_vector(weight_ptr, o_c, m_c, 1.0)
     b_bias = _column_vector(bias_ptr, o_c, m_c, 0.0)
     b_y = b_d * rstd[:, None] * b_weight[None, :] + b_bias[None, :]
-    tl.store(y_ptr + base + o_rc, round_to(b_y, y_ptr.dtype.element_ty), mask=m_rc)
+    b_y = round_result(b_y, reciprocal_of(scale_ptr), x_ptr.dtype.element_ty, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + base + o_rc, b_y, mask=m_rc)
 
 
 @triton.jit
@@ -130,13 +133,15 @@ def layer_norm_fwd(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
+    scale_y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """(y, mean, rstd), or (y, sum, mean, rstd) with a residual; y and sum like x, mean and rstd (...,) fp32.
 
     x, residual: (..., C), fp32, bf16 or fp16, contiguous, C <= 4096; weight, bias: (C,) of x's dtype or fp32, or None.
+    With scale_y, fp32 of one element, y is float8_e4m3fn.
     """
     cols = x.shape[-1]
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=x.dtype if scale_y is None else torch.float8_e4m3fn)
     total = None if residual is None else torch.empty_like(x)
     mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
     rstd = torch.empty_like(mean)
@@ -144,7 +149,7 @@ def layer_norm_fwd(
     if x.numel():
         config = pick_config("layer_norm", (rows, cols), x.dtype)
         layer_norm_fwd_kernel[(triton.cdiv(rows, config.block_rows),)](
-            x, residual, weight, bias, y, total, mean, rstd, rows, cols, eps,
+            x, residual, weight, bias, scale_y, written(y), total, mean, rstd, rows, cols, eps,
             BLOCK_R=config.block_rows, BLOCK_C=config.block_cols, **config.options(),
         )  # fmt: skip
     return (y, mean, rstd) if total is None else (y, total, mean, rstd)

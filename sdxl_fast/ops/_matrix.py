@@ -83,7 +83,7 @@ def linear_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: S
 def _gate(projected: torch.Tensor, approximate: str) -> Kernels:
     """Returns the fastest kernels of ``geglu`` for this, whatever backend is forced for what is made of them."""
     with any_backend():
-        return GEGLU.plan((projected, approximate))
+        return GEGLU.plan((projected, approximate, None))
 
 
 def linear_geglu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str) -> torch.Tensor:

@@ -10,20 +10,24 @@ import torch
 
 from sdxl_fast.constraints import Dtype, EvenLast, IsTensor, Ndim, OneOf
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends, _native
+from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import geglu as reference
+from sdxl_fast.reference._common import rounded
 
 
-def geglu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
+def geglu(x: torch.Tensor, *, approximate: str = "none", scale_y: torch.Tensor | None = None) -> torch.Tensor:
     """Returns ``value * GELU(gate)`` with ``value, gate = x.chunk(2, -1)``, differentiable twice.
 
     Args:
         x: [..., 2C], float32, bfloat16, float16 or float64. Anything not contiguous is copied first.
         approximate: ``"none"`` for the erf form, which SDXL uses, or ``"tanh"``.
+        scale_y: float32 of one element on x's device, or None. With it the result is float8_e4m3fn: y, rounded to x's
+            dtype, times the reciprocal of scale_y, rounded to nearest even, at most 448 in magnitude. That is what
+            ``linear`` takes with ``scale_x=scale_y``; it has no derivative.
 
     Returns:
-        [..., C] in x's dtype, contiguous; computed in float32 (float64 for float64) and rounded once. Autocast does
-        not change the dtype.
+        [..., C] in x's dtype, or float8, contiguous; computed in float32 (float64 for float64) and rounded once.
+        Autocast does not change the dtype.
 
     Raises:
         ValueError: naming the argument, what came, what is allowed and the remedy.
@@ -31,7 +35,7 @@ def geglu(x: torch.Tensor, *, approximate: str = "none") -> torch.Tensor:
 
     Source: Shazeer 2020 (arXiv:2002.05202); order of the halves as in diffusers.
     """
-    y: torch.Tensor = _OP(x, approximate)
+    y: torch.Tensor = _OP(x, approximate, scale_y)
     return y
 
 
@@ -41,7 +45,7 @@ def _native_kernels(device: str) -> _backends.Pair:
     fwd_name, bwd_name = f"geglu_fwd_{device}", f"geglu_bwd_{device}"
     c_fwd, c_bwd = getattr(lib, fwd_name), getattr(lib, bwd_name)
 
-    def fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    def fwd(x: torch.Tensor, approximate: str, scale_y: MaybeTensor = None) -> torch.Tensor:
         cols = x.shape[-1] // 2
         y = x.new_empty((*x.shape[:-1], cols))
         rows = y.numel() // cols if cols else 0
@@ -49,7 +53,7 @@ def _native_kernels(device: str) -> _backends.Pair:
         status = c_fwd(x.data_ptr(), y.data_ptr(), rows, cols, code, dtype, tail(x))
         if status:
             _native.fail(lib, status, fwd_name, x)
-        return y
+        return rounded(y, scale_y)
 
     def bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
         dx = torch.empty_like(x)
@@ -66,8 +70,8 @@ def _native_kernels(device: str) -> _backends.Pair:
 
 class _Geglu(FusedOp):
     name = "geglu"
-    parameters = ("x", "approximate")
-    fwd_schema = "(Tensor x, str approximate) -> Tensor"
+    parameters = ("x", "approximate", "scale_y")
+    fwd_schema = "(Tensor x, str approximate, Tensor? scale_y) -> Tensor"
     bwd_schema = "(Tensor dy, Tensor x, str approximate) -> Tensor"
     rules = (
         IsTensor("x"),
@@ -75,17 +79,18 @@ class _Geglu(FusedOp):
         Ndim("x", 1, "[..., 2C]", at_least=True),
         EvenLast("x"),
         OneOf("approximate", reference.APPROXIMATIONS),
+        *_float8.rules("x"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels),
+        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
         _backends.triton("geglu", "x"),
         _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),
     )
 
     def prepare(self, args: Args) -> Args:
-        x, approximate = args
-        return x.contiguous(), approximate
+        x, approximate, scale_y = args
+        return x.contiguous(), approximate, scale_y
 
     def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
         return (args[0],)
@@ -96,21 +101,21 @@ class _Geglu(FusedOp):
         return dy.contiguous(), saved[0], scalars[1]
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
-        return found, None
+        return found, None, None
 
     def second_order(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
         found = reference_gradients(lambda x: reference.fwd(x, scalars[1]), saved, dy, needs[:1])
-        return (*found, None)
+        return (*found, None, None)
 
     def forward_arguments(self, bwd_args: Args) -> Args:
         _, x, approximate = bwd_args
-        return x, approximate
+        return x, approximate, None
 
     def fake_fwd(self, args: Args) -> Any:
         x = args[0]
-        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=_float8.dtype_of(x, args[2]))
 
     def fake_bwd(self, bwd_args: Args) -> Any:
         return torch.empty_like(bwd_args[1])

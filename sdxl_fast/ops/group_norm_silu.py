@@ -22,9 +22,9 @@ from sdxl_fast.constraints import (
     Together,
 )
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like, reference_gradients
-from sdxl_fast.ops import _backends, _native
+from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import group_norm_silu as reference
-from sdxl_fast.reference._common import accumulation_dtype
+from sdxl_fast.reference._common import accumulation_dtype, rounded
 
 
 def group_norm_silu(
@@ -36,6 +36,7 @@ def group_norm_silu(
     eps: float = 1e-5,
     shift: torch.Tensor | None = None,
     activation: str = "silu",
+    scale_y: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns ``act(GroupNorm(x + shift))``, differentiable twice in x, weight, bias and shift.
 
@@ -47,10 +48,13 @@ def group_norm_silu(
         eps: added to the (biased) variance.
         shift: [N,C] in x's dtype, added to every pixel before the statistics: the time embedding of a residual block.
         activation: ``"silu"`` or ``"none"``.
+        scale_y: float32 of one element on x's device, or None. With it the result is float8_e4m3fn: y, rounded to x's
+            dtype, times the reciprocal of scale_y, rounded to nearest even, at most 448 in magnitude. That is what
+            ``linear`` takes with ``scale_x=scale_y``; it has no derivative.
 
     Returns:
-        [N,C,H,W] in x's dtype and memory format. Statistics and arithmetic are float32 (float64 for float64), rounded
-        once at the end. Autocast does not change the dtype.
+        [N,C,H,W] in x's dtype, or float8, and x's memory format. Statistics and arithmetic are float32 (float64 for
+        float64), rounded once at the end. Autocast does not change the dtype.
 
     Raises:
         ValueError: naming the argument, what came, what is allowed and the remedy.
@@ -58,7 +62,7 @@ def group_norm_silu(
 
     Source: Wu & He 2018 (arXiv:1803.08494).
     """
-    y: torch.Tensor = _OP(x, weight, bias, shift, num_groups, eps, activation)[0]
+    y: torch.Tensor = _OP(x, weight, bias, shift, num_groups, eps, activation, scale_y)[0]
     return y
 
 
@@ -84,6 +88,7 @@ def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
         num_groups: int,
         eps: float,
         activation: str,
+        scale_y: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n, c, h, w = x.shape
         layout = _native.layout(x)
@@ -100,7 +105,7 @@ def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
         )
         if status:
             _native.fail(lib, status, name, x, weight, bias, shift)
-        return y, mean, rstd
+        return rounded(y, scale_y), mean, rstd
 
     return fwd
 
@@ -144,10 +149,10 @@ def _native_bwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
 
 class _GroupNormSilu(FusedOp):
     name = "group_norm_silu"
-    parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation")
+    parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation", "scale_y")
     fwd_schema = (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, SymInt num_groups, float eps, str activation) "
-        "-> (Tensor, Tensor, Tensor)"
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, SymInt num_groups, float eps, str activation, "
+        "Tensor? scale_y) -> (Tensor, Tensor, Tensor)"
     )
     bwd_schema = (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor mean, Tensor rstd, "
@@ -169,9 +174,10 @@ class _GroupNormSilu(FusedOp):
         *(DeviceLike(arg, "x") for arg in ("weight", "bias", "shift")),
         NonNegative("eps"),
         OneOf("activation", reference.ACTIVATIONS),
+        *_float8.rules("x", "weight", "bias", "shift"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels),
+        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
         _backends.triton("group_norm_silu", "x"),
         _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),
@@ -205,22 +211,23 @@ class _GroupNormSilu(FusedOp):
         )
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
-        return (*found, None, None, None)
+        return (*found, None, None, None, None)
 
     def second_order(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
         found = reference_gradients(lambda *t: reference.fwd(*t, *scalars[4:])[0], saved[:4], dy, needs[:4])
-        return (*found, None, None, None)
+        return (*found, None, None, None, None)
 
     def forward_arguments(self, bwd_args: Args) -> Args:
         _, x, weight, bias, shift, _, _, num_groups, activation, _ = bwd_args
-        return x, weight, bias, shift, num_groups, 0.0, activation
+        return x, weight, bias, shift, num_groups, 0.0, activation, None
 
     def fake_fwd(self, args: Args) -> Any:
         x, num_groups = args[0], args[4]
         statistics = x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
-        return torch.empty_like(x), statistics, torch.empty_like(statistics)
+        y = torch.empty_like(x, dtype=_float8.dtype_of(x, args[7]))
+        return y, statistics, torch.empty_like(statistics)
 
     def fake_bwd(self, bwd_args: Args) -> Any:
         needs = bwd_args[9]

@@ -21,9 +21,9 @@ from sdxl_fast.constraints import (
     Together,
 )
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends, _native
+from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import layer_norm as reference
-from sdxl_fast.reference._common import accumulation_dtype
+from sdxl_fast.reference._common import accumulation_dtype, rounded
 
 
 def layer_norm(
@@ -33,6 +33,7 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     residual: torch.Tensor | None = None,
+    scale_y: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Returns LayerNorm over the last dimension; with ``residual`` that of ``x + residual``, and the sum.
 
@@ -43,10 +44,13 @@ def layer_norm(
         weight, bias: [C], of x's dtype or float32, or both None.
         eps: added to the variance, which is the biased one; >= 0.
         residual: like x. The sum is rounded to x's dtype before it is normalised.
+        scale_y: float32 of one element on x's device, or None. With it the result is float8_e4m3fn: y, rounded to x's
+            dtype, times the reciprocal of scale_y, rounded to nearest even, at most 448 in magnitude. That is what
+            ``linear`` takes with ``scale_x=scale_y``; it has no derivative.
 
     Returns:
-        y, or with residual the pair (y, sum), of x's shape and dtype, contiguous. Statistics are float32 (float64 for
-        float64).
+        y, or with residual the pair (y, sum), of x's shape and dtype (y with scale_y in float8), contiguous.
+        Statistics are float32 (float64 for float64).
 
     Raises:
         ValueError: naming the argument, what came, what is allowed and the remedy.
@@ -54,7 +58,7 @@ def layer_norm(
 
     Source: Ba, Kiros & Hinton 2016 (arXiv:1607.06450).
     """
-    found = _OP(x, weight, bias, residual, eps)
+    found = _OP(x, weight, bias, residual, eps, scale_y)
     return found[0] if residual is None else (found[0], found[1])
 
 
@@ -74,6 +78,7 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
         eps: float,
+        scale_y: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         y = torch.empty_like(x)
         total = None if residual is None else torch.empty_like(x)
@@ -87,6 +92,7 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
         )
         if status:
             _native.fail(lib, status, name, x, weight, bias, residual)
+        y = rounded(y, scale_y)
         return (y, mean, rstd) if total is None else (y, total, mean, rstd)
 
     return fwd
@@ -128,9 +134,10 @@ def _native_bwd(lib: Any, device: str) -> Callable[..., Any]:
 
 class _LayerNorm(FusedOp):
     name = "layer_norm"
-    parameters = ("x", "weight", "bias", "residual", "eps")
+    parameters = ("x", "weight", "bias", "residual", "eps", "scale_y")
     fwd_schema = (
-        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps) -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, Tensor? scale_y) "
+        "-> (Tensor, Tensor, Tensor, Tensor)"
     )
     bwd_schema = (
         "(Tensor dy, Tensor? dsum, Tensor s, Tensor? weight, Tensor mean, Tensor rstd, bool[] needs) "
@@ -150,9 +157,10 @@ class _LayerNorm(FusedOp):
         DtypeLike("residual", "x"),
         *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual")),
         NonNegative("eps"),
+        *_float8.rules("x", "weight", "bias", "residual"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels),
+        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
         # A program holds whole rows.
         _backends.triton("layer_norm", "x", LastAtMost("x", 4096)),
         _backends.native("cpu", "x", _native_kernels),
@@ -163,8 +171,8 @@ class _LayerNorm(FusedOp):
         return len(outputs) - 2  # all but the statistics
 
     def prepare(self, args: Args) -> Args:
-        *tensors, eps = args
-        return *(None if t is None else t.contiguous() for t in tensors), eps
+        *tensors, eps, scale_y = args
+        return *(None if t is None else t.contiguous() for t in tensors), eps, scale_y
 
     def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
         return args[0] if args[3] is None else outputs[1], args[1], args[2], outputs[-2], outputs[-1]
@@ -178,15 +186,15 @@ class _LayerNorm(FusedOp):
         bwd: Callable[..., Any],
     ) -> tuple[MaybeTensor, ...]:
         if dy[0] is not None:
-            *found, ds, _ = super().gradients(dy, saved, scalars, needs, bwd)
-            return (ds if needs[0] else None, *found[1:], ds if needs[3] else None, None)
+            *found, ds, _, _ = super().gradients(dy, saved, scalars, needs, bwd)
+            return (ds if needs[0] else None, *found[1:], ds if needs[3] else None, None, None)
         # Only the sum was used.
         ds, (_, weight, bias, *_) = dy[1], saved
         zeros = (
             torch.zeros_like(t) if need and t is not None else None
             for t, need in ((weight, needs[1]), (bias, needs[2]))
         )
-        return (ds if needs[0] else None, *zeros, ds if needs[3] else None, None)
+        return (ds if needs[0] else None, *zeros, ds if needs[3] else None, None, None)
 
     def bwd_arguments(self, dy: Incoming, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]) -> Args:
         s, weight, _, mean, rstd = saved
@@ -196,7 +204,7 @@ class _LayerNorm(FusedOp):
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
         ds, dweight, dbias = found
-        return ds, dweight, dbias, ds, None
+        return ds, dweight, dbias, ds, None, None
 
     def second_order(
         self, dy: Incoming, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
@@ -206,21 +214,21 @@ class _LayerNorm(FusedOp):
         ds = found[0]
         if ds is not None and dy[1] is not None:
             ds = ds + dy[1]
-        return ds, found[1], found[2], ds, None
+        return ds, found[1], found[2], ds, None, None
 
     def forward_arguments(self, bwd_args: Args) -> Args:
         _, _, s, weight, *_ = bwd_args
-        return s, weight, weight, None, 0.0
+        return s, weight, weight, None, 0.0, None
 
     def library_outputs(self, args: Args, outputs: Any) -> Any:
         y, *rest = outputs
-        return (y, y.new_empty(0), *rest) if args[3] is None else outputs
+        return (y, args[0].new_empty(0), *rest) if args[3] is None else outputs
 
     def fake_fwd(self, args: Args) -> Any:
         x, residual = args[0], args[3]
         mean = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
         total = x.new_empty(0) if residual is None else torch.empty_like(x)
-        return torch.empty_like(x), total, mean, torch.empty_like(mean)
+        return torch.empty_like(x, dtype=_float8.dtype_of(x, args[5])), total, mean, torch.empty_like(mean)
 
     def fake_bwd(self, bwd_args: Args) -> Any:
         dy, _, s, weight, _, _, needs = bwd_args

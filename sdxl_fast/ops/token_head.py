@@ -148,7 +148,7 @@ def _norm(
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernels of group_norm_silu and their arguments, in the dtype of the statistics: nothing is rounded twice."""
     acc = accumulation_dtype(hidden.dtype)
-    args = (hidden.to(acc).unsqueeze(-1), weight.to(acc), bias.to(acc), None, num_groups, eps, "none")
+    args = (hidden.to(acc).unsqueeze(-1), weight.to(acc), bias.to(acc), None, num_groups, eps, "none", None)
     with any_backend():
         return GROUP_NORM_SILU.plan(args), args
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+FLOAT8 = torch.float8_e4m3fn
+
 
 class Wrong(NamedTuple):
     """A deliberately wrong variant of one function of an op."""
@@ -25,6 +27,23 @@ def wrong_variants(**variants: Mapping[str, Callable[..., Any]]) -> dict[str, Wr
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype an op computes in: float64 for float64, float32 for everything lower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def quantise(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns x / scale in float8_e4m3fn, rounded to nearest even; beyond its largest number, 448, that number.
+
+    Args:
+        x: any shape, any float dtype.
+        scale: float32, one element; the largest magnitude that is to survive, divided by 448. x is multiplied by its
+            reciprocal in float32, as in the kernels: exactly the quotient for a power of two.
+    """
+    largest = torch.finfo(FLOAT8).max
+    return (x.float() * scale.to(x.device).reciprocal()).clamp_(-largest, largest).to(FLOAT8)
+
+
+def rounded(y: torch.Tensor, scale_y: torch.Tensor | None) -> torch.Tensor:
+    """Returns what an op gives that computed y: y itself, or with a scale y in float8."""
+    return y if scale_y is None else quantise(y, scale_y)
 
 
 def itemsize(dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sdxl_fast.reference._common import accumulation_dtype, itemsize, wrong_variants
+from sdxl_fast.reference._common import accumulation_dtype, itemsize, rounded, wrong_variants
 
 APPROXIMATIONS = ("none", "tanh")
 
@@ -31,18 +31,19 @@ def _gelu_derivative(gate: torch.Tensor, approximate: str) -> torch.Tensor:
     return cdf + gate * pdf
 
 
-def fwd(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def fwd(x: torch.Tensor, approximate: str, scale_y: torch.Tensor | None = None) -> torch.Tensor:
     """Differentiable forward.
 
     Args:
         x: [..., 2C], any float dtype.
         approximate: ``"none"`` (erf) or ``"tanh"``.
+        scale_y: float32, one element: y is then rounded once more, to float8_e4m3fn after division by it.
 
     Returns:
-        [..., C] in x's dtype.
+        [..., C] in x's dtype, or float8.
     """
     value, gate = x.to(accumulation_dtype(x.dtype)).chunk(2, -1)
-    return (value * _gelu(gate, approximate)).to(x.dtype)
+    return rounded((value * _gelu(gate, approximate)).to(x.dtype), scale_y)
 
 
 def bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
@@ -74,7 +75,7 @@ def bytes(shape: Sequence[int], dtype: torch.dtype, *, backward: bool = False) -
     return math.prod(shape) // 2 * itemsize(dtype) * (5 if backward else 3)
 
 
-def _swapped(x: torch.Tensor, approximate: str) -> torch.Tensor:
+def _swapped(x: torch.Tensor, approximate: str, scale_y: None) -> torch.Tensor:
     return fwd(torch.cat(tuple(reversed(x.chunk(2, -1))), -1), approximate)
 
 
@@ -91,7 +92,7 @@ def _gate_without_density(dy: torch.Tensor, x: torch.Tensor, approximate: str) -
 WRONG = wrong_variants(
     fwd={
         "swapped_halves": _swapped,
-        "other_approximation": lambda x, approximate: fwd(x, _other(approximate)),
+        "other_approximation": lambda x, approximate, scale_y: fwd(x, _other(approximate)),
     },
     bwd={
         "swapped_halves": lambda dy, x, approximate: torch.cat(

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sdxl_fast.reference._common import accumulation_dtype, itemsize, wrong_variants
+from sdxl_fast.reference._common import accumulation_dtype, itemsize, rounded, wrong_variants
 
 ACTIVATIONS = ("none", "silu")
 
@@ -77,6 +77,7 @@ def fwd(
     num_groups: int,
     eps: float,
     activation: str,
+    scale_y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Differentiable forward.
 
@@ -87,11 +88,13 @@ def fwd(
         num_groups: G, divides C.
         eps: added to the variance.
         activation: ``"none"`` or ``"silu"``.
+        scale_y: float32, one element: y is then rounded once more, to float8_e4m3fn after division by it.
 
     Returns:
         y like x, and mean, rstd [N,G] in float32 (float64 for float64 x).
     """
-    return _forward(x, weight, bias, shift, num_groups, eps, activation)
+    y, mean, rstd = _forward(x, weight, bias, shift, num_groups, eps, activation)
+    return rounded(y, scale_y), mean, rstd
 
 
 def bwd(
@@ -187,12 +190,12 @@ def bytes(shape: Sequence[int], dtype: torch.dtype, *, backward: bool = False) -
 
 WRONG = wrong_variants(
     fwd={
-        "missing_eps": lambda x, w, b, s, g, eps, act: _forward(x, w, b, s, g, 0.0, act),
-        "unbiased_variance": lambda x, w, b, s, g, eps, act: _forward(x, w, b, s, g, eps, act, correction=1),
-        "statistics_in_bfloat16": lambda x, w, b, s, g, eps, act: _forward(
+        "missing_eps": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, s, g, 0.0, act),
+        "unbiased_variance": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, s, g, eps, act, correction=1),
+        "statistics_in_bfloat16": lambda x, w, b, s, g, eps, act, _: _forward(
             x, w, b, s, g, eps, act, statistics_dtype=torch.bfloat16
         ),
-        "shift_ignored": lambda x, w, b, s, g, eps, act: _forward(x, w, b, None, g, eps, act),
+        "shift_ignored": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, None, g, eps, act),
     },
     bwd={
         "without_mean_term": functools.partial(_backward, drop_mean_term=True),

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sdxl_fast.reference._common import accumulation_dtype, itemsize, wrong_variants
+from sdxl_fast.reference._common import accumulation_dtype, itemsize, rounded, wrong_variants
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -54,6 +54,7 @@ def fwd(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     eps: float,
+    scale_y: torch.Tensor | None = None,
     *,
     correction: int = 0,
     statistics_dtype: torch.dtype | None = None,
@@ -65,6 +66,7 @@ def fwd(
         weight, bias: [C] or both None.
         residual: like x, or None.
         eps: added to the variance.
+        scale_y: float32, one element: y is then rounded once more, to float8_e4m3fn after division by it.
         correction: of the variance; 0 is LayerNorm, another one a wrong variant.
         statistics_dtype: to compute the statistics in, for a wrong variant; None is the right one.
 
@@ -75,7 +77,7 @@ def fwd(
     s = x if residual is None else (x.to(acc) + residual.to(acc)).to(x.dtype)
     xhat, mean, rstd = (t.to(acc) for t in _normalise(s.to(statistics_dtype or acc), eps, correction))
     y = xhat if weight is None or bias is None else xhat * weight.to(acc) + bias.to(acc)
-    y = y.to(x.dtype)
+    y = rounded(y.to(x.dtype), scale_y)
     return (y, mean, rstd) if residual is None else (y, s, mean, rstd)
 
 
@@ -135,13 +137,13 @@ def bytes(shape: Sequence[int], dtype: torch.dtype, *, backward: bool = False, r
     return math.prod(shape) * itemsize(dtype) * (3 + residual if backward else 2 + 2 * residual)
 
 
-def _normalises_x(x: torch.Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> Tensors:
+def _normalises_x(x: torch.Tensor, weight: Any, bias: Any, residual: Any, eps: float, scale_y: None) -> Tensors:
     """Returns the sum but normalises x alone."""
     found = fwd(x, weight, bias, residual, eps)
     return found if residual is None else (fwd(x, weight, bias, None, eps)[0], *found[1:])
 
 
-def _eps_outside(x: torch.Tensor, weight: Any, bias: Any, residual: Any, eps: float) -> Tensors:
+def _eps_outside(x: torch.Tensor, weight: Any, bias: Any, residual: Any, eps: float, scale_y: None) -> Tensors:
     """Adds eps to the standard deviation."""
     acc = accumulation_dtype(x.dtype)
     found = fwd(x, None, None, residual, 0.0)

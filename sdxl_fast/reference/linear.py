@@ -21,9 +21,10 @@ from collections.abc import Sequence
 
 import torch
 
+from sdxl_fast.reference._common import FLOAT8 as FLOAT8
 from sdxl_fast.reference._common import accumulation_dtype, itemsize, without_autocast, wrong_variants
+from sdxl_fast.reference._common import quantise as quantise
 
-FLOAT8 = torch.float8_e4m3fn
 # What a product of float8 operands comes in.
 FLOAT8_OUTPUT = torch.bfloat16
 
@@ -34,17 +35,6 @@ Gradients = tuple[MaybeTensor, MaybeTensor, MaybeTensor]
 def output_dtype(dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of y for x of ``dtype``."""
     return FLOAT8_OUTPUT if dtype == FLOAT8 else dtype
-
-
-def quantise(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Returns x / scale in float8_e4m3, what lies beyond its largest number, 448, cut off to it.
-
-    Args:
-        x: any shape, any float dtype.
-        scale: float32, one element; the largest magnitude that is to survive, divided by 448.
-    """
-    largest = torch.finfo(FLOAT8).max
-    return (x.float() / scale.to(x.device)).clamp(-largest, largest).to(FLOAT8)
 
 
 def fwd(
