@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; 
 # A torch that already runs on this machine's GPU is used as it is; elsewhere this one, whose package may bring CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint format bench gpu cuda triton clean
+.PHONY: help setup demo test test-slow lint format bench gpu cuda triton triton-oldest clean
 
 help:
 	@echo "make demo    draw a grid of prompts, one step each, into demo.png"
@@ -82,11 +82,16 @@ cuda: $(READY) .cutlass-4.2.0
 	@$(PIP) install --no-deps --target $@ triton==3.6.0 || { rm -rf $@; exit 1; }
 
 # -m: the slow ones too, which are the other architectures.
-triton: $(READY) .triton-3.6.0
+TRITON_TESTS := $(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
+
+triton: $(READY)
 	@$(PY) -c 'import triton; print("Triton", triton.__version__)'
-	@$(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
+	@$(TRITON_TESTS)
+	@$(MAKE) --no-print-directory triton-oldest
+
+triton-oldest: $(READY) .triton-3.6.0
 	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -c 'import triton; print("Triton", v := triton.__version__); assert v == "3.6.0"'
-	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
+	@PYTHONPATH=$(CURDIR)/.triton-3.6.0 $(TRITON_TESTS)
 
 clean:
 	rm -rf build $(VENV) .triton-3.6.0 .cutlass-4.2.0 demo.png
