@@ -72,22 +72,40 @@ def _assert_as_committed(source: Path, arch: str) -> None:
 QUICK = ("forward_diffusion.cu", "geglu.cu")
 
 
+def _draw(count: int) -> int:
+    """A number below `count` drawn by the text of all kernels: every change of them draws anew."""
+    files = sorted(path for path in CUDA.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
+    return int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:8], "big") % count
+
+
 @needs_nvcc
 def test_a_sample_compiles_as_in_the_table() -> None:
-    """One quick source for one architecture, chosen by the text of all: every change of the kernels draws anew."""
-    files = sorted(path for path in CUDA.iterdir() if path.suffix in (".cu", ".cuh", ".h"))
-    drawn = int.from_bytes(hashlib.sha256(b"".join(path.read_bytes() for path in files)).digest()[:8], "big")
+    """One quick source for one architecture."""
     pairs = list(itertools.product(QUICK, tool.ARCHS))
-    name, arch = pairs[drawn % len(pairs)]
+    name, arch = pairs[_draw(len(pairs))]
     _assert_as_committed(CUDA / name, arch)
+
+
+def _two_of(archs: tuple[str, ...], index: int) -> list[str]:
+    """An older architecture and a newer one, other ones for the next source; all where there are no more."""
+    half = (len(archs) + 1) // 2
+    first = (_draw(half) + index) % half
+    return list(dict.fromkeys((archs[first], archs[(first + half) % len(archs)])))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every source with two of its architectures, or with --every-architecture all of them."""
+    if "arch" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_architecture")
+        sources = [path for path in tool.sources() if path.parent == CUDA]
+        archs = [tool.archs_of(path) for path in sources]
+        drawn = archs if every else [_two_of(a, index) for index, a in enumerate(archs)]
+        pairs = [(path.name, arch) for path, chosen in zip(sources, drawn, strict=True) for arch in chosen]
+        metafunc.parametrize(("name", "arch"), pairs)
 
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "arch"),
-    [(path.name, arch) for path in tool.sources() if path.parent == CUDA for arch in tool.archs_of(path)],
-)
 def test_every_source_compiles_as_in_the_table(name: str, arch: str) -> None:
     _assert_as_committed(CUDA / name, arch)
 
