@@ -81,8 +81,11 @@ def gradient_penalty(logits: Tensor, inputs: Tensor) -> Tensor:
 
 
 def accuracy(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Share of samples that the discriminator judges rightly; 0.5 is chance, 1.0 leaves the student no gradient."""
-    return ((real_logits > 0).float().mean() + (fake_logits <= 0).float().mean()) / 2
+    """Share of samples that the discriminator judges rightly; 0.5 is chance, 1.0 leaves the student no gradient.
+
+    float64, which tells shares of any number of samples apart: those of parts of a batch average to that of the batch.
+    """
+    return ((real_logits > 0).double().mean() + (fake_logits <= 0).double().mean()) / 2
 
 
 def distillation_weight(alpha: Tensor, sigma: Tensor, kind: str) -> Tensor:

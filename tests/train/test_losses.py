@@ -44,6 +44,13 @@ def test_accuracy_counts_both_kinds() -> None:
     assert losses.accuracy(torch.ones(4), -torch.ones(4)).item() == 1.0
 
 
+def test_accuracy_of_a_batch_is_the_mean_of_its_halves() -> None:
+    """As distributed processes average it: rounded to float32 it would differ in the eighth digit."""
+    real, fake = (torch.randn(4, 341, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    halves = [losses.accuracy(*pair).item() for pair in zip(real.chunk(2), fake.chunk(2), strict=True)]
+    assert losses.accuracy(real, fake).item() == pytest.approx(sum(halves) / 2, rel=1e-15)
+
+
 def test_distances() -> None:
     prediction, target = torch.tensor([1.0, -3.0]), torch.tensor([0.0, 0.0])
     assert losses.distance(prediction, target).item() == pytest.approx(5.0)
