@@ -3,7 +3,9 @@
 A product's inputs and weights are divided by one fixed scale each, rounded to e4m3 (`ops.linear`), and multiplied with
 float32 sums. The inputs' scales come from a run over prompts (`calibrate`), the weights' from the weights. A layer
 whose result is further from the unrounded one than `MAX_ERROR` on those prompts stays in bfloat16, and so do what is
-computed once a prompt or once a timestep, the convolutions, and the VAE.
+computed once a prompt or once a timestep, the convolutions, and the VAE. An input that a norm or a gate makes for one
+product alone is written in float8 by that operation (`scale_y`), with the same numbers; the others, of attention and of
+the residual stream, are rounded in a pass of their own.
 """
 
 from __future__ import annotations
@@ -126,9 +128,13 @@ class Float8Product:
         self.scale_w.copy_(weight_scale(self._source))
         self.weight.copy_(quantise(self._source.detach(), self.scale_w))
 
+    def round(self, x: Tensor) -> Tensor:
+        """x in float8: `quantise` without its float32 copies. By a power of two, a product in bfloat16 is exact."""
+        return (x * self._inverse).clamp_(-_LARGEST, _LARGEST).to(FLOAT8)
+
     def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-        # `quantise` without its float32 copies: by a power of two, a product in bfloat16 is exact
-        rounded = (x * self._inverse).clamp_(-_LARGEST, _LARGEST).to(FLOAT8)
+        """Of x [..., K] in bfloat16, or in float8 where what made it has rounded it with `scale_x`."""
+        rounded = x if x.dtype == FLOAT8 else self.round(x)
         scales = {"scale_x": self.scale_x, "scale_w": self.scale_w}
         return ops.linear(rounded, self.weight, bias, residual=residual, **scales)
 

@@ -46,11 +46,14 @@ class PartReport:
     graph_bytes: int = 0
     cached_bytes: int = 0
     scales: Scales | None = None
+    float8_inputs: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         lines = ["packed" if self.packed else f"runs by its modules: {self.reason}", *str(self.use).splitlines()]
         if self.scales is not None:
             lines += str(self.scales).splitlines()
+            written, used = self.float8_inputs
+            lines.append(f"float8 inputs: {written} of {used} written by the operation before, others rounded alone")
         if self.graphs is not None:
             g = self.graphs
             lines.append(f"{g.captures} graphs captured, {g.replays} replays, {self.graph_bytes >> 20} MB")
@@ -198,6 +201,7 @@ def describe(runners: dict[str, Runner[Any]]) -> dict[str, PartReport]:
             graph_bytes=0 if runner.graphs is None else runner.graphs.nbytes,
             cached_bytes=getattr(runner.program, "cached_bytes", 0),
             scales=runner.scales,
+            float8_inputs=getattr(runner.program, "float8_inputs", (0, 0)),
         )
         for name, runner in runners.items()
     }

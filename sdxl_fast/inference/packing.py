@@ -132,11 +132,16 @@ class Linear:
             return self.float8(x, self.bias, residual)
         return linear(x, self.matrix, self.bias, residual)
 
-    def geglu(self, x: Tensor) -> Tensor:
-        """value·GELU(gate) of the product's two halves."""
+    def geglu(self, x: Tensor, scale_y: Tensor | None = None) -> Tensor:
+        """value·GELU(gate) of the product's two halves, if this is a product in float8 with `scale_y` in float8 too."""
         if self.observer is not None or self.float8 is not None:
-            return ops.geglu(self(x))
+            return ops.geglu(self(x), scale_y=scale_y)
         return linear_geglu(x, self.matrix, self.bias)
+
+    @property
+    def scale_x(self) -> Tensor | None:
+        """What the operation that makes its input should write it in float8 with; None where it takes no float8."""
+        return None if self.float8 is None or self.observer is not None else self.float8.scale_x
 
     @property
     def matrix(self) -> Tensor:
@@ -207,10 +212,9 @@ class Norm:
         self.weight, self.bias = module.weight, module.bias
         self.groups, self.eps, self.activation = module.num_groups, module.eps, activation
 
-    def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        return ops.group_norm_silu(
-            x, self.weight, self.bias, num_groups=self.groups, eps=self.eps, shift=shift, activation=self.activation
-        )
+    def __call__(self, x: Tensor, shift: Tensor | None = None, scale_y: Tensor | None = None) -> Tensor:
+        how: dict[str, Any] = {"num_groups": self.groups, "eps": self.eps, "activation": self.activation}
+        return ops.group_norm_silu(x, self.weight, self.bias, shift=shift, scale_y=scale_y, **how)
 
 
 class Resnet:

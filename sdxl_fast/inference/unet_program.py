@@ -40,18 +40,19 @@ _MAX_FOLDED = 64  # timesteps whose embedding is kept; samplers use a handful
 
 
 class _Norm1d:
-    """LayerNorm, of a sum if there is a residual."""
+    """LayerNorm, of a sum if there is a residual; with `scale_y` in float8, for the one product that reads it."""
 
     def __init__(self, module: Any, name: str) -> None:
         plain(module, nn.LayerNorm, name)
         self.weight, self.bias, self.eps = module.weight, module.bias, module.eps
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return cast(Tensor, ops.layer_norm(x, self.weight, self.bias, eps=self.eps))
+    def __call__(self, x: Tensor, scale_y: Tensor | None) -> Tensor:
+        return cast(Tensor, ops.layer_norm(x, self.weight, self.bias, eps=self.eps, scale_y=scale_y))
 
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def of_sum(self, x: Tensor, residual: Tensor, scale_y: Tensor | None) -> tuple[Tensor, Tensor]:
         """LayerNorm(x + residual), and the sum."""
-        return cast("tuple[Tensor, Tensor]", ops.layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual))
+        found = ops.layer_norm(x, self.weight, self.bias, eps=self.eps, residual=residual, scale_y=scale_y)
+        return cast("tuple[Tensor, Tensor]", found)
 
 
 class Attention:
@@ -109,13 +110,19 @@ class _Block:
         self.ff2 = Linear(module.ff.net[2], f"{name}.ff.net.2")
 
     def __call__(self, x: Tensor, kv: Tensor) -> Tensor:
-        h, x = self.norms[1].of_sum(self.itself.of_itself(self.norms[0](x)), x)
-        h, x = self.norms[2].of_sum(self.prompt.of_prompt(h, kv), x)
-        return self.ff2(self.ff1.geglu(h), x)
+        h = self.itself.of_itself(self.norms[0](x, self.itself.qkv.scale_x))
+        h, x = self.norms[1].of_sum(h, x, self.prompt.q.scale_x)
+        h, x = self.norms[2].of_sum(self.prompt.of_prompt(h, kv), x, self.ff1.scale_x)
+        return self.ff2(self.ff1.geglu(h, self.ff2.scale_x), x)
 
     def products(self) -> list[Linear]:
         """Its linear layers, but for the prompt's keys and values."""
         return [self.itself.qkv, self.itself.out, self.prompt.q, self.prompt.out, self.ff1, self.ff2]
+
+    def produced(self) -> list[Linear]:
+        """Those whose input a norm or the gate writes in float8 if they take it."""
+        gated = [] if self.ff1.float8 is None else [self.ff2]  # the gate in a bfloat16 product's epilogue writes that
+        return [self.itself.qkv, self.prompt.q, self.ff1, *gated]
 
 
 class _Transformer:
@@ -132,7 +139,7 @@ class _Transformer:
         self.blocks = [_Block(b, f"{name}.transformer_blocks.{i}") for i, b in enumerate(module.transformer_blocks)]
 
     def __call__(self, x: Tensor, kv: Tensor) -> Tensor:
-        h = self.proj_in(tokens(self.norm(x)))
+        h = self.proj_in(tokens(self.norm(x, scale_y=self.proj_in.scale_x)))
         for block in self.blocks:
             h = block(h, kv)
         return mapped(self.proj_out(h, tokens(x)), x)
@@ -251,6 +258,15 @@ class UNetProgram:
         for product in self.float8_products():
             found = wanted.get(product.name) if suits(product) else None
             product.float8 = None if found is None else Float8Product(product.matrix, found)
+
+    @property
+    def float8_inputs(self) -> tuple[int, int]:
+        """How many products in float8 read what the operation before wrote in it, and how many there are."""
+        products = [
+            product for t in self._transformers for product in (t.proj_in, *(p for b in t.blocks for p in b.produced()))
+        ]
+        used = sum(product.float8 is not None for product in self.float8_products())
+        return sum(product.float8 is not None for product in products), used
 
     @property
     def float8_bytes(self) -> int:

@@ -88,6 +88,27 @@ def test_none_takes_it_back(toy_folder: Path) -> None:
     assert torch.equal(_draw(pipe), before)
 
 
+def test_norms_and_gates_write_float8_with_the_same_numbers(toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounding in passes of their own, of all inputs, gives the same pictures; without, only what has no maker does."""
+    pipe = _pipe(toy_folder)
+    calibrate(pipe, PROMPTS, max_error=1.0, **CALL)
+    passes: list[Float8Product] = []
+    alone = Float8Product.round
+    monkeypatch.setattr(Float8Product, "round", lambda self, x: (passes.append(self), alone(self, x))[1])
+    drawn = _draw(pipe)
+    part = pipe.report["unet"]
+    written, used = part.float8_inputs
+    assert 0 < written < used and len(set(map(id, passes))) == used - written
+    assert f"{written} of {used} written by the operation before" in str(part)
+    blocks = [name for name in part.scales.used if ".transformer_blocks." in name]
+    of_norms = [name for name in blocks if name.endswith(("to_qkv", "attn2.to_q", "ff.net.0.proj", "ff.net.2"))]
+    assert written == len(of_norms) + sum(name.endswith("proj_in") for name in part.scales.used)
+    passes.clear()
+    monkeypatch.setattr(Linear, "scale_x", None)
+    assert torch.equal(_draw(pipe), drawn)
+    assert len(set(map(id, passes))) == used
+
+
 def test_a_bad_layer_is_excluded_and_named(toy_folder: Path) -> None:
     pipe = _pipe(toy_folder)
     before = _draw(pipe)
