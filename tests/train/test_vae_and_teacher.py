@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,17 @@ def _write(path: Path, tree: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.fixture
-def vae_recipe(pictures: Path, cache: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def vae_recipe(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {key: list(v) if isinstance(v, tuple) else v for key, v in TOY.vae_arguments().items()}
     common = {"kind": "vae", "run": "vae", "batch": 4, "images": 16, "precision": "fp32", "checkpoint_every": 8}
     data = {"folder": str(pictures), "resolution": 32, "art_size": 64}
     rest = {"model": model, "data": data, "optimizer": {"lr": 1e-3}, "perceptual": 0.1, "log_every": 4}
-    return _write(tmp_path / "vae.yaml", {**common, **rest})
+    return _write(tmp_path_factory.mktemp("recipe") / "vae.yaml", {**common, **rest})
 
 
-@pytest.fixture
-def teacher_recipe(vae_recipe: Path, pictures: Path, tmp_path: Path) -> Path:
-    run(vae_recipe, [])
+@pytest.fixture(scope="module")
+def teacher_recipe(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = {"folder": str(pictures), "resolution": 32, "art_size": 64}
     tree = {
         **{"kind": "teacher", "run": "teacher", "vae": "vae", "batch": 4, "images": 16, "precision": "fp32"},
@@ -42,7 +42,31 @@ def teacher_recipe(vae_recipe: Path, pictures: Path, tmp_path: Path) -> Path:
         **{"checkpoint_every": 8, "prediction_type": "v_prediction"},
         "pipeline": yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(TOY)))),
     }
-    return _write(tmp_path / "teacher.yaml", tree)
+    return _write(tmp_path_factory.mktemp("recipe") / "teacher.yaml", tree)
+
+
+@pytest.fixture(scope="module")
+def vae_run(vae_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the VAE, in a cache of its own that no test writes to."""
+    return _finished(vae_recipe, tmp_path_factory.mktemp("trained") / "cache")
+
+
+@pytest.fixture(scope="module")
+def teacher_run(vae_run: Path, teacher_recipe: Path) -> Path:
+    """A finished run of the teacher, beside that of the VAE."""
+    return _finished(teacher_recipe, vae_run.parent.parent)
+
+
+def _finished(recipe: Path, cache: Path) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_FAST_CACHE", str(cache))
+        return run(recipe, []).parent
+
+
+@pytest.fixture
+def own_vae(vae_run: Path, cache: Path) -> Path:
+    """A copy of the VAE's run in the test's own cache."""
+    return Path(shutil.copytree(vae_run, cache / "runs" / "vae"))
 
 
 def _plain(tree: Any) -> Any:
@@ -51,9 +75,8 @@ def _plain(tree: Any) -> Any:
     return list(tree) if isinstance(tree, tuple) else tree
 
 
-def test_exported_latents_have_unit_statistics(vae_recipe: Path) -> None:
-    out = run(vae_recipe, [])
-    vae = AutoencoderKL.from_pretrained(out)
+def test_exported_latents_have_unit_statistics(vae_recipe: Path, vae_run: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(vae_run / "export")
     assert vae.config.scaling_factor == 1.0
     from sdxl_fast.train.config import load_recipe
     from sdxl_fast.train.vae import VaeTask
@@ -83,8 +106,8 @@ def test_normalising_the_latents_does_not_change_the_pictures() -> None:
     torch.testing.assert_close(ratio, before.mode().std((0, 2, 3)), rtol=1e-3, atol=1e-4)
 
 
-def test_a_decoder_trains_alone_and_adversarially(vae_recipe: Path, cache: Path) -> None:
-    first = AutoencoderKL.from_pretrained(run(vae_recipe, [])).state_dict()
+def test_a_decoder_trains_alone_and_adversarially(vae_recipe: Path, own_vae: Path, cache: Path) -> None:
+    first = AutoencoderKL.from_pretrained(own_vae / "export").state_dict()
     adversarial = ["adversarial=0.1", "discriminator_optimizer.lr=0.001"]
     out = run(vae_recipe, ["run=decoder", "initial=vae", "freeze_encoder=true", *adversarial])
     decoder = AutoencoderKL.from_pretrained(out)
@@ -96,26 +119,27 @@ def test_a_decoder_trains_alone_and_adversarially(vae_recipe: Path, cache: Path)
     assert "d_accuracy" in line
 
 
-def test_the_teacher_exports_a_pipeline_that_stock_diffusers_runs(teacher_recipe: Path) -> None:
-    out = run(teacher_recipe, [])
-    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+def test_the_teacher_exports_a_pipeline_that_stock_diffusers_runs(teacher_run: Path) -> None:
+    pipe = StableDiffusionXLPipeline.from_pretrained(teacher_run / "export")
     assert pipe.scheduler.config.prediction_type == "v_prediction"
     image = pipe("red square", num_inference_steps=2, guidance_scale=3.0, output_type="np").images
     assert image.shape == (1, 32, 32, 3)
 
 
-def test_the_teacher_resumes_bitwise(teacher_recipe: Path, cache: Path) -> None:
-    run(teacher_recipe, ["run=whole"])
+@pytest.mark.usefixtures("own_vae")
+def test_the_teacher_resumes_bitwise(teacher_recipe: Path, teacher_run: Path, cache: Path) -> None:
     run(teacher_recipe, ["run=halves", "images=8"])
     run(teacher_recipe, ["run=halves"], resume="latest")
-    whole, halves = (checkpoint.latest(cache / "runs" / name) for name in ("whole", "halves"))
+    whole, halves = (checkpoint.latest(folder) for folder in (teacher_run, cache / "runs" / "halves"))
     assert whole is not None and halves is not None and whole.name == halves.name
     for path in sorted(whole.glob("*.safetensors")):
         assert path.read_bytes() == (halves / path.name).read_bytes(), path.name
 
 
-def test_a_teacher_starts_from_another_ones_weights(teacher_recipe: Path, cache: Path) -> None:
-    first = StableDiffusionXLPipeline.from_pretrained(run(teacher_recipe, []))
+@pytest.mark.usefixtures("own_vae")
+def test_a_teacher_starts_from_another_ones_weights(teacher_recipe: Path, teacher_run: Path, cache: Path) -> None:
+    shutil.copytree(teacher_run, cache / "runs" / "teacher")
+    first = StableDiffusionXLPipeline.from_pretrained(teacher_run / "export")
     still = ["optimizer.lr=1.0e-30", "images=4"]
     second = StableDiffusionXLPipeline.from_pretrained(
         run(teacher_recipe, ["run=second", "initial=teacher", "seed=1", *still])
@@ -170,15 +194,13 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
     assert kept.isnan().any() and kept[0, 0] == 1.0
 
 
-def test_a_run_leaves_its_recipe_metrics_curves_and_sheets(vae_recipe: Path, cache: Path) -> None:
+def test_a_run_leaves_its_recipe_metrics_curves_and_sheets(vae_run: Path) -> None:
     from PIL import Image
 
-    run(vae_recipe, [])
-    folder = cache / "runs" / "vae"
-    assert sorted(p.name for p in folder.iterdir()) == [
+    assert sorted(p.name for p in vae_run.iterdir()) == [
         *("checkpoint-000000008", "checkpoint-000000016", "export", "losses.png", "metrics.jsonl", "recipe.yaml"),
         *("sheet-000000008.png", "sheet-000000016.png"),
     ]
     for name in ("losses.png", "sheet-000000016.png"):
-        with Image.open(folder / name) as picture:
+        with Image.open(vae_run / name) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 16, f"{name} is blank"
