@@ -14,8 +14,16 @@ import torch
 import yaml
 
 from sdxl_fast.train import distributed
+from sdxl_fast.train.trainer import run
 
 RUN = "import sys, torch; torch.set_num_threads(1); from sdxl_fast.train import run; run(sys.argv[1], sys.argv[2:], {})"
+SEVERAL = """import sys, torch
+torch.set_num_threads(1)
+from sdxl_fast.train import run
+for settings in sys.argv[2:]:
+    run(sys.argv[1], settings.split())
+"""
+ADD_STEPS, ADD_BATCH = 20, 2
 
 
 def _losses(cache: Path, recipe: Path, name: str, *overrides: str, processes: int = 1, resume: bool = False) -> Any:
@@ -32,11 +40,40 @@ def _losses(cache: Path, recipe: Path, name: str, *overrides: str, processes: in
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    folder = cache / "runs" / name
+    return _metrics(cache / "runs" / name)
+
+
+def _metrics(folder: Path) -> Any:
     return {
         str(path.parent.relative_to(folder)): [json.loads(line) for line in path.read_text().splitlines()]
         for path in sorted(folder.rglob("metrics.jsonl"))
     }
+
+
+def _alone(cache: Path, recipe: Path, name: str, *settings: str) -> Any:
+    """The metric lines of a run by this very process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SDXL_FAST_CACHE", str(cache))
+        run(recipe, [f"run={name}", *settings])
+    return _metrics(cache / "runs" / name)
+
+
+def _together(cache: Path, recipe: Path, runs: dict[str, str]) -> dict[str, Any]:
+    """The same of runs by two processes, by name and settings: one start of the two does all, as it takes longest."""
+    script = cache / "run.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(SEVERAL)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    settings = [f"run={name} {more}" for name, more in runs.items()]
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script), str(recipe), *settings],
+        env={**os.environ, "SDXL_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: _metrics(cache / "runs" / name) for name in runs}
 
 
 def _assert_same(one: Any, other: Any) -> None:
@@ -85,15 +122,27 @@ def test_micro_batches_follow_the_batch(recipe: Path, alone: Any, tmp_path: Path
 def add_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """ADD, 20 steps in float64, the first two of the heads alone."""
     pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    images = ADD_STEPS * ADD_BATCH
     tree = {
-        **{"kind": "add", "run": "add", "teacher": str(teacher_folder), "batch": 4, "images": 80, "draws": 2},
+        **{"kind": "add", "run": "add", "teacher": str(teacher_folder), "batch": ADD_BATCH, "images": images},
         "data": {"folder": str(pictures), "resolution": 32, "art_size": 64},
-        **{"precision": "fp64", "guidance_scale": 2.0, "checkpoint_every": 80, "log_every": 4, "d_warmup": 8},
-        **{"optimizer": {"lr": 1e-3}, "discriminator_optimizer": {"lr": 1e-3}, "lora_rank": 2},
+        **{"draws": 2, "precision": "fp64", "guidance_scale": 2.0, "lora_rank": 2, "d_warmup": 2 * ADD_BATCH},
+        **{"optimizer": {"lr": 1e-3}, "discriminator_optimizer": {"lr": 1e-3}},
+        **{"checkpoint_every": images, "log_every": ADD_BATCH},
     }
     path = tmp_path_factory.mktemp("recipe") / "add64.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.mark.slow
+def test_two_processes_of_add_follow_one(add_recipe: Path, tmp_path: Path) -> None:
+    one = {trains: _alone(tmp_path, add_recipe, f"one-{trains}", f"trains={trains}") for trains in ("full", "lora")}
+    assert all(len(lines["."]) == ADD_STEPS for lines in one.values())
+    kinds = [("ddp", "full"), ("fsdp", "full"), ("fsdp", "lora")]
+    settings = {f"{parallel}-{trains}": f"parallel={parallel} trains={trains}" for parallel, trains in kinds}
+    for name, two in _together(tmp_path, add_recipe, settings).items():
+        _assert_same(one[name.partition("-")[2]], two)
 
 
 def test_shares_are_disjoint_and_must_divide() -> None:
