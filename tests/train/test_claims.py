@@ -302,3 +302,13 @@ def test_a_start_that_is_not_there_is_named(workshop: Workshop, cache: Path, tmp
     refused = command.work_off([claim], workshop, None)
     assert len(refused) == 3 and "no finished LoRA of stage '8-step'" in refused[0]
     assert judge(claim, page.by_side(page.read_results(tmp_path / "out" / "results"))).word == "not run"
+
+
+@pytest.mark.slow
+def test_all_claims_run(workshop: Workshop, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    claims = [claim for claim in CLAIMS if claim.name != "other-style"]  # which needs the pictures of two styles
+    assert command.work_off(claims, workshop, [0]) == []
+    found = page.by_side(page.read_results(tmp_path / "out" / "results"))
+    assert all(judge(claim, found).word != "not run" for claim in claims)
+    assert {path.stem for path in (tmp_path / "out" / "sheets").iterdir()} == {claim.name for claim in claims}

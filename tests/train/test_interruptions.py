@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -41,18 +43,27 @@ def _work(recipe: str, settings: list[str], cache: str, limit: int | None, messa
 def processes() -> Any:
     """Children of a server that has imported everything once and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sdxl_fast.train.stages", "sdxl_fast.train.vae", "diffusers", "peft"])
+    context.set_forkserver_preload(
+        [
+            *("sdxl_fast.train.stages", "sdxl_fast.train.vae", "diffusers", "peft"),
+            *("matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.clip.modeling_clip"),
+        ]
+    )
+    first = context.Process(target=int)  # starts the server, which takes longest and is no part of any run
+    first.start()
+    first.join()
     return context
 
 
 @pytest.fixture(scope="module")
 def recipe(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A regression and one adversarial phase, with many checkpoints."""
+    """A regression and one adversarial phase, with a checkpoint after every step."""
     tree = yaml.safe_load(lightning_recipe.read_text())
     regression, adversarial = tree["stages"][:2]
-    regression["images"] = 40
-    adversarial["phases"] = [{**adversarial["phases"][0], "images": 64}]
-    tree |= {"stages": [regression, adversarial], "checkpoint_every": 8, "log_every": 8}
+    regression |= {"name": "8-step", "steps": 8, "images": 12}  # few steps, as every checkpoint draws a contact sheet
+    phase = {**adversarial["phases"][0], "images": 12}
+    tree |= {"stages": [regression, {**adversarial, "name": "4-step", "steps": 4, "phases": [phase]}]}
+    tree |= {"checkpoint_every": 4, "log_every": 4}
     path = tmp_path_factory.mktemp("recipe") / "interrupted.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -101,6 +112,32 @@ def _newest_loads(unit: Path) -> int | None:
     return int(state["images"])
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments(runs: Runs) -> None:
+    started = time.perf_counter()
+    whole = runs.finish("whole")
+    length = time.perf_counter() - started
+    draw, killed, finished = random.Random(0), 0, 0
+    folder = runs.cache / "runs" / "killed"
+    while killed < KILLS:
+        process = runs.start("killed")
+        process.join(draw.uniform(0.05, 0.9) * length)
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            killed += 1
+            for unit in folder.glob("[0-9]*"):
+                _newest_loads(unit)
+            continue
+        assert process.exitcode == 0
+        finished += 1
+        assert _weights(folder) == _weights(whole)
+        shutil.rmtree(folder)
+    again = runs.finish("killed")
+    assert _weights(again) == _weights(whole)
+    assert not list(again.rglob(".*")), "nothing half-written is left"
+
+
 def _wait_for(condition: Any, process: Any) -> None:
     for _ in range(6000):
         if condition():
@@ -114,7 +151,7 @@ def _wait_for(condition: Any, process: Any) -> None:
 def test_sigterm_saves_and_exits_0(runs: Runs) -> None:
     whole = runs.finish("whole")
     process = runs.start("told")
-    unit = runs.cache / "runs" / "told" / "00-32-step-mse"
+    unit = runs.cache / "runs" / "told" / "00-8-step-mse"
     _wait_for(lambda: checkpoint.latest(unit) is not None, process)
     before = checkpoint.latest(unit)
     os.kill(process.pid, signal.SIGTERM)
@@ -132,7 +169,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(runs: Runs) -> None:
     """A limit on the size of files stands for the disk: the write of the weights fails in the middle."""
     whole = runs.finish("whole")
     process = runs.start("full")
-    unit = runs.cache / "runs" / "full" / "00-32-step-mse"
+    unit = runs.cache / "runs" / "full" / "00-8-step-mse"
     _wait_for(lambda: checkpoint.latest(unit) is not None, process)
     os.kill(process.pid, signal.SIGTERM)
     process.join(300)
