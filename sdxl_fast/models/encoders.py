@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
-from diffusers.models.resnet import Downsample2D, ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .discriminators import UNetEncoder
@@ -41,7 +41,7 @@ class ConvEncoder(nn.Module):
         self.blocks = nn.ModuleList(
             ResnetBlock2D(in_channels=a, out_channels=b, temb_channels=4 * WIDTH, groups=GROUPS) for a, b in pairs
         )
-        self.downs = nn.ModuleList(Downsample2D(width, use_conv=True) for width in widths[:-1])
+        self.downs = nn.ModuleList(nn.Conv2d(width, width, 3, stride=2, padding=1) for width in widths[:-1])
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> Tensor:
         """latents [N, C, h, w], timesteps int64 [N], pooled [N, P] -> [N, C', h', w']."""
