@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dispatch, ops
+from ..ops._convolution import KeptWeight
 from ..reference.upsample_conv2d import phase_weights
 from .float8 import Float8Product
 
@@ -172,11 +173,18 @@ class Conv:
             raise NotPackableError(f"{name} is no 1×1 or 3×3 convolution of stride 1 or 2")
         self.weight, self.bias = module.weight, module.bias
         self.stride, self.padding = module.stride[0], module.padding[0]
+        self._kept = KeptWeight()
+
+    def refresh(self) -> None:
+        """Have what was made of the weight made again."""
+        self._kept.forget()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not _by_library(x):
             return ops.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding, residual=residual)
-        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        y = self._kept.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+        if y is None:
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return y if residual is None else y.add_(residual)
 
 
@@ -237,6 +245,10 @@ class Resnet:
         self.shortcut = None if shortcut is None else Conv(shortcut, f"{name}.conv_shortcut")
         self.divisor = module.output_scale_factor
         self.time = None if timeless else Linear(module.time_emb_proj, f"{name}.time_emb_proj")
+
+    def convolutions(self) -> list[Conv]:
+        """Its two, and the shortcut's if there is one."""
+        return [self.conv1, self.conv2] if self.shortcut is None else [self.conv1, self.conv2, self.shortcut]
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         h = self.conv1(self.norm1(x))

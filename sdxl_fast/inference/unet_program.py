@@ -230,15 +230,25 @@ class UNetProgram:
         self._prompts: ByteLru[tuple[Tensor, int, Tensor]] = ByteLru(PROMPT_BUDGET)
 
     def refresh(self) -> None:
-        """Forget what was computed from weights that have changed since, and sum the upsamplers' weights again."""
+        """Forget what was made of weights that have changed since, and sum the upsamplers' weights again."""
         self._folded.clear()
         self._prompts.clear()
         for stage in self._ups:
             if stage.up is not None:
                 stage.up.refresh()
+        for convolution in self._convolutions():
+            convolution.refresh()
         for product in self.float8_products():
             if product.float8 is not None:
                 product.float8.refresh()
+
+    def _convolutions(self) -> Iterator[Conv]:
+        yield from (self._conv_in, self._conv_out)
+        for stage in (*self._downs, self._middle, *self._ups):
+            if stage.down is not None:
+                yield stage.down
+            for resnet in stage.resnets:
+                yield from resnet.convolutions()
 
     def float8_products(self) -> list[Linear]:
         """The linear layers that may be put into float8: those of every step, over the whole map."""

@@ -95,6 +95,10 @@ class DecoderProgram:
         for mine, its in zip(self._copies, self._originals, strict=True):
             if self.copied and mine is not None:
                 mine.load_state_dict(its.state_dict())
+        resnets = [*self._middle, *(resnet for found, _ in self._levels for resnet in found)]
+        ends = [conv for conv in (self._post, self._conv_in, self._conv_out) if conv is not None]
+        for convolution in [*ends, *(conv for resnet in resnets for conv in resnet.convolutions())]:
+            convolution.refresh()
         for _, up in self._levels:
             if up is not None:
                 up.refresh()

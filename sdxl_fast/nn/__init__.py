@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import Attention as Attention
+    from .convolution import PreparedConv2d as PreparedConv2d
     from .feed_forward import GEGLU as GEGLU
     from .feed_forward import ProjectedGEGLU as ProjectedGEGLU
     from .norm import GroupNorm as GroupNorm
@@ -31,6 +32,7 @@ _HOME = {
     "GroupNorm": "norm",
     "GroupNormSiLU": "norm",
     "LayerNorm": "norm",
+    "PreparedConv2d": "convolution",
     "PreparedUpsample2D": "sampling",
     "ProjectedGEGLU": "feed_forward",
     "ResnetBlock2D": "resnet",
@@ -48,6 +50,7 @@ __all__ = [
     "GroupNorm",
     "GroupNormSiLU",
     "LayerNorm",
+    "PreparedConv2d",
     "PreparedUpsample2D",
     "ProjectedGEGLU",
     "ResnetBlock2D",

@@ -39,4 +39,5 @@ class ResnetBlock2D(StockResnetBlock2D):
         hidden_states = self.conv2(self.dropout(self.norm2(hidden_states, shift)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
-        return (input_tensor + hidden_states) / self.output_scale_factor
+        total: Tensor = input_tensor + hidden_states
+        return total if self.output_scale_factor == 1 else total / self.output_scale_factor

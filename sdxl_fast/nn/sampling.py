@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..reference.upsample_conv2d import phase_weights
+from .classes import kind
+from .convolution import PreparedConv2d
 from .hooks import has_hooks
 
 
@@ -73,7 +75,7 @@ def why_not_fused(module: StockUpsample2D) -> str | None:
         return "it has no convolution"
     if module.use_conv_transpose or not module.interpolate or module.norm is not None:
         return "it does more, or other things, than upsample and convolve"
-    if type(convolution) is not nn.Conv2d:
+    if kind(convolution) not in (nn.Conv2d, PreparedConv2d):
         return f"its convolution is wrapped in {type(convolution).__name__} (LoRA?)"
     if has_hooks(convolution):
         return "its convolution has hooks, which the fused operation would pass by"

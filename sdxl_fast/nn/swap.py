@@ -49,8 +49,9 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
             module that contains their parts.
         ops: names of the operations to swap in, of `OPERATIONS`; None for all. What they leave out is in the report.
         training: False takes modules made for inference: the projection inside GEGLU becomes part of the operation
-            (its backward projects again), and upsamplers keep the sums of their weights, which are then taken as they
-            are now: after a write through ``.data``, as peft's merges do, call `fuse` again. Gradients still flow.
+            (its backward projects again), upsamplers keep the sums of their weights, and, unless `ops` chooses, small
+            convolutions on a CPU keep their weights in oneDNN's order. The weights are then taken as they are now:
+            after a write through ``.data``, as peft's merges do, call `fuse` again. Gradients still flow.
 
     Returns:
         what was swapped and what was not, by module name.
@@ -65,6 +66,7 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
         for name, module in modules.items():
             if isinstance(module, swap.stock) and not (swap.leaf and _inside(name, report.kept)):
                 _swap_one(name, module, swap, wanted, report)
+    _prepare_convolutions(modules, report, wanted=ops is None and not training)
     for name, module in modules.items():
         if _ends_in_norm_and_silu(module):
             become(module.conv_norm_out, GroupNormSiLU)
@@ -77,8 +79,11 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
 
 def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
+    from .convolution import PreparedConv2d
+
     stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family} | {
-        GroupNormSiLU: nn.GroupNorm
+        GroupNormSiLU: nn.GroupNorm,
+        PreparedConv2d: nn.Conv2d,
     }
     count = 0
     for module in model.modules():
@@ -212,6 +217,19 @@ def _checked(ops: Iterable[str] | None) -> frozenset[str]:
             f"ops has {name!r}, which no module can be swapped for; allowed: {', '.join(OPERATIONS)}{hint}"
         )
     return found
+
+
+def _prepare_convolutions(modules: dict[str, nn.Module], report: FuseReport, *, wanted: bool) -> None:
+    """Makes convolutions keep their weight in oneDNN's order, or be stock ones again."""
+    from .convolution import PreparedConv2d, can_prepare
+
+    for name, module in modules.items():
+        if kind(module) is PreparedConv2d:
+            _forget(module)
+            become(module, PreparedConv2d if wanted else nn.Conv2d)
+        elif wanted and isinstance(module, nn.Conv2d) and kind(module) is nn.Conv2d and can_prepare(module):
+            become(module, PreparedConv2d)
+            report.replaced[name] = "Conv2d: its weight in oneDNN's order"
 
 
 def _forget(module: nn.Module) -> None:

