@@ -66,7 +66,7 @@ def test_a_png_says_how_it_was_made(toy_folder: Path, tmp_path: Path, capsys: py
     )  # fmt: skip
     assert (code, err) == (0, "")
     assert "2 calls, 1 pictures each" in out
-    assert [line.split()[0] for line in out.splitlines()[-4:]] == ["text", "vae", "unet", "total"]
+    assert [line.split()[0] for line in out.splitlines()[-5:]] == ["text", "vae", "unet", "post", "total"]
     made = Image.open(tmp_path / "made.png")
     assert (made.text["prompt"], made.text["seed"], made.text["model"]) == ("a cät", "3", toy_folder.name)
     settings = json.loads(made.text["settings"])

@@ -184,7 +184,11 @@ class OneStepPipeline(LoraVerbs):
 
     @property
     def timings(self) -> dict[str, float]:
-        """Seconds of the last call: "text_encoders", "unet", "vae" and "total"; waits for the GPU."""
+        """Seconds of the last call by stage, and in all; waits for the GPU.
+
+        "text_encoders", "unet", "vae" (image-to-image encodes there too), "post_processing" (to uint8, PIL or floats,
+        with the copy from the GPU where that is asked for) and "total". For latents nothing is decoded.
+        """
         if self._clock is None:
             raise RuntimeError("nothing has been drawn yet")
         return self._clock.seconds()
@@ -279,7 +283,8 @@ class OneStepPipeline(LoraVerbs):
             if output_type != "latent":
                 with clock.stage("vae"):
                     images = self.decode(images)
-                images = pictures.finish(images, output_type)
+                with clock.stage("post_processing"):
+                    images = pictures.finish(images, output_type)
         clock.stop()
         self._note(clock, counts)
         return _output(images) if return_dict else (images,)

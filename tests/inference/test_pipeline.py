@@ -261,7 +261,7 @@ def test_it_says_what_ran_where_and_how_long(toy_folder: Path) -> None:
     assert sum(ran["group_norm_silu"].values()) == (12 * 2 + 6 + 1) + (8 * 2 + 1 + 1)
     assert sum(ran["geglu"].values()) == 6
     timings = pipe.timings
-    assert list(timings) == ["text_encoders", "unet", "vae", "total"]
+    assert list(timings) == ["text_encoders", "unet", "vae", "post_processing", "total"]
     assert 0 < sum(timings.values()) - timings["total"] <= timings["total"]
 
 
