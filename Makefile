@@ -14,13 +14,14 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; 
 # A torch that already runs on this machine's GPU is used as it is; elsewhere this one, whose package may bring CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint format bench gpu cuda triton triton-oldest clean
+.PHONY: help setup demo test test-slow lint format bench e2e gpu cuda triton triton-oldest clean
 
 help:
 	@echo "make demo    draw a grid of prompts, one step each, into demo.png"
 	@echo "make test    run the tests         make test-slow  those over a minute, which CI runs too"
 	@echo "make lint    ruff, mypy        make format  ruff and clang-format in place"
 	@echo "make bench   CPU benchmarks    make gpu     GPU build, GPU tests, GPU benchmarks"
+	@echo "make e2e     whole pipelines beside diffusers, on the GPU if there is one; ARGS=... as its --help says"
 	@echo "make cuda    CUDA build for sm_90a, warnings as errors (needs nvcc, no GPU)"
 	@echo "make triton  compile every Triton kernel with the installed Triton and with 3.6.0 (no GPU)"
 
@@ -62,9 +63,14 @@ bench: $(READY)
 	@$(PY) -m benchmarks.cpu
 
 # Where the system's torch runs on the GPU it is used as it is: such a machine may reach no package index.
+HAS_CUDA := import torch, sys; sys.exit(not torch.cuda.is_available())
+ON_GPU = if python3 -c '$(HAS_CUDA)' 2>/dev/null; then python3 -m $(1); else $(MAKE) $(READY) && $(PY) -m $(1); fi
+
 gpu:
-	@if python3 -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
-	  python3 -m benchmarks.gpu; else $(MAKE) $(READY) && $(PY) -m benchmarks.gpu; fi
+	@$(call ON_GPU,benchmarks.gpu)
+
+e2e:
+	@$(call ON_GPU,benchmarks.e2e $(ARGS))
 
 # CUTLASS's headers; what the package requires is for its other uses.
 .cutlass-4.2.0:

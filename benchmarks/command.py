@@ -29,14 +29,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def parser(module: str, description: str) -> argparse.ArgumentParser:
-    """Returns the options that the CPU runs share."""
+def parser(module: str, description: str, *, compile: bool = True) -> argparse.ArgumentParser:
+    """Returns the options that the runs share; without ``compile`` the caller has one of its own."""
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     found.add_argument("--threads", type=int, default=machine.processors(), help="default: all processors")
     found.add_argument(
         "--quick", action="store_true", help="small shapes, few rounds: tries the code, measures nothing"
     )
-    found.add_argument("--compile", action="store_true", help="let torch.compile take part")
+    if compile:
+        found.add_argument("--compile", action="store_true", help="let torch.compile take part")
     found.add_argument("--rounds", type=int, default=11, help="samples of each contestant")
     found.add_argument("--sets", type=int, help="input sets to rotate; default: twice the last cache")
     found.add_argument("--out", type=Path, metavar="FOLDER", help="write the results there too")
@@ -75,12 +76,12 @@ def ceilings_text(ceilings: dict[str, Any]) -> str:
     return f"copy {report.rate_text(ceilings['copy_bytes_per_s'], 'B')} (read + written); matrix product {rates}"
 
 
-def start(folder: Path | None, device: str, clock: Clock, *, quick: bool) -> ResultsFile:
-    """Takes down the machine and its ceilings; the file is written only with a folder."""
+def start(folder: Path | None, device: str, clock: Clock, *, quick: bool, name: str = "") -> ResultsFile:
+    """Takes down the machine and its ceilings; the file, called after machine and ``name``, only with a folder."""
     facts = machine.facts(device)
     say(describe(facts))
-    name = machine.slug(facts) + ("_quick" if quick else "")
-    results = ResultsFile.create(folder, name, facts)
+    ending = f"_{name}" if name else "_quick" if quick else ""
+    results = ResultsFile.create(folder, machine.slug(facts) + ending, facts)
     results.set("ceilings", roofline.measure(device, clock, quick=quick))
     say(ceilings_text(results.data["ceilings"]) + "\n")
     return results

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import stage_plot
 from benchmarks.results import ResultsFile
 from benchmarks.suite import copy_share, fastest, stage_verdicts, verdicts
 from sdxl_fast.files import replacing
@@ -91,9 +92,29 @@ def model_text(row: Row) -> str:
     if "skipped" in row:
         return f"{lines[0]}skipped: {row['skipped']}"
     for name, found in row["contestants"].items():
-        times = (f"{s} {_stage_text(t)}" for s, t in found["stages"].items())
+        times = [f"{s} {_stage_text(t)}" for s, t in found["stages"].items()]
+        times += [f"{column} {value}" for column, value in zip(_extras(row), _extra_cells(row, name), strict=True)]
         lines.append(f"  {name:22s} {found.get('refused') or '  '.join(times) + '  gate ' + found['gate']}")
     return "\n".join([*lines, *_target_lines(stage_verdicts(row))])
+
+
+def _extras(row: Row) -> list[str]:
+    """Returns the columns that a row of a whole model has beside its stages."""
+    memory = any("memory_bytes" in found for found in row["contestants"].values())
+    return [*(["of floor"] if row.get("floor") else []), *(["peak memory"] if memory else [])]
+
+
+def _extra_cells(row: Row, name: str) -> list[str]:
+    """Returns a contestant's entries there: the floor over its time, and gigabytes."""
+    found, cells = row["contestants"][name], []
+    for column in _extras(row):
+        value = ""
+        if column == "of floor" and "total" in found["stages"]:
+            value = f"{row['floor']['total'] / found['stages']['total']['median']:.0%}"
+        if column == "peak memory" and "memory_bytes" in found:
+            value = f"{found['memory_bytes'] / 1e9:.2f} GB"
+        cells.append(value)
+    return cells
 
 
 def _target_lines(found: Iterable[tuple[str, float | None, bool]]) -> list[str]:
@@ -188,13 +209,16 @@ def _end_to_end(data: Row) -> list[str]:
         rows = []
         for name, found in row["contestants"].items():
             times = [_stage_text(found["stages"].get(stage)) for stage in stages]
-            rows.append([name, *times, found.get("refused", found["gate"])])
-        lines += _table((row["mode"], *stages, "gate"), rows)
+            rows.append([name, *times, *_extra_cells(row, name), found.get("refused", found["gate"])])
+        lines += _table((row["mode"], *stages, *_extras(row), "gate"), rows)
+        if row.get("floor"):
+            least = ", ".join(f"{stage} {seconds_text(value)}" for stage, value in row["floor"].items())
+            lines += [f"Floor of this machine: {least}.", ""]
     return lines
 
 
-def markdown(data: Row, *, plot: str | None = None) -> str:
-    """Returns the page of a results file; ``plot`` is the name of the picture beside it."""
+def markdown(data: Row, *, plot: str | None = None, stages: str | None = None) -> str:
+    """Returns the page of a results file; ``plot`` and ``stages`` are the names of the pictures beside it."""
     lines = [f"# {data['machine'].get('device', 'unknown device')}", ""]
     if not data["complete"]:
         lines += ["The run was cut off; what is here was measured in full.", ""]
@@ -202,6 +226,8 @@ def markdown(data: Row, *, plot: str | None = None) -> str:
     for run in data["tests"]:
         lines += [f"`{run['case']}`: {run['outcome']}", ""]
     lines += _targets(data)
+    if stages is not None:
+        lines += [f"![Whole calls by stage]({stages})", ""]
     lines += _end_to_end(data)
     lines += _ops(data)
     if plot is not None:
@@ -258,12 +284,15 @@ def plot(data: Row, path: Path, *, most: int = 24) -> bool:
 
 
 def write(results: ResultsFile, *, with_plot: bool = True) -> list[Path]:
-    """Writes the page, and the plot, beside a results file and returns their paths."""
+    """Writes the page, and the plots, beside a results file and returns their paths."""
     page, picture = results.path.with_suffix(".md"), results.path.with_suffix(".png")
-    drawn = with_plot and plot(results.data, picture)
+    bars = results.path.with_name(f"{results.path.stem}_stages.png")
+    drawers = ((picture, plot), (bars, stage_plot.plot)) if with_plot else ()
+    drawn = [path for path, draw in drawers if draw(results.data, path)]
+    names = {path: path.name for path in drawn}
     with replacing(page) as temporary:
-        temporary.write_text(markdown(results.data, plot=picture.name if drawn else None))
-    return [page, picture] if drawn else [page]
+        temporary.write_text(markdown(results.data, plot=names.get(picture), stages=names.get(bars)))
+    return [page, *drawn]
 
 
 def geometric_mean(values: Sequence[float]) -> float:

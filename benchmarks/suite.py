@@ -19,6 +19,7 @@ from sdxl_fast.testing.cases import Case
 
 FORWARD, BOTH = "forward", "forward+backward"
 GATE_FAILED = "failed its gate"
+SAME_MEMORY = 0.02  # by how much the peaks of two runs of one program differ
 NATIVE = {"cpu": ("cpu", "library"), "cuda": ("cuda", "triton", "library")}
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
@@ -242,13 +243,27 @@ def verdicts(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[tuple[
 
 
 def stage_verdicts(row: Mapping[str, Any]) -> list[tuple[str, float | None, bool]]:
-    """Returns the same for a row of a whole model, whose targets are per stage."""
-    found = []
-    for target in row.get("targets", ()):
-        reached = row["ratios"].get(target["stage"])
-        value = None if reached is None else reached["median"]
-        # As above, where not to be slower is all that is asked.
-        best = None if reached is None else reached["high" if target["speedup"] == 1 else "median"]
-        what = f"{target['stage']} at least {target['speedup']:g} times stock in its faster layout"
-        found.append((what, value, best is not None and best >= target["speedup"]))
-    return found
+    """Returns the same for a row of a whole model: times another's speed by stage, milliseconds, or memory."""
+    return [_stage_verdict(row, target) for target in row.get("targets", ())]
+
+
+def _stage_verdict(row: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[str, float | None, bool]:
+    contestants = row["contestants"]
+    if "seconds" in target:
+        name, stage = target["contestant"], target["stage"]
+        found = contestants.get(name, {}).get("stages", {}).get(stage, {}).get("median")
+        value = None if found is None else 1e3 * found
+        what = f"{name}, {stage} within {1e3 * target['seconds']:g} ms"
+        return what, value, value is not None and value <= 1e3 * target["seconds"]
+    if "memory_of" in target:
+        name, other = target["contestant"], target["memory_of"]
+        mine, its = (contestants.get(n, {}).get("memory_bytes") for n in (name, other))
+        share = mine / its if mine and its else None
+        what = f"{name}, no more memory than {other}"
+        return what, share, share is not None and share <= 1 + SAME_MEMORY
+    reached = row["ratios"].get(target["stage"])
+    value = None if reached is None else reached["median"]
+    # As above, where not to be slower is all that is asked.
+    best = None if reached is None else reached["high" if target["speedup"] == 1 else "median"]
+    what = target.get("what") or f"{target['stage']} at least {target['speedup']:g} times stock in its faster layout"
+    return what, value, best is not None and best >= target["speedup"]

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import command, gpu, report, roofline  # noqa: E402
-from benchmarks.e2e import bench_cold_start, bench_fuse, bench_one_step, bench_pipelines  # noqa: E402
+from benchmarks.e2e import bench_fuse, bench_one_step  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
@@ -260,19 +260,6 @@ def test_rows_that_are_there_are_not_measured_again() -> None:
     assert len(results.data["rows"]) == 1
 
 
-def test_pipelines_draw_the_same_and_are_timed(toy_folder: Path) -> None:
-    results = ResultsFile.create(None, "", {})
-    request = bench_pipelines.Request(str(toy_folder), batch=2, rounds=3, budget_s=0.0)
-    said: list[str] = []
-    for _ in range(2):
-        bench_pipelines.run([request], "cpu", results, tell=said.append)
-    rows = results.data["end_to_end"]
-    assert len(said) == len(rows) == len(bench_pipelines.MODES)
-    for row in rows:
-        assert set(row["contestants"]) == {*bench_pipelines.STOCK, *bench_pipelines.OURS}
-        assert all(found["stages"]["total"]["rounds"] == 3 for found in row["contestants"].values())
-
-
 def test_fused_networks_compute_the_same_and_are_timed(toy_folder: Path) -> None:
     results = ResultsFile.create(None, "", {})
     results.set("ceilings", CEILINGS)
@@ -302,36 +289,6 @@ def test_a_fused_network_that_computes_something_else_is_refused(
     row = bench_fuse.measure(bench_fuse.Request(str(toy_folder), 1, 3, 0.0))
     assert "failed its gate" in row["contestants"][bench_fuse.FUSED]["refused"]
     assert not row["contestants"][bench_fuse.FUSED]["stages"] and not row["ratios"]
-
-
-def test_a_pipeline_that_draws_something_else_is_not_timed(toy_folder: Path) -> None:
-    draws = bench_pipelines.contestants(toy_folder, torch.float32, "cpu")
-    wrong = {
-        **draws,
-        bench_pipelines.OURS[0]: lambda prompts, latents: draws[bench_pipelines.OURS[1]](prompts, -latents),
-    }
-    gates = bench_pipelines.judge(wrong, toy_folder, torch.randn(1, 4, 8, 8), torch.float32)
-    assert [name for name, gate in gates.items() if not gate.passed] == [bench_pipelines.OURS[0]]
-
-
-def test_a_cold_start_is_a_process_by_its_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = {
-        "sleeps": 'tell("imports")\ntime.sleep(0.2)\ntell("loading")\n',
-        "fails": 'raise ValueError("no " + PROMPT)\n',
-    }
-    monkeypatch.setattr(bench_cold_start, "CODE", code)
-    results = ResultsFile.create(None, "", {})
-    said: list[str] = []
-    request = bench_cold_start.Request(None, "float32", rounds=1)
-    for _ in range(2):
-        bench_cold_start.run([request], "cpu", results, tell=said.append)
-    assert len(said) == 1
-    found = results.data["end_to_end"][0]["contestants"]
-    stages = {stage: times["median"] for stage, times in found["sleeps"]["stages"].items()}
-    assert set(stages) == set(bench_cold_start.STAGES)
-    assert stages["loading"] >= 0.2
-    assert stages["total"] == pytest.approx(sum(stages.values()) - stages["total"])
-    assert "no a red apple" in found["fails"]["refused"]
 
 
 def test_one_step_is_timed_at_a_size_that_is_asked_for(toy_folder: Path) -> None:

@@ -20,24 +20,23 @@ import torch
 
 from benchmarks import command, machine, report
 from benchmarks.command import Say, say
+from benchmarks.e2e import random_model
+from benchmarks.e2e.random_model import PROMPT, RANDOM_SDXL
 from benchmarks.gate import PEER_ULPS, Verdict
 from benchmarks.measure import ContextLostError, alive, one_line
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
-from benchmarks.timing import Call, Clock, Timed, clock_for, interleave, summarise
+from benchmarks.timing import Call, Clock, Timed, clock_for, interleave, quotient, summarise
 from sdxl_fast import OneStepPipeline, restore
 from sdxl_fast.errors import SdxlFastError
-from sdxl_fast.inference import presets
 from sdxl_fast.models import config as configs
 from sdxl_fast.models.conditioning import tokenize
-from sdxl_fast.models.loading import Components
-from sdxl_fast.models.tokenizer import train_tokenizer
 from sdxl_fast.testing.compare import K_FORWARD, error_scale
 
-PROMPT = "a red apple"
-RANDOM_SDXL = "sdxl-random"
 STAGES = ("text_encoders", "unet", "vae")
 OURS, STOCK = "sdxl_fast", "stock modules"
+# Of SDXL's true configuration in one step on a CPU: times the speed of stock modules.
+CPU_SPEEDUP = 1.2
 
 Stages = dict[str, dict[str, Any]]
 
@@ -74,34 +73,11 @@ class Request:
         return {"model": name, "case": case, "dtype": self.dtype, "mode": mode}
 
 
-def random_pipeline(config: configs.PipelineConfig, dtype: torch.dtype, device: str) -> OneStepPipeline:
-    """Returns a one-step pipeline of ``config`` with random weights, made on the device.
-
-    Its tokenizer knows a few hundred tokens: the size of the vocabulary is the one thing that is not SDXL's.
-    """
-    tokenizer = train_tokenizer([PROMPT], vocab_size=560, max_tokens=config.max_tokens)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device), torch.random.fork_rng(devices=[0] if device == "cuda" else []):
-            torch.manual_seed(0)
-            first, second = configs.build_text_encoders(config, tokenizer, tokenizer)
-            networks = {"unet": configs.build_unet(config), "vae": configs.build_vae(config)}
-    finally:
-        torch.set_default_dtype(before)
-    networks |= {"text_encoder": first, "text_encoder_2": second}
-    for network in networks.values():
-        network.to(device, dtype).eval().requires_grad_(False)
-    scheduler = configs.scheduler_arguments("sample")
-    parts = Components(tokenizer, tokenizer, scheduler=scheduler, source=machine.ROOT, **networks)
-    return OneStepPipeline(parts, preset=presets.LIGHTNING_X0)
-
-
 def load(request: Request, device: str) -> OneStepPipeline:
     """Returns the pipeline of a request on the device."""
     dtype = getattr(torch, request.dtype)
     if request.model == RANDOM_SDXL:
-        return random_pipeline(configs.SDXL, dtype, device)
+        return random_model.pipeline(configs.SDXL, dtype, device)
     return OneStepPipeline.from_pretrained(request.model, dtype=dtype, device=device)
 
 
@@ -241,10 +217,13 @@ def _time_graphs(pipe: OneStepPipeline, ways: dict[str, Arrangement], request: R
     return {n: {s: stages[s] for s in STAGES if s in stages} for n, stages in found.items()}
 
 
-def _time_latency(pipe: OneStepPipeline, ways: dict[str, Arrangement], request: Request) -> Stages:
-    """Returns by contestant the seconds of the stages and of the whole call."""
+def _time_latency(pipe: OneStepPipeline, ways: dict[str, Arrangement], request: Request, ratios: Stages) -> Stages:
+    """Returns by contestant the seconds of the stages and of the whole call; ``ratios`` gets stock over ours."""
     timed = {name: _Latency(pipe, way, request.batch) for name, way in ways.items()}
     interleave(timed, rounds=request.rounds, budget_s=request.budget_s)
+    if OURS in timed and STOCK in timed:
+        stock, ours = timed[STOCK].stages, timed[OURS].stages
+        ratios |= {stage: quotient(stock[stage], ours[stage]).as_dict() for stage in ours}
     return {n: {s: summarise(x).as_dict() for s, x in t.stages.items()} for n, t in timed.items()}
 
 
@@ -273,7 +252,8 @@ def measure(
     latents = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(pipe.dtype)
     gates = judge(pipe, ways, latents)
     admitted = {name: way for name, way in ways.items() if gates[name].passed}
-    modes: dict[str, Callable[[], Stages]] = {"latency": lambda: _time_latency(pipe, admitted, request)}
+    ratios: Stages = {}
+    modes: dict[str, Callable[[], Stages]] = {"latency": lambda: _time_latency(pipe, admitted, request, ratios)}
     if request.graphs:
         modes["graph"] = lambda: _time_graphs(pipe, admitted, request, clock)
     weights = "random weights in the true SDXL configuration" if request.model == RANDOM_SDXL else "weights as loaded"
@@ -287,7 +267,11 @@ def measure(
             else {"stages": {}, "gate": gate.detail, "refused": f"{GATE_FAILED}: {gate.detail}"}
             for name, gate in gates.items()
         }
-        rows.append({**request.key(mode), "about": about, "contestants": contestants})
+        row = {**request.key(mode), "about": about, "contestants": contestants}
+        if mode == "latency":
+            aimed = request.model == RANDOM_SDXL and device == "cpu"
+            row |= {"ratios": ratios, "targets": [{"stage": "total", "speedup": CPU_SPEEDUP}] if aimed else []}
+        rows.append(row)
     ways[OURS].install(pipe)
     return rows
 
