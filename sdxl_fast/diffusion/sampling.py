@@ -32,16 +32,16 @@ def pure_noise(
     Returns:
         [N, C, H, W] on the seeds' device.
     """
-    last = schedule.NUM_TRAIN_TIMESTEPS - 1
     clean = torch.zeros((len(seeds), *shape), dtype=dtype, device=seeds.device)
-    timesteps = torch.full((len(seeds),), last, dtype=torch.int64, device=seeds.device)
+    # a schedule of one level, at which there is nothing but noise: SDXL's own would have to be copied to the device
+    nothing_left = torch.zeros(1, dtype=torch.float32, device=seeds.device)
     x_t, _ = ops.forward_diffusion(
         clean,
-        alphas_cumprod=schedule.alphas_cumprod().to(seeds.device),
-        timesteps=timesteps,
+        alphas_cumprod=nothing_left,
+        timesteps=torch.zeros_like(seeds),
         seeds=seeds,
         stream=stream,
-        pure_noise_at=last,
+        pure_noise_at=0,
     )
     return x_t
 

@@ -87,7 +87,10 @@ class OneStepPipeline(LoraVerbs):
         self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
         self._adapters = Adapters(networks, changed=self._prompts.clear)
-        self._alphas_cumprod = noise_schedule(parts.scheduler, parts.source).to(self.device)
+        table = noise_schedule(parts.scheduler, parts.source)
+        self._levels: list[float] = table.tolist()
+        self._alphas_cumprod = table.to(self.device)
+        self._size_rows: dict[tuple[int, int, torch.dtype], Tensor] = {}
         self._variants: dict[int, tuple[Any, Preset]] = {}
         self._clock: StageClock | None = None
         self._ran: dict[str, dict[str, int]] = {}
@@ -356,16 +359,26 @@ class OneStepPipeline(LoraVerbs):
                 self._variants[num_steps] = (unet, found)
             unet, preset = self._variants[num_steps]
         grid = preset.grid(num_steps)
-        return Sampler(unet, preset, grid if strength is None else remaining(grid, strength), self._alphas_cumprod)
+        grid = grid if strength is None else remaining(grid, strength)
+        return Sampler(unet, preset, grid, self._alphas_cumprod, self._levels)
 
     def _state(self, embeds: tuple[Any, ...], size: tuple[int, int]) -> dict[str, Tensor]:
         """The UNet's conditions, one row per picture, under the names diffusers gives them in callbacks."""
         prompt_embeds, pooled = (e.to(self.device, self.dtype) for e in embeds)
-        ids = time_ids(*size, batch=len(pooled), dtype=self.dtype, device=self.device)
+        ids = self._size_row(*size).repeat(len(pooled), 1)
         return {"prompt_embeds": prompt_embeds, "add_text_embeds": pooled, "add_time_ids": ids}
 
     def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> OnStep:
         self._interrupt = False
+
+    def _size_row(self, height: int, width: int) -> Tensor:
+        """`time_ids` [1, 6], kept on the device: a copy of six numbers would wait for everything that is queued."""
+        key = (height, width, self.dtype)
+        if key not in self._size_rows:
+            if len(self._size_rows) >= 64:
+                self._size_rows.clear()
+            self._size_rows[key] = time_ids(height, width, dtype=self.dtype, device=self.device)
+        return self._size_rows[key]
 
         def on_step(index: int, timestep: int, state: dict[str, Tensor]) -> bool:
             if callback is not None:

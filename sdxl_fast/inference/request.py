@@ -43,7 +43,7 @@ class Noise:
 
         if self.seeds is not None:
             stream = sampling.STREAM_START if stream is None else stream
-            return sampling.pure_noise(shape[1:], self.seeds.to(device), stream=stream, dtype=dtype)
+            return sampling.pure_noise(shape[1:], self.seeds.to(device, non_blocking=True), stream=stream, dtype=dtype)
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(shape, generator=self.generator, device=device, dtype=dtype)

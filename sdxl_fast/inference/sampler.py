@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -39,12 +40,14 @@ class Sampler:
         preset: which step to take, and what the UNet predicts.
         timesteps: descending 0-based grid.
         alphas_cumprod: ᾱ [T] on the UNet's device.
+        levels: the same numbers on the host, so that nothing has to wait for the device to tell them.
     """
 
     unet: Any
     preset: Preset
     timesteps: tuple[int, ...]
     alphas_cumprod: Tensor
+    levels: Sequence[float]
 
     def run(
         self,
@@ -72,8 +75,8 @@ class Sampler:
         start = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device)
         x_t = start.to(torch.promote_types(start.dtype, torch.float32)) * self._start()
         if first is not None:
-            alpha, sigma = alpha_sigma(self.alphas_cumprod, torch.tensor([self.timesteps[0]], device=x_t.device), 4)
-            x_t = alpha * first.to(x_t.dtype) + sigma * start.to(x_t.dtype)
+            kept = self.levels[self.timesteps[0]]
+            x_t = math.sqrt(kept) * first.to(x_t.dtype) + math.sqrt(1.0 - kept) * start.to(x_t.dtype)
         end = 0 if self.preset.sampler == "tcd" else -1  # TCD stops at the lowest level, not at clean latents
         for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], end), strict=True)):
             t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
@@ -119,7 +122,7 @@ class Sampler:
         """What the unit noise is multiplied by: Euler samplers start at σ_T·noise, which is √(1-ᾱ_T)·noise here."""
         if not self.preset.sampler.startswith("euler"):
             return 1.0
-        return float((1.0 - self.alphas_cumprod[self.timesteps[0]].float()).sqrt())
+        return math.sqrt(1.0 - self.levels[self.timesteps[0]])
 
     def _latents_scale(self, t: Tensor) -> Tensor:
         """Euler samplers hold their latents divided by √ᾱ; callbacks expect that."""
