@@ -81,9 +81,7 @@ def generate(
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
     start = _start(image, strength)
-    pipe = _load(model, device, dtype, base, preset, quantization, scales)
-    for name, weight in parse_loras(lora or []):
-        pipe.load_lora_weights(name, weight=weight)
+    pipe = _load(model, device, dtype, base, preset, quantization, scales, dict(parse_loras(lora or [])))
     call = {
         "num_inference_steps": steps,
         "height": height,
@@ -338,9 +336,12 @@ def _load(
     preset: str | None = None,
     quantization: str | None = None,
     scales: Path | None = None,
+    loras: dict[str, float] | None = None,
 ) -> OneStepPipeline:
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
+    if model is not None and sys.stderr.isatty():  # seven gigabytes take a while
+        print(f"loading {model} ...", file=sys.stderr)
     import torch
 
     from .inference import OneStepPipeline
@@ -353,6 +354,7 @@ def _load(
         preset=preset,
         quantization=quantization,
         scales=scales,
+        lora=loras,
     )
 
 

@@ -46,13 +46,47 @@ def pixels_of(image: Any, factor: int, sides: tuple[int | None, int | None]) -> 
     return pixels.float()
 
 
+def scale_factor(vae: Any) -> int:
+    """Picture pixels per latent pixel of an AutoencoderKL or AutoencoderTiny."""
+    config = vae.config
+    levels = config.block_out_channels if "block_out_channels" in config else config.encoder_block_out_channels
+    return int(2 ** (len(levels) - 1))
+
+
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """The clean latents [N, C, h, w], scaled as the UNet takes them, of pictures in -1..1: the posterior's mean."""
-    config = vae.config
     pixels = pixels.to(vae.device, vae.dtype).contiguous(memory_format=torch.channels_last)
-    latents: Tensor = vae.encode(pixels).latent_dist.mode()
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
-        latents = (latents - mean) / std
-    return latents * config.scaling_factor
+    found = vae.encode(pixels)
+    latents: Tensor = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+    statistics = _statistics(vae, latents)
+    if statistics is not None:
+        latents = (latents - statistics[0]) / statistics[1]
+    return latents * vae.config.scaling_factor
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, h, w] as the UNet makes them."""
+    latents = latents / vae.config.scaling_factor
+    statistics = _statistics(vae, latents)
+    if statistics is not None:
+        latents = latents * statistics[1] + statistics[0]
+    latents = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    pixels: Tensor = vae.decode(latents, return_dict=False)[0]
+    return pixels
+
+
+def output(images: Any) -> Any:
+    """Pictures in the object that diffusers' pipelines return."""
+    from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
+
+    return StableDiffusionXLPipelineOutput(images=images)
+
+
+def _statistics(vae: Any, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation [1, C, 1, 1] of a VAE whose config has them; SDXL's has none."""
+    values = [vae.config.get(name) for name in ("latents_mean", "latents_std")]
+    if None in values:
+        return None
+    mean, std = (latents.new_tensor(value).view(1, -1, 1, 1) for value in values)
+    return mean, std

@@ -17,7 +17,7 @@ from ..models import loading
 from ..models.conditioning import time_ids, truncated
 from ..nn import FuseReport
 from . import pictures, presets
-from .accelerated import attach
+from .accelerated import attach, packable
 from .adapters import Adapters, LoraVerbs
 from .calibration import check_quantization, use_scales
 from .float8 import Scales
@@ -25,7 +25,7 @@ from .graphs import CudaCapturer, GraphCache
 from .install import NETWORKS, PartReport, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
-from .request import check_latents, check_noise, check_output, check_prompts, check_size, rows_of
+from .request import check_device, check_latents, check_noise, check_output, check_prompts, check_size, rows_of
 from .runner import runner_of
 from .sampler import OnStep, Sampler, noise_schedule
 from .start import check_strength, remaining
@@ -77,9 +77,11 @@ class OneStepPipeline(LoraVerbs):
         self.unet, self.vae = parts.unet, parts.vae
         self.preset = preset
         self.device, self.dtype = parts.unet.device, parts.unet.dtype
-        self.vae_scale_factor: int = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = pictures.scale_factor(parts.vae)
         self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
-        self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion, "vae": attach(self.vae).fusion}
+        self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion}
+        if packable(self.vae):
+            self.fusion["vae"] = attach(self.vae).fusion
         attach(self.text_encoder)
         attach(self.text_encoder_2)
         self._parts = parts
@@ -106,7 +108,8 @@ class OneStepPipeline(LoraVerbs):
         preset: str | None = None,
         base: str | Path | None = None,
         unet: str | Path | None = None,
-        lora: str | Path | Mapping[str | Path, float] | None = None,
+        vae: str | Path | None = None,
+        lora: str | Path | Mapping[str, float] | Mapping[Path, float] | None = None,
         quantization: str | None = None,
         scales: Scales | str | Path | None = None,
     ) -> OneStepPipeline:
@@ -122,7 +125,10 @@ class OneStepPipeline(LoraVerbs):
             base: the pipeline that a UNet belongs to or a LoRA is merged into: a folder, a hub id or a file.
             unet: a UNet's file or folder to take instead of the model's own; the same as giving it as `model` and the
                 model as `base`.
-            lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`.
+            vae: the folder of a VAE to take instead of the model's own: an AutoencoderKL, or an AutoencoderTiny, which
+                decodes many times faster to a coarser picture and runs as it is.
+            lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`. One whose name says
+                that it makes a few-step model of SDXL tells how to sample, too.
             quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.
             scales: those, or the file they were saved in.
 
@@ -136,7 +142,7 @@ class OneStepPipeline(LoraVerbs):
             if base is not None:
                 raise ValueError("give either unet, which belongs to model, or base, which model belongs to")
             model, base = unet, model or "embedded"
-        device = _check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         # Drawing one picture with the embedded pipeline on one thread of a CPU that has bf16 instructions takes as long
         # in bfloat16 as in float32 (UNet 92 and 69 ms, VAE 49 and 69 ms); on most CPUs bfloat16 is emulated.
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" or quantization else torch.float32)
@@ -146,15 +152,19 @@ class OneStepPipeline(LoraVerbs):
         path = loading.resolve(model)
         origin = None if base is None else loading.resolve(base)
         parts = loading.load(path, dtype=dtype, device=device, base=origin)
+        if vae is not None:
+            parts.vae = loading.load_vae(vae, like=parts.vae)
+        loras: dict[Any, float] = dict(lora) if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}
         if chosen is None:
             is_hub_id = model is not None and not Path(model).expanduser().exists()
             name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
             scheduler = parts.scheduler if parts.own_scheduler else None
-            chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None)
+            named = [Path(file).name for file in loras]
+            chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None, loras=named)
         pipe = cls(parts, preset=chosen)
         if quantization is not None:
             use_scales(pipe, scales)
-        for file, strength in (lora if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}).items():
+        for file, strength in loras.items():
             pipe.load_lora_weights(file, weight=strength)
         return pipe
 
@@ -290,7 +300,7 @@ class OneStepPipeline(LoraVerbs):
                     images = pictures.finish(images, output_type)
         clock.stop()
         self._note(clock, counts)
-        return _output(images) if return_dict else (images,)
+        return pictures.output(images) if return_dict else (images,)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -319,14 +329,7 @@ class OneStepPipeline(LoraVerbs):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, H/f, W/f]."""
-        config = self.vae.config
-        latents = latents / config.scaling_factor
-        if config.latents_mean is not None and config.latents_std is not None:
-            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (config.latents_mean, config.latents_std))
-            latents = latents * std + mean
-        latents = latents.to(self.vae.dtype).contiguous(memory_format=torch.channels_last)
-        pixels: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return pixels
+        return pictures.decode(self.vae, latents)
 
     def _first_pictures(
         self, image: Any, strength: float | None, sides: tuple[int | None, int | None], total: int
@@ -368,9 +371,6 @@ class OneStepPipeline(LoraVerbs):
         ids = self._size_row(*size).repeat(len(pooled), 1)
         return {"prompt_embeds": prompt_embeds, "add_text_embeds": pooled, "add_time_ids": ids}
 
-    def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> OnStep:
-        self._interrupt = False
-
     def _size_row(self, height: int, width: int) -> Tensor:
         """`time_ids` [1, 6], kept on the device: a copy of six numbers would wait for everything that is queued."""
         key = (height, width, self.dtype)
@@ -379,6 +379,9 @@ class OneStepPipeline(LoraVerbs):
                 self._size_rows.clear()
             self._size_rows[key] = time_ids(height, width, dtype=self.dtype, device=self.device)
         return self._size_rows[key]
+
+    def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> OnStep:
+        self._interrupt = False
 
         def on_step(index: int, timestep: int, state: dict[str, Tensor]) -> bool:
             if callback is not None:
@@ -393,21 +396,3 @@ class OneStepPipeline(LoraVerbs):
         for (op, backend), calls in sorted(counts.items()):
             ran.setdefault(op, {})[backend] = calls
         self._clock, self._ran = clock, ran
-
-
-def _check_device(device: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(f"device is {device!r}; allowed: cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {device}; allowed: cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs here; use cpu")
-    return device
-
-
-def _output(images: Any) -> Any:
-    from diffusers.pipelines.stable_diffusion_xl.pipeline_output import StableDiffusionXLPipelineOutput
-
-    return StableDiffusionXLPipelineOutput(images=images)

@@ -7,7 +7,7 @@ distilled without guidance at inference, so a guidance scale above 1 is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -104,7 +104,12 @@ _FAMILIES = {
 
 
 def recognise(
-    name: str, scheduler: Mapping[str, Any] | None, metadata: Mapping[str, str], *, borrowed: bool = False
+    name: str,
+    scheduler: Mapping[str, Any] | None,
+    metadata: Mapping[str, str],
+    *,
+    borrowed: bool = False,
+    loras: Sequence[str] = (),
 ) -> Preset:
     """The preset of a checkpoint.
 
@@ -113,12 +118,16 @@ def recognise(
         scheduler: its scheduler config with `_class_name`; None for a single file, which carries none.
         metadata: of the UNet's weight file.
         borrowed: the scheduler config is the base's, which says nothing about a UNet that is known by name.
+        loras: file names of LoRAs on top; one of a known family decides where the checkpoint's own name says nothing.
 
     Raises:
         ModelError: nothing says how to sample it, or its name and its scheduler config contradict each other; the
             message gives what is needed.
     """
     preset = _by_name(name, metadata, scheduler or {})
+    of_loras = (_by_name(lora, {}, {}) for lora in loras)
+    if preset is None and (found := next(filter(None, of_loras), None)) is not None:
+        return found
     if preset is None:
         if scheduler is None:
             raise ModelError(f"{name}: cannot tell which few-step checkpoint this is; give preset={_names()}")

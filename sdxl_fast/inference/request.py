@@ -188,3 +188,16 @@ def check_output(output_type: str, tensor_inputs: Sequence[str], num_images_per_
         )
     if type(num_images_per_prompt) is not int or num_images_per_prompt < 1:
         raise ValueError(f"num_images_per_prompt is {num_images_per_prompt!r}; it must be 1 or more")
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """`device` as a torch.device that is there; raises ValueError otherwise."""
+    try:
+        device = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; allowed: cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {device}; allowed: cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device is {device}, but torch sees {torch.cuda.device_count()} GPUs here; use cpu")
+    return device

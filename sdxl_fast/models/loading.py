@@ -124,6 +124,30 @@ def load(
     return parts
 
 
+def load_vae(model: str | Path, *, like: nn.Module) -> Any:
+    """The AutoencoderKL or AutoencoderTiny of a folder, with the dtype and device of the VAE whose place it takes.
+
+    Args:
+        model: the VAE's own folder, or a pipeline's.
+        like: an AutoencoderKL.
+
+    Raises:
+        ModelError: no such folder, another kind of network, other latent channels, or unsafe or broken weights.
+    """
+    folder = Path(model).expanduser()
+    folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
+    kind = read_json(folder / "config.json", f"{model}: not the folder of a VAE").get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ModelError(f"{model}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
+    first = next(like.parameters())
+    with _no_progress_bars():
+        vae, _ = _load_network(folder.parent, folder.name, first.dtype, kind=kind)
+    wanted = like.config.latent_channels  # type: ignore[union-attr]
+    if vae.config.latent_channels != wanted:
+        raise ModelError(f"{model}: has {vae.config.latent_channels} latent channels; this pipeline's has {wanted}")
+    return vae.to(first.device).eval().requires_grad_(False)
+
+
 def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """The base UNet with the LoRA for `num_steps` merged, and what it predicts."""
     with _no_progress_bars():
@@ -157,17 +181,20 @@ def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Com
     )
 
 
-def _load_network(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, str]]:
-    """One network from its subfolder, and the metadata of its first weight file."""
+def _load_network(
+    folder: Path, name: str, dtype: torch.dtype, *, kind: str | None = None
+) -> tuple[Any, dict[str, str]]:
+    """One network from its subfolder, and the metadata of its first weight file; `kind` is another diffusers class."""
     if name.startswith("text"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         loader: Any = CLIPTextModelWithProjection if name.endswith("2") else CLIPTextModel
         dtype_name = "dtype"
     else:
-        from diffusers import AutoencoderKL, UNet2DConditionModel
+        import diffusers
 
-        loader, dtype_name = (AutoencoderKL if name == "vae" else UNet2DConditionModel), "torch_dtype"
+        kind = kind or ("AutoencoderKL" if name == "vae" else "UNet2DConditionModel")
+        loader, dtype_name = getattr(diffusers, kind), "torch_dtype"
     files, variant = weight_files(folder / name)
     headers = [check_safetensors(file) for file in files]
     try:
@@ -182,11 +209,11 @@ def _load_network(folder: Path, name: str, dtype: torch.dtype) -> tuple[Any, dic
         )
     except Exception as error:  # loaders raise anything from OSError to SafetensorError on a broken file
         raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # position_ids: a constant that older transformers saved
-        keys = [key for key in info.get(kind, ()) if not str(key).endswith("position_ids")]
+        keys = [key for key in info.get(wrong, ()) if not str(key).endswith("position_ids")]
         if keys:
-            what = kind.replace("_", " ")
+            what = wrong.replace("_", " ")
             raise ModelError(f"{folder / name}: weights do not fit its config: {len(keys)} {what}, first {keys[0]}")
     return network, headers[0].get("__metadata__", {})
 

@@ -118,3 +118,13 @@ def test_guidance_is_refused_above_one() -> None:
     presets.check_guidance(presets.TURBO, 1.0)
     with pytest.raises(ValueError, match=r"guidance_scale is 7\.5; SDXL-Turbo.*guidance_scale=0"):
         presets.check_guidance(presets.TURBO, 7.5)
+
+
+def test_a_lora_on_plain_sdxl_says_how_to_sample() -> None:
+    plain = {"_class_name": "EulerDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "leading"}
+    with pytest.raises(ModelError, match="plain SDXL"):
+        presets.recognise("stable-diffusion-xl-base-1.0", plain, {}, loras=["watercolour.safetensors"])
+    loras = ["watercolour.safetensors", "sdxl_lightning_4step_lora.safetensors"]
+    found = presets.recognise("stable-diffusion-xl-base-1.0", plain, {}, loras=loras)
+    assert found is presets.PRESETS["lightning-4step"]
+    assert presets.recognise("sdxl-turbo", None, {}, loras=loras) is presets.TURBO  # its own name comes first

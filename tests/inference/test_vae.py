@@ -1,0 +1,61 @@
+"""Another VAE in `OneStepPipeline`: AutoencoderTiny, which runs as it is, or a VAE of the pipeline's own kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from sdxl_fast import OneStepPipeline
+from sdxl_fast.errors import ModelError
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3,
+    )
+    folder = tmp_path_factory.mktemp("vae") / "taesdxl"
+    vae.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def test_a_tiny_vae_decodes_and_encodes(toy_folder: Path, tiny: Path) -> None:
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny)
+    assert isinstance(pipe.vae, AutoencoderTiny) and pipe.vae_scale_factor == 4
+    latents = pipe("cat", seed=1, output_type="latent").images
+    picture = pipe("cat", seed=1, output_type="pt").images
+    with torch.no_grad():
+        wanted = AutoencoderTiny.from_pretrained(tiny).decode(latents).sample
+    assert torch.allclose(picture, (wanted / 2 + 0.5).clamp(0, 1), atol=1e-5)
+    again = pipe("cat", seed=1, image=picture, strength=0.5, output_type="np").images
+    assert np.isfinite(again).all() and again.shape == (1, 32, 32, 3)
+    assert set(pipe.report) == {"unet", "text_encoder", "text_encoder_2"}
+    assert pipe.memory_report()["vae"] == sum(p.nbytes for p in pipe.vae.parameters())
+
+
+def test_a_vae_of_the_same_kind_is_packed(toy_folder: Path, tmp_path: Path) -> None:
+    own = OneStepPipeline.from_pretrained(toy_folder, device="cpu")
+    vae = AutoencoderKL.from_pretrained(toy_folder, subfolder="vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias.add_(0.5)
+    vae.save_pretrained(tmp_path / "brighter", safe_serialization=True)
+    other = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tmp_path / "brighter")
+    assert other.report["vae"].packed
+    draw = {"seed": 1, "output_type": "pt"}
+    same = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=toy_folder)  # a pipeline's folder will do
+    assert torch.equal(same("cat", **draw).images, own("cat", **draw).images)
+    assert other("cat", **draw).images.mean() > own("cat", **draw).images.mean() + 0.1
+
+
+def test_what_is_no_vae_is_refused(toy_folder: Path, tmp_path: Path) -> None:
+    for given, message in ((toy_folder / "unet", "a VAE is an"), (tmp_path, "not the folder of a VAE")):
+        with pytest.raises(ModelError, match=message):
+            OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=given)
