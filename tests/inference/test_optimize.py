@@ -1,4 +1,4 @@
-"""`optimize`: the same pipeline object, the same pictures, for every argument that diffusers' SDXL pipelines take."""
+"""`optimize`: the same pipeline object, the same pictures; test_arguments.py has every argument."""
 
 from __future__ import annotations
 
@@ -66,54 +66,7 @@ def _same(got: Any, wanted: Any, scale: float = 1.0) -> None:
     assert np.abs(got - wanted).max() <= scale * QUARTER
 
 
-def _embeds(pipe: Any, prompt: str) -> dict[str, torch.Tensor]:
-    with torch.no_grad():
-        embeds, _, pooled, _ = pipe.encode_prompt(prompt, do_classifier_free_guidance=False)
-    return {"prompt_embeds": embeds * 1.1, "pooled_prompt_embeds": pooled}
-
-
 LATENTS = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "prompt_2": {"prompt_2": "guitar"},
-    "several prompts": {"prompt": ["cat", "red apple"]},
-    "several pictures": {"num_images_per_prompt": 2},
-    "steps": {"num_inference_steps": 4},
-    "guidance": {"guidance_scale": 3.0, "num_inference_steps": 2},
-    "negative prompt": {"guidance_scale": 3.0, "negative_prompt": "guitar", "negative_prompt_2": "sun"},
-    "rescaled guidance": {"guidance_scale": 3.0, "guidance_rescale": 0.5},
-    "timesteps": {"timesteps": [800, 200]},
-    "sigmas": {"sigmas": [10.0, 1.0]},
-    "size": {"height": 48, "width": 24},
-    "odd size": {"height": 40, "width": 24},
-    "latents": {"latents": LATENTS},
-    "denoising_end": {"denoising_end": 0.5, "num_inference_steps": 4},
-    "clip_skip": {"clip_skip": 0},
-    "sizes told": {"original_size": (64, 48), "target_size": (16, 32), "crops_coords_top_left": (3, 5)},
-    "negative sizes": {"guidance_scale": 3.0, "negative_original_size": (8, 8), "negative_target_size": (64, 64)},
-    "cross_attention_kwargs": {"cross_attention_kwargs": {"scale": 0.5}},
-    "eta": {"eta": 0.5},
-    "pil": {"output_type": "pil"},
-    "pt": {"output_type": "pt"},
-    "latent": {"output_type": "latent"},
-    "tuple": {"return_dict": False},
-}
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_every_argument_means_what_it_meant(stock: Any, fast: Any, case: str) -> None:
-    arguments = {"prompt": "cat", "num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
-    images = []
-    for pipe in (fast, stock):
-        found = pipe(**{**arguments, **ARGUMENTS[case], "generator": _noise()})
-        images.append(found[0] if case == "tuple" else found.images)
-    _same(*images, scale={"latent": 10, "pil": 5}.get(case, 1))  # latents are some units large, bytes are rounded
-    assert type(images[0]) is type(images[1])
-
-
-def test_given_embeddings(stock: Any, fast: Any) -> None:
-    images = [pipe(**_embeds(pipe, "cat"), num_inference_steps=1, guidance_scale=0, generator=_noise(),
-                   output_type="np").images for pipe in (fast, stock)]  # fmt: skip
-    _same(*images)
 
 
 def test_one_generator_for_each_picture(stock: Any, fast: Any) -> None:
