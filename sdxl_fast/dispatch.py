@@ -251,6 +251,9 @@ def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         op: name of an op, or its public function.
         *args, **kwargs: as for the public function.
 
+    Returns:
+        the backend chosen, whether it was forced, and by backend why it is not taken; printed, a line each.
+
     Raises:
         ValueError: for an unknown op, and for arguments that the op itself would reject.
     """

@@ -61,3 +61,26 @@ def test_make_targets_exist() -> None:
     for target in targets:
         done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
+
+
+def test_links_inside_the_repository_are_alive() -> None:
+    """Those of every page that is tracked: files and folders exist, and so do the headings that are pointed at."""
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False).stdout
+    pages = [ROOT / name for name in listed.split()] or [README]
+    dead = []
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for target, heading in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
+            if "://" in target:
+                continue
+            found = page.parent / target if target else page
+            slugs = _slugs(found) if heading else {heading}
+            if not found.exists() or heading not in slugs:
+                dead.append(f"{page.relative_to(ROOT)}: {target}#{heading}")
+    assert not dead
+
+
+def _slugs(page: Path) -> set[str]:
+    """What headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
