@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from .. import ops
@@ -17,15 +16,13 @@ from ..data.shards import LatentShards
 from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..models.conditioning import encode_prompts, time_ids
-from ..models.loading import resolve
-from ..models.weights import weight_files
 from ..random import generator, image_seeds
 from . import distributed
+from .base import base_folder, open_pipeline, open_unet, run_folder
 from .config import DistillationConfig
 from .source import Condition, Drawings, Shards, Source
 from .students import shared_copy
 from .teacher import latents_of, preview_prompts
-from .trainer import export_of, run_folder
 
 LAST = schedule.NUM_TRAIN_TIMESTEPS - 1
 C = TypeVar("C", bound=DistillationConfig)
@@ -196,16 +193,9 @@ class Bench(Generic[C]):
         return noised
 
 
-def teacher_folder(name: str) -> Path:
-    """The folder of a teacher: a run's export by the run's name, a pipeline folder, or a hub id, which is fetched."""
-    folder = export_of(name)
-    return folder if folder.is_dir() else resolve(name)
-
-
 def _load_unet(name: str, config: DistillationConfig) -> Any:
     """A further base: the UNet of a pipeline, frozen."""
-    folder = teacher_folder(name) / "unet"
-    unet: Any = UNet2DConditionModel.from_pretrained(folder, use_safetensors=True, variant=weight_files(folder)[1])
+    unet = open_unet(base_folder(name))
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     device = config.torch_device if config.frozen_dtype == config.dtype else "cpu"
@@ -214,13 +204,7 @@ def _load_unet(name: str, config: DistillationConfig) -> Any:
 
 def load_teacher(config: DistillationConfig) -> Any:
     """The teacher's pipeline, with the recipe's own VAE if it names one."""
-    folder = teacher_folder(config.teacher)
-    variant = weight_files(folder / "unet")[1]
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True, variant=variant)
-    if config.vae is not None:
-        vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae), use_safetensors=True)
-        pipe.register_modules(vae=vae)
-    return pipe
+    return open_pipeline(config.teacher, config.vae)
 
 
 def make_bench(config: C, run: Path, *, prompts: tuple[str, ...] = ()) -> Bench[C]:

@@ -118,7 +118,7 @@ class DistillationConfig(RunConfig):
     lora_rank: int = Field(64, ge=1)
     lora_alpha: int | None = Field(None, description="None: equal to the rank")
     lora_targets: tuple[str, ...] = LORA_TARGETS
-    teacher: str = Field(description="run or folder of the teacher")
+    teacher: str = Field(description="run, folder or hub id of the teacher; embedded: the package's own base model")
     vae: str | None = Field(None, description="run or folder of a VAE with the same latents to draw and export with")
     data: DataConfig = DataConfig()
     draws: int = Field(128, ge=1, description="random pictures per name, as in the teacher's recipe")

@@ -65,11 +65,13 @@ def teacher_networks(config: DistillationConfig) -> dict[str, dict[str, Any]]:
         ValueError: none of these says what the teacher looks like.
     """
     from ..models.networks import sdxl_configs
-    from .trainer import export_of
+    from .base import export_of
 
-    folder = export_of(config.teacher)
-    if (folder / "unet" / "config.json").is_file():
-        return {name: json.loads((folder / name / "config.json").read_text()) for name in ("unet", "vae")}
+    places = {"unet": export_of(config.teacher) / "unet", "vae": export_of(config.teacher) / "vae"}
+    if config.vae is not None and not (places["vae"] / "config.json").is_file():
+        places["vae"] = export_of(config.vae)
+    if all((place / "config.json").is_file() for place in places.values()):
+        return {name: json.loads((place / "config.json").read_text()) for name, place in places.items()}
     if config.teacher == PUBLISHED:
         return sdxl_configs()
     for path in sorted(RECIPES.glob("*.yaml")):

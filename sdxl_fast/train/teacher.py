@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 from .. import ops
@@ -19,9 +19,10 @@ from ..models.config import build_text_encoders, build_unet, scheduler_arguments
 from ..models.tokenizer import save_tokenizer, train_tokenizer
 from ..nn import fuse
 from ..random import generator, image_seeds
+from .base import open_pipeline, open_vae
 from .checkpoint import Average
 from .config import DataConfig, TeacherConfig
-from .trainer import Task, Update, export_of
+from .trainer import Task, Update
 from .vae import art_of, to_sheet
 
 PREVIEW_PROMPTS = (
@@ -88,7 +89,7 @@ class TeacherTask(Task):
     def __init__(self, config: TeacherConfig, folder: Path) -> None:
         self.config, self.batch = config, config.batch
         self.device = device = config.torch_device
-        self.vae: Any = AutoencoderKL.from_pretrained(export_of(config.vae))
+        self.vae = open_vae(config.vae)
         self.vae.to(device, memory_format=torch.channels_last).requires_grad_(False)
         self.data = latents_of(config.data, folder / "latents.safetensors", self.vae, config.draws, config.seed)
         size = config.data.resolution
@@ -101,7 +102,7 @@ class TeacherTask(Task):
         towers = build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer)
         self.conditioner = Conditioner(*towers, size).to(device)
         if config.initial:
-            self._start_from(export_of(config.initial))
+            self._start_from(config.initial)
         if config.fuse:
             fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
@@ -110,10 +111,10 @@ class TeacherTask(Task):
         self.alphas_cumprod = schedule.alphas_cumprod().to(device)
         self.parts = {"networks": self.networks, "optimizer": self.update.optimizer, "average": self.average}
 
-    def _start_from(self, folder: Path) -> None:
-        pipe: Any = StableDiffusionXLPipeline.from_pretrained(folder, use_safetensors=True)
+    def _start_from(self, name: str) -> None:
+        pipe = open_pipeline(name, self.config.vae)
         if not torch.equal(tokenize(pipe.tokenizer, self.data.captions), self.ids.cpu()):
-            raise ValueError(f"initial: the tokenizer in {folder} reads this data's captions differently")
+            raise ValueError(f"initial: the tokenizer of {name} reads this data's captions differently")
         self.unet.load_state_dict(pipe.unet.state_dict())
         self.conditioner.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
         self.conditioner.text_encoder_2.load_state_dict(pipe.text_encoder_2.state_dict())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ..eval.plots import plot_losses
 from ..files import replacing
 from . import checkpoint, distributed
+from .base import export_of, run_folder
 from .config import (
     AddConfig,
     AnyConfig,
@@ -167,17 +168,6 @@ def _drop_later_lines(path: Path, images: int) -> None:
             continue
     with replacing(path) as writing:
         writing.write_text("".join(line + "\n" for line in kept))
-
-
-def run_folder(name: str) -> Path:
-    """The folder of a run by name in the cache, or a path as given."""
-    return Path(name) if Path(name).is_dir() else cache_folder() / "runs" / name
-
-
-def export_of(name: str) -> Path:
-    """What a run exported, by the run's name or folder; a folder without `export` is taken as an export itself."""
-    folder = run_folder(name)
-    return folder / "export" if (folder / "export").is_dir() else folder
 
 
 def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, dry_run: bool = False) -> Path:

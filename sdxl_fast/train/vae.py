@@ -18,9 +18,10 @@ from ..models.feature_nets import EfficientNetLite0, perceptual_distance
 from ..nn import fuse
 from ..random import generator
 from . import losses
+from .base import open_vae
 from .checkpoint import Average
 from .config import DataConfig, VaeConfig, cache_folder
-from .trainer import Task, Update, export_of
+from .trainer import Task, Update
 
 
 def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
@@ -49,7 +50,7 @@ class VaeTask(Task):
     def __init__(self, config: VaeConfig) -> None:
         self.config, self.batch = config, config.batch
         torch.manual_seed(config.seed)
-        source: Any = AutoencoderKL.from_pretrained(export_of(config.initial)) if config.initial else None
+        source: Any = open_vae(config.initial) if config.initial else None
         # Given here: a factor registered later would be lost where another network is made of this one's config.
         scaling = {} if source is None else {"scaling_factor": source.config.scaling_factor}
         vae: Any = AutoencoderKL(**config.model | scaling)
