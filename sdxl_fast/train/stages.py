@@ -151,7 +151,10 @@ class Lineage:
         return unet.requires_grad_(True)
 
     def discriminator_of(self, unit: Unit, phase: AdversarialPhase) -> LightningDiscriminator:
-        """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits."""
+        """Starts from the base UNet in each stage; within a stage the backbone goes on, and the head if it fits.
+
+        A phase of regression alone has trained none that could go on.
+        """
         torch.manual_seed(self.config.seed + unit.index)
         backbone = self.config.discriminator.backbone
         encoder = make_encoder(backbone, self.base, self.bench.vae, bases=1 + len(self.bench.others))
@@ -164,7 +167,7 @@ class Lineage:
             head_channels=self.config.discriminator.head_channels,
         ).to(self.config.torch_device, self.config.trained_dtype)
         before = self.units[unit.index - 1] if unit.index else None
-        if before is not None and before.stage is unit.stage and before.phase is not None:
+        if before is not None and before.stage is unit.stage and before.phase and before.phase.adversarial_weight:
             kept = load_file(before.folder(self.run) / "discriminator.safetensors")
             if before.phase.condition != phase.condition:
                 kept = {key: value for key, value in kept.items() if key.startswith("encoder.")}
@@ -270,7 +273,7 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         if config.teach_average and unit.trains == "lora":
             with task.averaged():
                 lineage.write_student(unit, task.student.unet, AVERAGE)
-        if isinstance(task, AdversarialTask):
+        if isinstance(task, AdversarialTask) and task.phase.adversarial_weight:
             _write_weights(task.discriminator, folder / "discriminator.safetensors")
         if distributed.is_first():
             _record(unit, run, time.perf_counter() - started)
