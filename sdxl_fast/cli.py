@@ -168,11 +168,10 @@ def evaluate(
     guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
     device: DeviceOption = None,
     reference: Annotated[Path | None, typer.Option(help="Of --prompts: folder of real pictures.")] = None,
-    features: Annotated[
-        str, typer.Option(help="Of --prompts: efficientnet-lite0, inception[:FILE] or clip:FOLDER.")
-    ] = "efficientnet-lite0",
+    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = "efficientnet-lite0",
     clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
     batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
+    per_prompt: Annotated[int, typer.Option(help="Of --prompts: pictures of each, for diversity.")] = 1,
 ) -> None:
     """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
     if (data is None) == (prompts is None):
@@ -190,6 +189,7 @@ def evaluate(
                 features=features,
                 clip=clip,
                 num_images=num_images,
+                per_prompt=per_prompt,
                 seed=seed,
                 guidance=guidance,
                 batch=batch,

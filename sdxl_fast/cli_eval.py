@@ -28,6 +28,7 @@ class PromptOptions:
     features: str
     clip: str | None
     num_images: int
+    per_prompt: int
     seed: int
     guidance: float
     batch: int
@@ -102,7 +103,11 @@ def run(options: PromptOptions) -> dict[str, Any]:
     from .eval.prompt_report import write_report
     from .eval.prompt_set import draw_set, pictures_of, read_prompts
 
-    prompts = read_prompts(options.prompts, options.num_images)
+    if options.per_prompt < 1:
+        raise ValueError(f"--per-prompt is {options.per_prompt}; allowed: 1 or more")
+    several = -(-options.num_images // options.per_prompt)
+    prompts = [text for text in read_prompts(options.prompts, several) for _ in range(options.per_prompt)]
+    prompts = prompts[: options.num_images]
     reference = [] if options.reference is None else pictures_of(options.reference)
     generators, device = _generators(options)
     sets = {}

@@ -5,6 +5,9 @@ FID-Whole is the Fréchet distance of whole pictures, which the feature network 
 pixels at native resolution, which sees texture that resizing hides. Both are "FID" only with Inception's features; a
 report names the network. Sets with no more pictures than features have no covariance: the unbiased kernel distance
 stands beside it for any size.
+
+Retrieval is text-to-image: how often a picture's own prompt is the nearest of all prompts to it, by CLIP (R-precision,
+Park et al. 2021). Diversity is the distance within a prompt that has several pictures, in content and in layout.
 """
 
 from __future__ import annotations
@@ -17,9 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from sdxl_fast.eval import kid
+from sdxl_fast.eval import kid, retrieval
 from sdxl_fast.eval.clip_score import Clip, clip_scores
+from sdxl_fast.eval.diversity import LAYOUT_SIZE, within_prompt_diversity
 from sdxl_fast.eval.features import Extractor
 from sdxl_fast.eval.frechet import frechet_distance
 from sdxl_fast.eval.prompt_set import batches, centre_patch, read_picture
@@ -35,18 +40,22 @@ _COLUMNS = (
     ("kid_whole", "KID ×10³", 2),
     ("kid_patch", "KID-Patch ×10³", 2),
     ("clip_score", "CLIP score", 2),
+    ("retrieval", "retrieval", 3),
     ("sharpness", "sharpness", 2),
+    ("content_diversity", "diversity", 3),
+    ("layout_diversity", "of layout", 3),
 )
 
 
 @dataclass
 class Measured:
-    """Features of a set: of whole pictures, of their middles, CLIP's of both sides, and the edges of each picture."""
+    """Features of a set: of whole pictures, of their middles, CLIP's; each picture's edges, and itself at 16 x 16."""
 
     whole: Tensor
     patch: Tensor
     clip: Tensor | None
     edges: Tensor
+    layouts: Tensor
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -55,24 +64,40 @@ class Measured:
 
 def measure(files: Sequence[Path], extract: Extractor, clip: Clip | None = None) -> Measured:
     """Reads a set once, batch by batch; pictures may differ in size."""
-    whole, patch, seen, edges = [], [], [], []
+    whole, patch, seen, edges, layouts = [], [], [], [], []
     for images in batches(files):
         whole.append(extract(images))
         patch.append(extract(centre_patch(images)))
         edges.append(laplacian_variance(images))
+        layouts.append(functional.adaptive_avg_pool2d(images, LAYOUT_SIZE))
         if clip is not None:
             seen.append(clip(images))
-    return Measured(torch.cat(whole), torch.cat(patch), torch.cat(seen) if seen else None, torch.cat(edges))
+    return Measured(
+        torch.cat(whole), torch.cat(patch), torch.cat(seen) if seen else None, torch.cat(edges), torch.cat(layouts)
+    )
 
 
-def compare(found: Measured, real: Measured | None, texts: Tensor | None) -> dict[str, Any]:
-    """A row of the report; what cannot be said of these sets is None."""
+def compare(
+    found: Measured, real: Measured | None, texts: Tensor | None, asked: Tensor | None = None
+) -> dict[str, Any]:
+    """A row of the report; what cannot be said of these sets is None.
+
+    Args:
+        found: the set.
+        real: of real pictures.
+        texts: CLIP's embedding of each picture's prompt, [N, D].
+        asked: int64 [N], which of the distinct prompts each picture is of; None: of all different ones.
+    """
     row: dict[str, Any] = {"images": found.count, "laplacian_variance": found.edges.mean().item()}
     row.update(dict.fromkeys((name for name, _, _ in _COLUMNS)))
     if texts is not None and found.clip is not None:
         scores = clip_scores(found.clip, texts)
         row["clip_score"] = scores.mean().item()
         row["clip_score_error"] = (scores.std() / len(scores) ** 0.5).item() if len(scores) > 1 else None
+        row["retrieval"] = _retrieval(found.clip, texts, asked)
+    if asked is not None and asked.bincount().max() > 1:
+        diversity = within_prompt_diversity(found.layouts, found.whole, asked)
+        row["content_diversity"], row["layout_diversity"] = diversity.content, diversity.layout
     if real is None:
         return row
     row["sharpness"] = row["laplacian_variance"] / real.edges.mean().item()
@@ -85,6 +110,15 @@ def compare(found: Measured, real: Measured | None, texts: Tensor | None) -> dic
             distance = kid.kernel_distance(ours, theirs, blocks=min(kid.BLOCKS, smaller // 2))
             row[f"kid_{name}"], row[f"kid_{name}_error"] = distance.value, distance.standard_error
     return row
+
+
+def _retrieval(pictures: Tensor, texts: Tensor, asked: Tensor | None) -> float | None:
+    """Share of pictures to which no other prompt is as near as their own; None of a single prompt."""
+    targets = torch.arange(len(texts)) if asked is None else asked
+    first = [int((targets == index).nonzero()[0, 0]) for index in range(int(targets.max()) + 1)]
+    if len(first) < 2:
+        return None
+    return retrieval.accuracy(retrieval.ranks(pictures, texts[first], targets), 1)
 
 
 def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
@@ -107,8 +141,10 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         "",
         f"{inputs['prompts']} prompts, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
         f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: the middle 299 px at "
-        f"native resolution. CLIP score: 100 times the cosine, of {inputs['clip'] or 'no network'}. Sharpness: the "
-        "Laplacian's variance over that of the real pictures. –: not measured, or too few pictures for a covariance.",
+        f"native resolution. CLIP score: 100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how "
+        "often a picture's own prompt is the nearest by it. Sharpness: the Laplacian's variance over that of the real "
+        "pictures. Diversity: 1 - cosine of the features, and root mean square difference at 16 x 16, between "
+        "pictures of one prompt. –: not measured, too few pictures for a covariance, or one picture a prompt.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -128,7 +164,7 @@ def write_report(
     Args:
         out: folder of the report.
         sets: name to files, one per prompt.
-        prompts: what they show.
+        prompts: what they show; one that comes several times is drawn with as many seeds.
         extract: the feature network of the distances.
         reference: real pictures.
         clip: of the CLIP score.
@@ -139,11 +175,14 @@ def write_report(
     """
     real = measure(reference, extract) if reference else None
     texts = None if clip is None else clip.texts(prompts)
-    rows = {name: compare(measure(files, extract, clip), real, texts) for name, files in sets.items()}
+    index = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    asked = torch.tensor([index[prompt] for prompt in prompts])
+    rows = {name: compare(measure(files, extract, clip), real, texts, asked) for name, files in sets.items()}
     report: dict[str, Any] = {
         "rows": rows,
         "inputs": {
-            "prompts": len(prompts),
+            "prompts": len(index),
+            "pictures_per_row": len(prompts),
             "seed": seed,
             "features": extract.provenance(),
             "clip": None if clip is None else clip.source,

@@ -18,7 +18,7 @@ from sdxl_fast.cli_eval import feature_network
 from sdxl_fast.errors import DataError
 from sdxl_fast.eval import prompt_set
 from sdxl_fast.eval.clip_score import Clip, clip_scores
-from sdxl_fast.eval.prompt_report import compare, measure, write_report
+from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import batches, centre_patch, draw_set, pictures_of, read_picture, read_prompts
 from sdxl_fast.eval.sheets import to_pil
 
@@ -179,20 +179,50 @@ def test_the_report_says_what_it_measured(tmp_path: Path, colour_grid: Any, clip
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
 
+def test_retrieval_and_diversity_within_a_prompt() -> None:
+    """Two prompts of two pictures: one of the four is nearer to the other prompt, and one pair is twice the same."""
+    texts = torch.eye(3)[[0, 0, 1, 1]]
+    clip = torch.tensor([[1.0, 0.1, 0.0], [0.2, 0.9, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    layouts = torch.zeros(4, 3, 16, 16)
+    layouts[0] = 0.5
+    whole = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    found = Measured(whole, whole, clip, torch.ones(4), layouts)
+    row = compare(found, None, texts, torch.tensor([0, 0, 1, 1]))
+    assert row["retrieval"] == 0.75
+    assert row["content_diversity"] == pytest.approx(0.5) and row["layout_diversity"] == pytest.approx(0.25)
+    once = compare(found, None, texts, torch.tensor([0, 1, 2, 3]))
+    assert once["content_diversity"] is None, "of one picture a prompt nothing can be said"
+    assert compare(found, None, texts, torch.zeros(4, dtype=torch.int64))["retrieval"] is None
+
+
 def test_the_command_draws_measures_and_goes_on(
     toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
     (tmp_path / "prompts.txt").write_text("red square\ngreen disc\nblue ring\n")
     arguments = ["eval", "--prompts", str(tmp_path / "prompts.txt"), "--model", str(toy_folder), "--device", "cpu"]
-    arguments += ["--steps", "1", "--steps", "4", "--steps", "32", "--num-images", "2", "--out", str(tmp_path / "out")]
+    arguments += [
+        "--steps",
+        "1",
+        "--steps",
+        "4",
+        "--steps",
+        "32",
+        "--num-images",
+        "4",
+        "--per-prompt",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
     assert stopped.value.code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert list(report["rows"]) == ["32 steps", "4 steps", "1 step"]
     pictures = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("0*.png")}
-    assert len(pictures) == 6
+    assert len(pictures) == 12
+    assert all(row["content_diversity"] >= 0 and row["layout_diversity"] > 0 for row in report["rows"].values())
     source = json.loads((tmp_path / "out" / "pictures-32" / "settings.json").read_text())["source"]
     assert "teacher, 32 steps, guidance 5" in source
     monkeypatch.setattr(prompt_set, "to_pil", None)  # nothing is drawn again
