@@ -102,6 +102,27 @@ def test_neither_step_moves_the_other_network(lab: Any) -> None:
     assert all(p.requires_grad for p in task.discriminator.parameters())
 
 
+def test_where_the_step_began_passes_the_discriminator_once(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real and fake together (x_t, c) is one pass, and their own latents, side by side, are another."""
+    task = _adversarial(lab)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    features = task.discriminator.features
+
+    def noting(latents: torch.Tensor, timesteps: torch.Tensor, condition: Any) -> torch.Tensor:
+        seen.append((latents.detach().clone(), timesteps))
+        found: torch.Tensor = features(latents, timesteps, condition)
+        return found
+
+    monkeypatch.setattr(task.discriminator, "features", noting)
+    task.discriminator_step(0)
+    (x_t, t), (pair, level) = seen
+    start = task.start(0, "discriminator")
+    assert torch.equal(x_t, start.x_t) and torch.equal(t, start.t)
+    assert len(pair) == len(level) == 2 * len(x_t)
+    with torch.no_grad():
+        torch.testing.assert_close(pair[: len(x_t)], task.teacher.walk(*start, task.substeps))
+
+
 def test_a_lora_phase_trains_the_lora_alone(lab: Any) -> None:
     task = _adversarial(lab)
     before = _weights(task.student.unet)
