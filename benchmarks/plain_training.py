@@ -31,7 +31,10 @@ class Start(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What both loops share: rank and modules of the LoRA, strides of student and teacher, rates, precision."""
+    """What both loops share: rank and modules of the LoRA, strides of student and teacher, rates, precision, place.
+
+    `frozen` is of the weights that do not train; `recompute` is diffusers' gradient checkpointing.
+    """
 
     rank: int
     targets: list[str]
@@ -41,6 +44,9 @@ class Setting:
     d_lr: float
     max_grad_norm: float
     bf16: bool
+    frozen: torch.dtype = torch.float32
+    device: str = "cpu"
+    recompute: bool = False
 
 
 def call(unet: Any, x: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
@@ -55,8 +61,7 @@ class Discriminator(nn.Module):
 
     def __init__(self, unet: Any, side: int) -> None:
         super().__init__()
-        self.unet = copy.deepcopy(unet)
-        self.unet.up_blocks = nn.ModuleList()
+        self.unet = copy.deepcopy(unet, {id(unet.up_blocks): nn.ModuleList()})
         self.unet.conv_norm_out = self.unet.conv_out = None
         self.unet.requires_grad_(True)
         channels, groups = unet.config.block_out_channels[-1], unet.config.norm_num_groups
@@ -109,16 +114,22 @@ class PlainLoop:
         channels_last: bool,
         side: int,
     ) -> None:
-        self.setting, self.alphas = setting, alphas_cumprod
+        self.setting, self.alphas = setting, alphas_cumprod.to(setting.device)
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.student = copy.deepcopy(base).requires_grad_(False)
+        self.discriminator = Discriminator(base, side).to(setting.device)
+        self.student = copy.deepcopy(base).to(setting.device, setting.frozen).requires_grad_(False)
         lora = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=setting.targets)
         self.student.add_adapter(lora, adapter_name="distilled")
-        self.teacher = copy.deepcopy(teacher).requires_grad_(False)
-        self.discriminator = Discriminator(base, side)
+        self.teacher = copy.deepcopy(teacher).to(setting.device, setting.frozen).requires_grad_(False)
         for network in (self.student, self.teacher, self.discriminator):
             network.to(memory_format=self.layout)
+        if setting.recompute:
+            for unet in (self.student, self.discriminator.unet):
+                unet.enable_gradient_checkpointing()
+                unet.train()
         trained = [p for p in self.student.parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
         self.optimizer = torch.optim.AdamW(trained, lr=setting.lr, betas=BETAS, weight_decay=0.0)
         judging = list(self.discriminator.parameters())
         self.d_optimizer = torch.optim.AdamW(judging, lr=setting.d_lr, betas=BETAS, weight_decay=0.0)

@@ -4,6 +4,9 @@
 One discriminator and one student step of SDXL-Lightning on the embedded model's architecture with random weights: this
 package's, and a plain loop of diffusers and peft in both memory layouts. Each runs in processes of its own, which take
 turns, so that a peak of memory is one's own and a disturbed minute hits all.
+
+    python -m benchmarks.training                              # on the CPU
+    python -m benchmarks.training --device cuda --model sdxl   # SDXL's configuration, one GPU of 80 GB
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,113 +30,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import command, machine, report
 from benchmarks.gate import Verdict
-from benchmarks.plain_training import PlainLoop, Setting, Start
+from benchmarks.plain_training import PlainLoop, Start
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
 from benchmarks.timing import clock_for, summarise
+from benchmarks.training_ground import STEPS, Ground, Scene
 from sdxl_fast.diffusion import schedule
-from sdxl_fast.models.conditioning import time_ids
-from sdxl_fast.models.config import build_unet
-from sdxl_fast.models.discriminators import LightningDiscriminator, UNetEncoder
-from sdxl_fast.nn import fuse
-from sdxl_fast.train.bench import Bench
-from sdxl_fast.train.config import AdversarialPhase, LightningConfig, TeacherConfig, load_recipe
-from sdxl_fast.train.lightning import AdversarialTask, Student, Teacher
-from sdxl_fast.train.source import Condition
-from sdxl_fast.train.students import add_lora
+from sdxl_fast.train.lightning import AdversarialTask
 
 OURS = "sdxl_fast"
+MODELS = {"embedded": "embedded architecture, random weights", "sdxl": "SDXL's configuration, random weights"}
 PLAIN = {"diffusers + peft, contiguous": False, "diffusers + peft, channels-last": True}
+COMPILED = "sdxl_fast, compiled"
 NAMES = (OURS, *PLAIN)
 TIMED = "D step and student step"
-STAGE, STEPS, TEACHER_STEPS = "4-step", 4, 8
 BOUND = 1e-3  # of the gate, relative L2 in float32
 MIB = 2**20
-
-
-class RandomSource:
-    """Latents and texts of the embedded model's shapes, a function of the number of images."""
-
-    def __init__(self, teacher: TeacherConfig) -> None:
-        pipeline = teacher.pipeline
-        self.shapes = [(pipeline.vae.latent_channels, pipeline.latent_size, pipeline.latent_size)]
-        self.tokens, self.pooled = pipeline.max_tokens, pipeline.text_encoder_2.projection
-        self.width, self.side = pipeline.text_encoder.width + pipeline.text_encoder_2.width, pipeline.image_size
-
-    def condition(self, count: int, draw: torch.Generator) -> Condition:
-        """What a UNet is told of `count` pictures."""
-        return {
-            "prompt_embeds": torch.randn(count, self.tokens, self.width, generator=draw),
-            "pooled": torch.randn(count, self.pooled, generator=draw),
-            "time_ids": time_ids(self.side, self.side, batch=count),
-        }
-
-    def batch(
-        self, count: int, share: slice, key: tuple[int | str, ...], images: int, *, text_of_next: bool
-    ) -> tuple[Tensor, Condition]:
-        """As `train.source.Source`."""
-        draw = torch.Generator().manual_seed(images)
-        latents = torch.randn(count, *self.shapes[0], generator=draw)
-        return latents[share], {name: rows[share] for name, rows in self.condition(count, draw).items()}
-
-
-@dataclass
-class Ground:
-    """What both loops start from: two UNets with random weights, data, and the recipe's 4-step LoRA phase against D."""
-
-    config: LightningConfig
-    base: Any
-    teacher: Any
-    source: RandomSource
-
-    @classmethod
-    def lay(cls, *settings: str) -> Ground:
-        """Of the embedded recipe with overrides."""
-        config, teacher = load_recipe("emoji_lightning", ["device=cpu", *settings]), load_recipe("emoji_teacher")
-        assert isinstance(config, LightningConfig) and isinstance(teacher, TeacherConfig)
-        torch.manual_seed(0)
-        base, other = (build_unet(teacher.pipeline).requires_grad_(False) for _ in range(2))
-        return cls(config, base, other, RandomSource(teacher))
-
-    @property
-    def phase(self) -> AdversarialPhase:
-        """In which the student learns from the first step on."""
-        found = next(stage for stage in self.config.stages if stage.name == STAGE).phases[0]
-        return found.model_copy(update={"d_warmup": 0})
-
-    @property
-    def side(self) -> int:
-        """Of the discriminator's feature maps."""
-        return int(self.source.shapes[0][1] >> (len(self.base.config.down_block_types) - 1))
-
-    def ours(self) -> AdversarialTask:
-        """The networks as the trainer assembles them."""
-        config, base = self.config, self.base.to(memory_format=torch.channels_last)
-        one = self.source.condition(1, torch.Generator().manual_seed(1))
-        bench: Bench[LightningConfig] = Bench(
-            **{"config": config, "base": base, "vae": None, "source": self.source, "previews": one, "prompts": one},
-            **{"prediction_type": "epsilon", "alphas_cumprod": schedule.alphas_cumprod()},
-        )
-        network, taught = bench.frozen_base(), bench.froze(self.teacher.to(memory_format=torch.channels_last))
-        add_lora(network, config)
-        d = LightningDiscriminator(UNetEncoder(base), conditional=True, side=self.side)
-        for unet in (network, taught, d.encoder.unet):
-            fuse(unet)
-        student = Student(bench, network, "epsilon", STEPS, tuple(schedule.trailing_timesteps(STEPS)))
-        stride = schedule.NUM_TRAIN_TIMESTEPS / TEACHER_STEPS
-        return AdversarialTask(student, Teacher(bench, taught, stride), TEACHER_STEPS // STEPS, d, self.phase)
-
-    def plain(self, *, channels_last: bool) -> PlainLoop:
-        """The peer, with copies of the networks."""
-        config, phase, total = self.config, self.phase, schedule.NUM_TRAIN_TIMESTEPS
-        rate, d_rate = config.adversarial_optimizer, config.discriminator_optimizer
-        setting = Setting(
-            **{"rank": config.lora_rank, "targets": list(config.lora_targets), "bf16": config.precision == "bf16"},
-            **{"stride": total // STEPS, "teacher_stride": total // TEACHER_STEPS},
-            **{"lr": phase.lr or rate.lr, "d_lr": phase.d_lr or d_rate.lr, "max_grad_norm": rate.max_grad_norm},
-        )
-        alphas = schedule.alphas_cumprod()
-        return PlainLoop(self.base, self.teacher, alphas, setting, channels_last=channels_last, side=self.side)
 
 
 def _with_weights_of(task: AdversarialTask, loop: PlainLoop) -> PlainLoop:
@@ -157,19 +68,20 @@ def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
     return torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, list(parameters))])
 
 
-def gate() -> dict[str, Verdict]:
+def gate(device: str = "cpu") -> dict[str, Verdict]:
     """Both losses and their gradients in float32 from the same weights and batches; ours is the measure of each peer.
 
-    The LoRA is given values, without which half of its gradients are zero.
+    On the embedded architecture. The LoRA is given values, without which half of its gradients are zero.
     """
-    ground = Ground.lay("precision=fp32", "batch=4")
+    torch.backends.cudnn.allow_tf32 = False
+    ground = Ground.lay(Scene(device=device), "precision=fp32", "batch=4")
     other = copy.deepcopy(ground)  # ours fuses and lays out the very networks
     task = ground.ours()
     with torch.no_grad():
         draw = torch.Generator().manual_seed(2)
         for name, parameter in task.student.unet.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))
+                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=draw))  # drawn on the CPU
     judging = [p for p in task.discriminator.parameters() if p.requires_grad]
     learning = [p for p in task.student.unet.parameters() if p.requires_grad]
     with sdpa_kernel(SDPBackend.MATH):
@@ -206,20 +118,28 @@ def peak_bytes() -> int:
         return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def child(name: str, steps: int, batch: int, threads: int) -> dict[str, Any]:
-    """Times one contestant in this process: seconds of each pair of steps, and the peak of memory over the imports."""
+def child(name: str, steps: int, batch: int, threads: int, scene: Scene) -> dict[str, Any]:
+    """Times one contestant in this process: seconds of each pair of steps, and the peak of memory over the imports.
+
+    On a GPU the peak is of the memory that torch has handed out there.
+    """
     torch.set_num_threads(threads)
     before = peak_bytes()
-    ground = Ground.lay(f"batch={batch}")
-    source = ground.source
+    ground = Ground.lay(scene, f"batch={batch}")
+    source, on_gpu = ground.source, scene.device == "cuda"
     attention: Any = contextlib.nullcontext()
     run: Callable[[int], Any]
-    if name == OURS:
-        attention = sdpa_kernel(SDPBackend.MATH)  # as `trainer.fit` has it on a CPU
-        run = ground.ours().step
+    if name in (OURS, COMPILED):
+        attention = attention if on_gpu else sdpa_kernel(SDPBackend.MATH)  # as `trainer.fit` has it
+        run = ground.ours(compiled=name == COMPILED).step
+        del ground
     else:
         loop = ground.plain(channels_last=PLAIN[name])
-        grid, alphas, images_seen = torch.tensor(schedule.trailing_timesteps(STEPS)), loop.alphas, itertools.count()
+        grid, alphas, images_seen = (
+            torch.tensor(schedule.trailing_timesteps(STEPS)),
+            loop.alphas.cpu(),
+            itertools.count(),
+        )
         del ground
 
         def draw() -> Start:
@@ -227,7 +147,9 @@ def child(name: str, steps: int, batch: int, threads: int) -> dict[str, Any]:
             t = grid[torch.randint(len(grid), (batch,))]
             a, noise = alphas[t][:, None, None, None], torch.randn_like(latents)
             pure = (t == len(alphas) - 1)[:, None, None, None]
-            return Start(torch.where(pure, noise, a.sqrt() * latents + (1 - a).sqrt() * noise), t, text)
+            x_t = torch.where(pure, noise, a.sqrt() * latents + (1 - a).sqrt() * noise)
+            told = {key: rows.to(scene.device) for key, rows in text.items()}
+            return Start(x_t.to(scene.device), t.to(scene.device), told)
 
         def run(images: int) -> Any:
             loop.step(draw)
@@ -237,12 +159,16 @@ def child(name: str, steps: int, batch: int, threads: int) -> dict[str, Any]:
         for index in range(steps + 2):
             started = time.perf_counter()
             run(index * batch)
+            if on_gpu:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds[2:], "peak_bytes": peak_bytes() - before}
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes() - before
+    return {"seconds": seconds[2:], "peak_bytes": peak}
 
 
-def _in_a_process(name: str, steps: int, batch: int, threads: int) -> dict[str, Any]:
+def _in_a_process(name: str, steps: int, batch: int, threads: int, scene: Scene) -> dict[str, Any]:
     arguments = ["--child", name, "--steps", str(steps), "--batch", str(batch), "--threads", str(threads)]
+    arguments += ["--model", scene.model, "--device", scene.device, *(["--recompute"] if scene.recompute else [])]
     done = subprocess.run([sys.executable, "-m", "benchmarks.training", *arguments], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -250,7 +176,7 @@ def _in_a_process(name: str, steps: int, batch: int, threads: int) -> dict[str, 
     return found
 
 
-def measure(*, rounds: int, steps: int, batch: int, threads: int) -> dict[str, Any]:
+def measure(*, rounds: int, steps: int, batch: int, threads: int, scene: Scene | None = None) -> dict[str, Any]:
     """The row of the results file: seconds per pair of steps and peak of memory of each contestant.
 
     Args:
@@ -258,14 +184,18 @@ def measure(*, rounds: int, steps: int, batch: int, threads: int) -> dict[str, A
         steps: timed in each, after two that are not.
         batch: pictures per step.
         threads: of each process.
+        scene: None is the embedded model on the CPU.
     """
-    verdicts = gate()
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    peaks: dict[str, list[int]] = {name: [] for name in NAMES}
+    scene = scene or Scene()
+    verdicts = gate(scene.device)
+    if scene.device == "cuda":
+        verdicts[COMPILED] = verdicts[OURS]
+    seconds: dict[str, list[float]] = {name: [] for name in verdicts}
+    peaks: dict[str, list[int]] = {name: [] for name in verdicts}
     for _ in range(rounds):
-        for name in NAMES:
+        for name in seconds:
             if verdicts[name].passed:
-                found = _in_a_process(name, steps, batch, threads)
+                found = _in_a_process(name, steps, batch, threads, scene)
                 seconds[name] += found["seconds"]
                 peaks[name].append(found["peak_bytes"])
     contestants: dict[str, Any] = {}
@@ -275,46 +205,58 @@ def measure(*, rounds: int, steps: int, batch: int, threads: int) -> dict[str, A
             stages = {TIMED: summarise(seconds[name]).as_dict()}
             contestants[name] = {"stages": stages, "gate": verdict.detail, "peak_bytes": max(peaks[name])}
     return {
-        **{"model": "embedded architecture, random weights", "case": f"batch {batch}", "dtype": "bfloat16 autocast"},
-        **{"mode": "SDXL-Lightning, LoRA, D", "about": about(contestants), "contestants": contestants},
+        **{"model": MODELS[scene.model], "case": f"batch {batch}", "dtype": "bfloat16 autocast"},
+        **{"mode": "SDXL-Lightning, LoRA, D" + (", recomputing" if scene.recompute else "")},
+        **{"about": about(contestants), "contestants": contestants},
     }
 
 
 def about(contestants: dict[str, Any]) -> str:
     """What the numbers come to: against the faster and against the leaner plain layout."""
     timed = {name: found for name, found in contestants.items() if "peak_bytes" in found}
-    peers = [found for name, found in timed.items() if name != OURS]
-    if OURS not in timed or not peers:
+    peers = [found for name, found in timed.items() if name in PLAIN]
+    mine = [found for name, found in timed.items() if name not in PLAIN]
+    if not mine or not peers:
         return "Nothing to compare: a gate failed."
-    mine = timed[OURS]
-    best = min(found["stages"][TIMED]["best"] for found in peers)
-    lean = min(found["peak_bytes"] for found in peers)
-    speed = best / mine["stages"][TIMED]["best"]
+    best, ours = (min(found["stages"][TIMED]["best"] for found in side) for side in (peers, mine))
+    lean, held = (min(found["peak_bytes"] for found in side) for side in (peers, mine))
+    speed = best / ours
     memory = ", ".join(f"{name} {found['peak_bytes'] / MIB:.0f} MiB" for name, found in timed.items())
     return (
         f"Best of the plain layouts over ours, by best samples: {speed:.2f} in time. Peaks of memory over the imports: "
-        f"{memory}; ours over the leaner plain one {mine['peak_bytes'] / lean:.2f}. Ours also averages the weights."
+        f"{memory}; ours over the leaner plain one {held / lean:.2f}. Ours also averages the weights."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Times training on the CPU."""
+    """Times training, on the CPU unless told otherwise."""
     given = list(sys.argv[1:] if argv is None else argv)
-    parser = command.parser("benchmarks.training", "Time the training steps of SDXL-Lightning on the CPU.")
-    parser.add_argument("--batch", type=int, default=48, help="pictures per step; the recipe's by default")
+    parser = command.parser("benchmarks.training", "Time the training steps of SDXL-Lightning.")
+    parser.add_argument("--batch", type=int, help="pictures per step; default: 48, and 1 of SDXL's size")
     parser.add_argument("--steps", type=int, default=8, help="timed in each process")
-    parser.add_argument("--child", choices=NAMES, help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", choices=tuple(MODELS), default="embedded", help="sdxl needs a GPU of 80 GB")
+    parser.add_argument("--recompute", action="store_true", help="gradient checkpointing on both sides, of sdxl")
+    parser.add_argument("--child", choices=(*NAMES, COMPILED), help=argparse.SUPPRESS)
     parser.set_defaults(rounds=4)
     arguments = parser.parse_args(given)
     command.check(parser, arguments)
+    device, threads = arguments.device, arguments.threads
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda, but torch finds no CUDA GPU here")
+    if arguments.recompute and arguments.model != "sdxl":
+        parser.error("--recompute is for --model sdxl")
+    scene = Scene(arguments.model, device, arguments.recompute)
+    batch = arguments.batch or (1 if arguments.model == "sdxl" else 48)
     if arguments.child:
-        print(json.dumps(child(arguments.child, arguments.steps, arguments.batch, arguments.threads)))
+        print(json.dumps(child(arguments.child, arguments.steps, batch, threads, scene)))
         return
-    machine.restart_with_warm_allocator("benchmarks.training", given, arguments.threads)
-    torch.set_num_threads(arguments.threads)
-    results = command.start(arguments.out, "cpu", clock_for("cpu", quick=arguments.quick), quick=arguments.quick)
-    rounds, steps, batch = (1, 1, 4) if arguments.quick else (arguments.rounds, arguments.steps, arguments.batch)
-    write(results, measure(rounds=rounds, steps=steps, batch=batch, threads=arguments.threads))
+    if device == "cpu":
+        machine.restart_with_warm_allocator("benchmarks.training", given, threads)
+    torch.set_num_threads(threads)
+    results = command.start(arguments.out, device, clock_for(device, quick=arguments.quick), quick=arguments.quick)
+    rounds, steps, batch = (1, 1, min(batch, 4)) if arguments.quick else (arguments.rounds, arguments.steps, batch)
+    write(results, measure(rounds=rounds, steps=steps, batch=batch, threads=threads, scene=scene))
     raise SystemExit(command.finish(results))
 
 

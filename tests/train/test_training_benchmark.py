@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sdxl_fast.train.config import LightningConfig, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
@@ -17,6 +20,7 @@ from benchmarks import training  # noqa: E402
 from benchmarks.plain_training import PlainLoop  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
 from benchmarks.suite import GATE_FAILED  # noqa: E402
+from benchmarks.training_ground import Ground, RandomSource, Scene  # noqa: E402
 
 PLAIN = list(training.PLAIN)
 
@@ -46,6 +50,37 @@ def test_what_the_row_says_follows_from_the_best_layout_and_the_leanest(tmp_path
     said = training.about({training.OURS: found(1.0, 300), PLAIN[0]: found(1.5, 400), PLAIN[1]: found(1.2, 600)})
     assert "over ours, by best samples: 1.20 in time" in said
     assert "ours over the leaner plain one 0.75" in said
+
+
+def test_frozen_weights_and_recomputation_are_the_same_on_both_sides() -> None:
+    """As SDXL's size asks for: frozen networks in bf16, what trains in float32, blocks computed anew."""
+    settings = ("frozen=bf16", "gradient_checkpointing=true", "batch=2")
+    task = Ground.lay(Scene(), *settings).ours()
+    loop = Ground.lay(Scene(), *settings).plain(channels_last=True)
+    for student, taught, d in (
+        (task.student.unet, task.teacher.unet, task.discriminator),
+        (loop.student, loop.teacher, loop.discriminator),
+    ):
+        assert {p.dtype for p in taught.parameters()} == {torch.bfloat16}
+        assert {p.dtype for p in student.parameters() if not p.requires_grad} == {torch.bfloat16}
+        assert {p.dtype for p in [*d.parameters(), *student.parameters()] if p.requires_grad} == {torch.float32}
+        assert student.is_gradient_checkpointing and student.training
+    assert sum(p.numel() for p in task.student.unet.parameters()) == sum(p.numel() for p in loop.student.parameters())
+    start = training._starts(task, "student")
+    with sdpa_kernel(SDPBackend.MATH):
+        loop._descend(loop.d_loss(start), loop.d_optimizer)
+        loop._descend(loop.g_loss(start), loop.optimizer)
+        assert {"d_loss", "g_loss"} <= task.step(0).keys()
+
+
+def test_sdxls_scene_is_the_recipe_for_one_gpu() -> None:
+    scene = Scene("sdxl", "cpu", recompute=True)
+    config = load_recipe(scene.recipe, scene.settings)
+    assert isinstance(config, LightningConfig)
+    assert (config.accumulate, config.gradient_checkpointing, config.frozen) == (1, True, "bf16")
+    assert next(stage for stage in config.stages if stage.name == "4-step").phases[0].condition
+    source = RandomSource(scene.pipeline)
+    assert source.shapes == [(4, 128, 128)] and (source.tokens, source.width, source.pooled) == (77, 2048, 1280)
 
 
 @pytest.mark.slow
