@@ -14,12 +14,13 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3.10 python3; 
 # A torch that already runs on this machine's GPU is used as it is; elsewhere this one, whose package may bring CUDA.
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup demo test test-slow lint format bench e2e gpu cuda triton triton-oldest clean
+.PHONY: help setup demo test test-slow lint format claims bench e2e gpu cuda triton triton-oldest clean
 
 help:
 	@echo "make demo    draw a grid of prompts, one step each, into demo.png"
 	@echo "make test    run the tests         make test-slow  those over a minute, which CI runs too"
 	@echo "make lint    ruff, mypy        make format  ruff and clang-format in place"
+	@echo "make claims  try the papers' claims on the embedded model: 20 minutes a variant, goes on where it was stopped"
 	@echo "make bench   CPU benchmarks    make gpu     GPU build, GPU tests, GPU benchmarks"
 	@echo "make e2e     whole pipelines beside diffusers, on the GPU if there is one; ARGS=... as its --help says"
 	@echo "make cuda    CUDA build for sm_90a, warnings as errors (needs nvcc, no GPU)"
@@ -58,6 +59,11 @@ lint: $(READY)
 format: $(READY)
 	@$(VENV)/bin/ruff check --fix . ; $(VENV)/bin/ruff format .
 	@find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+# The pictures need npm once; CLAIMS="--only blur --seeds 0" chooses.
+claims: $(READY)
+	@$(VENV)/bin/sdxl-fast data emoji --out "$${SDXL_FAST_CACHE:-$$HOME/.cache/sdxl_fast}/data/emoji"
+	@$(PY) -m benchmarks.claims $(CLAIMS)
 
 bench: $(READY)
 	@$(PY) -m benchmarks.cpu

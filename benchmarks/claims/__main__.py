@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tries the papers' claims on the embedded model.
 
-    python -m benchmarks.claims                          # all, from the run emoji-lightning
+    sdxl-fast data emoji --out ~/.cache/sdxl_fast/data/emoji   # once: the pictures
+    python -m benchmarks.claims                          # all, from the checkpoints in the repository
     python -m benchmarks.claims --only blur x0-form      # some
     python -m benchmarks.claims --report                 # the page anew from what has been measured
-    python -m benchmarks.claims --start weights/emoji-lightning --set teacher=weights/emoji-teacher
+    python -m benchmarks.claims --start emoji-lightning  # from a finished run of your own
 
-Each variant takes about 20 minutes on two cores. What is done is kept, in `--out` and in the cache: the same command
-goes on where the last one was stopped, in the middle of a training too.
+Each variant takes about 20 minutes on two cores; all claims get one seed before the headline ones get their others.
+What is done is kept, in `--out` and in the cache: the same command goes on where the last one was stopped, in the
+middle of a training too.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from pathlib import Path
 
 from benchmarks.claims import page
 from benchmarks.claims.claims import CLAIMS, ONE_SEED, Claim
+from benchmarks.claims.start import COMMITTED, NotRunError, StoppedError
 from benchmarks.claims.variants import VARIANTS, Variant
-from benchmarks.claims.work import NotRunError, Options, Workshop
+from benchmarks.claims.work import Options, Workshop
 from sdxl_fast.eval.report import first_of_each
 
 OUT = Path("benchmarks/claims/results")
@@ -31,7 +34,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"claims: {', '.join(names)}")
     parser.add_argument("--seeds", nargs="+", type=int, help="instead of each claim's own (three or one)")
     parser.add_argument("--out", type=Path, default=OUT, help="results, sheets and claims.md")
-    parser.add_argument("--start", default="emoji-lightning", help="finished run whose stages all go on from")
+    parser.add_argument(
+        "--start", default=COMMITTED, help="run whose stages all go on from; by default the committed ones"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="A.B=VALUE", help="overrides of that run's recipe")
     parser.add_argument("--scale", type=float, default=1.0, help="of every length, to try it out")
     parser.add_argument("--pictures", type=int, default=1000, help="drawn per row")
@@ -57,8 +62,10 @@ def work_off(claims: Sequence[Claim], workshop: Workshop, seeds: Sequence[int] |
     for _, _, variant, seed in sorted(jobs, key=lambda job: job[0]):
         try:
             workshop.result(variant, seed)
-        except (NotRunError, FloatingPointError, ImportError) as error:
-            refused[variant.name] = str(error)
+        except StoppedError as error:
+            return [*(f"{name}: {reason}" for name, reason in refused.items()), str(error)]
+        except Exception as error:  # one variant that cannot be trained is reported and keeps none from being tried
+            refused[variant.name] = f"{type(error).__name__}: {error}"
             continue
         page.write(CLAIMS, workshop.options.out)
     for claim in claims:
@@ -92,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not given.report:
         lengths = {"pictures": given.pictures, "scale": given.scale}
         options = Options(given.start, given.out, settings=tuple(given.set), **lengths)
-        refused = work_off(claims, Workshop(options), given.seeds)
+        try:
+            refused = work_off(claims, Workshop(options), given.seeds)
+        except NotRunError as error:
+            print(error)
+            return 2
     print(page.write(CLAIMS, given.out))
     for reason in refused:
         print(f"not run: {reason}")

@@ -29,6 +29,7 @@ def by_side(files: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, dict[str,
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for file in files:
         training = {"trained_images": file["images"], "trained_seconds": file["seconds"]}
+        training["images_before"] = file["images_before"]
         for steps, row in file["rows"].items():
             found.setdefault(f"{file['variant']}@{steps}", {})[file["seed"]] = {**row, **training}
     return found
@@ -48,7 +49,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def table(claim: Claim, results: Results) -> list[str]:
     """The claim's sides, one a line: means over seeds and, of several, their standard errors."""
-    header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "images", "minutes"]
+    header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "images", "minutes", "before"]
     lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
     for side in claim.sides:
         rows = list(results.get(side, {}).values())
@@ -57,7 +58,7 @@ def table(claim: Claim, results: Results) -> list[str]:
             lines.append(_line([side, about, "0", *["–"] * (len(header) - 3)]))
             continue
         minutes = mean([row["trained_seconds"] for row in rows]) / 60.0
-        costs = [f"{rows[0]['trained_images']:,}", f"{minutes:.1f}"]
+        costs = [f"{rows[0]['trained_images']:,}", f"{minutes:.1f}", f"{rows[0]['images_before']:,}"]
         lines.append(_line([side, about, str(len(rows)), *(_cell(name, rows) for name in METRICS), *costs]))
     return lines
 
@@ -85,14 +86,16 @@ def write(claims: Sequence[Claim], out: Path) -> str:
         "",
         "Top-5, KID excess, sharpness and diversity as `sdxl-fast eval` has them; grain: deviation of the Laplacian in "
         "the quietest quarter of a picture, in levels of 255; flow: root mean square distance to where the checkpoint "
-        "that taught ends from the same noise; images and minutes: of training, without what came before.",
+        "that taught ends from the same noise; images and minutes: of training, without what came before; before: "
+        "the images of that since the base model.",
         "",
         f"Machine: {_machine(files)}.",
     ]
     if scales:
         lines += ["", f"Some lengths were scaled, by {', '.join(f'{scale:g}' for scale in scales)}."]
     for claim in claims:
-        lines += ["", f"## {claim.name}", "", verdicts[claim.name].sentence, "", *table(claim, results)]
+        note = ["", claim.note] if claim.note else []
+        lines += ["", f"## {claim.name}", "", verdicts[claim.name].sentence, *note, "", *table(claim, results)]
         if (out / "sheets" / f"{claim.name}.png").is_file():
             lines += ["", f"![{claim.name}](sheets/{claim.name}.png)"]
     text = "\n".join(lines) + "\n"

@@ -2,7 +2,11 @@
 """What is trained to try the claims: each variant a recipe with overrides, the checkpoint it goes on from, a length.
 
 Lengths are in images and the same for variants that are compared; 20 minutes on two cores are about 30,000 images of a
-LoRA, 20,000 of a full UNet that predicts x0 and 8,000 of ADD, which also decodes and looks at pictures.
+LoRA or of a one-step student, and 8,000 of ADD, which also decodes and looks at pictures.
+
+One step takes this small network some 800,000 images of regression before a discriminator has anything to judge (see
+the recipe `emoji_lightning`). One-step variants therefore go on from a student that has them behind it, all from the
+same; the two that compare what a student predicts begin at the 2-step LoRA instead, as far as 20 minutes lead.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ from typing import Any, Literal
 Sampler = Literal["ddim", "ancestral", "consistency"]
 LIGHTNING, TUNED = "lightning", "tuned"
 
-FEW, ONE, CONVERT, ADD = 24_000, 20_000, 8_000, 8_000
-LEVELS, RENOISE = [249, 499, 749, 999], [10, 250, 500, 750]
+FEW, ONE, CONVERT, ADD = 24_000, 32_000, 8_000, 8_000
+LEVELS, WEIGHTS, RENOISE = [249, 499, 749, 999], [1, 1, 1, 5], [10, 250, 500, 750]  # as in the recipe
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Variant:
             nothing.
         start: stage of that run whose student comes before and teaches; None: the base model.
         stage: the stage that "lightning" adds.
+        regressed: the stage goes on where that run's own of this name ended its regression, ahead of any discriminator.
         settings: `a.b=value` overrides.
         steps: in how many steps it is drawn.
         sampler: how.
@@ -41,6 +46,7 @@ class Variant:
     recipe: str | None = LIGHTNING
     start: str | None = None
     stage: Mapping[str, Any] | None = None
+    regressed: bool = False
     settings: tuple[str, ...] = ()
     steps: tuple[int, ...] = (4,)
     sampler: Sampler = "ddim"
@@ -62,9 +68,16 @@ def _d_prime(images: int, **more: Any) -> dict[str, Any]:
     return _phase(False, "lora", images, 2e-4, **{"d_warmup": 2_000, **more})
 
 
-def _full(condition: bool, images: int, lr: float = 4e-4, **more: Any) -> dict[str, Any]:
-    """The whole one-step student under a discriminator of several levels, as in the 1-step stage of the recipe."""
-    return _phase(condition, "full", images, lr, **{"d_warmup": 2_000, "renoise": RENOISE, **more})
+def _full(condition: bool, images: int, **more: Any) -> dict[str, Any]:
+    """The whole one-step student under a discriminator of several levels beside regression, as in the recipe."""
+    judged = {"d_warmup": 4_000, "renoise": RENOISE, "teacher": "4-step", "regression_weight": 1.0, "d_lr": 3e-4}
+    return _phase(condition, "full", images, 5e-5, **{**judged, **more})
+
+
+def _regression(images: int) -> dict[str, Any]:
+    """The whole one-step student on where the 4-step model walks to."""
+    alone = {"adversarial_weight": 0.0, "regression_weight": 1.0, "teacher": "4-step"}
+    return _phase(True, "full", images, 4e-4, **alone) | {"name": "mse"}
 
 
 def _four(name: str, about: str, *phases: dict[str, Any], **stage: Any) -> Variant:
@@ -73,9 +86,11 @@ def _four(name: str, about: str, *phases: dict[str, Any], **stage: Any) -> Varia
 
 
 def _one(name: str, about: str, *phases: dict[str, Any], settings: tuple[str, ...] = (), **stage: Any) -> Variant:
-    whole = {"name": "1-step", "steps": 1, "loss": "adversarial", "timesteps": LEVELS, "phases": list(phases)}
-    whole |= {"convert_images": CONVERT, **stage}
-    return Variant(f"one-{name}", about, start="2-step", stage=whole, settings=settings, steps=(1,))
+    """Goes on after regression; with `convert_images` it begins at the 2-step LoRA."""
+    whole = {"name": "1-step", "steps": 1, "loss": "adversarial", "phases": list(phases), **stage}
+    whole |= {"timesteps": LEVELS, "timestep_weights": WEIGHTS}
+    more = {"settings": settings, "steps": (1,), "regressed": "convert_images" not in stage}
+    return Variant(f"one-{name}", about, start="2-step", stage=whole, **more)
 
 
 def _add(name: str, about: str, *settings: str, steps: tuple[int, ...] = (1,)) -> Variant:
@@ -85,7 +100,9 @@ def _add(name: str, about: str, *settings: str, steps: tuple[int, ...] = (1,)) -
 
 _AS_THEY_ARE = (
     Variant("start-8-step", "the 8-step LoRA that 4-step students start from", None, "8-step", steps=(8,)),
+    Variant("start-4-step", "the 4-step LoRA that teaches one-step students", None, "4-step", steps=(4,)),
     Variant("start-2-step", "the 2-step LoRA that one-step students start from", None, "2-step", steps=(2,)),
+    Variant("start-1-step", "the regressed student that one-step students start from", None, "1-step", steps=(1,)),
 )
 
 _FOUR_STEPS = (
@@ -106,22 +123,37 @@ _FOUR_STEPS = (
 )
 
 _ONE_STEP = (
-    _one("d", "x0, D of several levels", _full(True, ONE)),
-    _one("d-then-d-prime", "x0, D then D'", _full(True, 3 * ONE // 5), _full(False, 2 * ONE // 5, 2e-4)),
+    _one("d", "x0, D of several levels beside MSE", _full(True, ONE)),
+    _one("d-alone", "x0, D of several levels without MSE", _full(True, ONE, regression_weight=0.0)),
+    _one("d-then-d-prime", "x0, D then D', beside MSE", _full(True, 3 * ONE // 5), _full(False, 2 * ONE // 5)),
+    _one("mse", "x0, MSE to the teacher", _regression(ONE)),
+    _one("single", "x0, D of the clean level alone, beside MSE", _full(True, ONE, renoise=[])),
     _one(
-        "mse",
-        "x0, MSE to the teacher",
-        _full(True, ONE, adversarial_weight=0.0, regression_weight=1.0, d_warmup=0, renoise=[]),
+        "impure",
+        "x0, D; training inputs as the schedule has them",
+        _full(True, ONE),
+        settings=("pure_noise=false",),
     ),
-    _one("epsilon", "epsilon, D of several levels", _full(True, ONE + CONVERT), convert_images=0),
-    _one("single", "x0, D of the clean level alone", _full(True, ONE, renoise=[])),
-    _one("impure", "x0, D; training inputs as the schedule has them", _full(True, ONE), settings=("pure_noise=false",)),
     _one("conv", "x0, D a small new conv net", _full(True, ONE), settings=("discriminator.backbone=conv",)),
     _one(
         "pixels",
-        "x0, D on image features of pictures",
+        "x0, D on image features of pictures, which have the clean level alone",
         _full(True, ONE, renoise=[]),
         settings=("discriminator.backbone=pixels",),
+    ),
+    _one(
+        "x0-anew",
+        "from the 2-step LoRA: x0, MSE, then D beside it",
+        _regression(ONE // 2 - CONVERT),
+        _full(True, ONE // 2),
+        convert_images=CONVERT,
+    ),
+    _one(
+        "epsilon-anew",
+        "from the 2-step LoRA: epsilon, MSE, then D beside it",
+        _regression(ONE // 2),
+        _full(True, ONE // 2),
+        convert_images=0,
     ),
 )
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +18,17 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.claims.draw import Drawer, flow_distance, grain, reconstruct
+from benchmarks.claims.draw import Drawer, Remembering, flow_distance, grain, reconstruct
+from benchmarks.claims.start import (
+    COMMITTED,
+    NotRunError,
+    StoppedError,
+    committed_run,
+    link,
+    regressed_unit,
+    regressions,
+    sha256,
+)
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS, Variant
 from sdxl_fast.data import emoji
 from sdxl_fast.diffusion.prediction import PredictionType
@@ -29,10 +38,10 @@ from sdxl_fast.eval.features import Extractor, FeatureExtractor
 from sdxl_fast.eval.tables import TEACHER
 from sdxl_fast.files import replacing
 from sdxl_fast.models.lora import merge_lora, read_lora
-from sdxl_fast.train.bench import load_teacher
-from sdxl_fast.train.config import LightningConfig, cache_folder, load_recipe
+from sdxl_fast.train.base import base_folder, open_pipeline, run_folder, unet_folder
+from sdxl_fast.train.config import LightningConfig, StageConfig, cache_folder, load_recipe
 from sdxl_fast.train.stages import STUDENT, Unit, units_of
-from sdxl_fast.train.trainer import export_of, run, run_folder
+from sdxl_fast.train.trainer import run
 
 GUIDED_STEPS = 32
 
@@ -42,7 +51,8 @@ class Options:
     """How to run.
 
     Attributes:
-        start: run of the Lightning recipe, a name or folder, whose stages all variants go on from.
+        start: run of the Lightning recipe, a name or folder, whose stages all variants go on from; "embedded" is made
+            of what the repository holds.
         out: gets `results/`.
         pictures: drawn per row.
         scale: of every length.
@@ -58,22 +68,18 @@ class Options:
     extractor: Extractor | None = None
 
 
-class NotRunError(RuntimeError):
-    """A variant cannot be trained or was stopped; the message says why."""
-
-
 class Workshop:
     """Everything that variants share: the run they start from, the questions, the teacher's pictures."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
-        self.source = run_folder(options.start)
+        self.source = committed_run() if options.start == COMMITTED else run_folder(options.start)
         recipe = self.source / "recipe.yaml"
         config = load_recipe(recipe, list(options.settings)) if recipe.is_file() else None
         if not isinstance(config, LightningConfig):
             raise NotRunError(f"{self.source} holds no run of kind lightning; train it first, or name it by --start")
         self.config = config
-        self.extractor = options.extractor or FeatureExtractor()
+        self.extractor = Remembering(options.extractor or FeatureExtractor())
         self._questions: dict[str, Questions] = {}
 
     # ---- training ----
@@ -87,13 +93,14 @@ class Workshop:
         """The whole recipe of one variant, as data."""
         if variant.recipe == LIGHTNING:
             tree = self.config.model_dump(mode="json")
-            tree["stages"] = [*self._before(variant), self._scaled(dict(variant.stage or {}))]
+            tree["stages"] = [*self._before(variant), self._stage(variant)]
             tree["data_seed"] = self.config.seed if self.config.data_seed is None else self.config.data_seed
         elif variant.recipe == TUNED:
             own = run_folder(self.config.teacher) / "recipe.yaml"
             tree = load_recipe(own if own.is_file() else "emoji_teacher").model_dump(mode="json")
-            tree |= {"initial": str(export_of(self.config.teacher)), "ema_half_life": 4000}
-            tree["vae"] = self.config.vae or tree["vae"]
+            tree |= {"initial": self.config.teacher, "vae": self.config.vae or self.config.teacher}
+            kept = self.config.model_dump(mode="json", include={"data", "precision", "device", "fuse"})
+            tree |= {**kept, "ema_half_life": 4000}
         else:
             tree = load_recipe(str(variant.recipe)).model_dump(mode="json")
             shared = ("teacher", "vae", "data", "draws", "precision", "device", "fuse")
@@ -116,20 +123,46 @@ class Workshop:
         stages = self.config.model_dump(mode="json")["stages"]
         return list(stages[: names.index(variant.start) + 1])
 
+    def _stage(self, variant: Variant) -> dict[str, Any]:
+        """The variant's own stage, behind what it goes on from inside the same one."""
+        own = self._scaled(dict(variant.stage or {}))
+        if not variant.regressed:
+            return own
+        begun = self._begun(variant)
+        whole = begun.model_dump(mode="json")
+        before = whole["phases"][: regressions(begun)]
+        return own | {"convert_images": begun.convert_images, "phases": [*before, *own["phases"]]}
+
+    def _begun(self, variant: Variant) -> StageConfig:
+        """The source's own stage that the variant goes on inside of."""
+        after = len(self._before(variant))
+        found = self.config.stages[after] if after < len(self.config.stages) else None
+        if found is None or found.name != (variant.stage or {})["name"] or not regressions(found):
+            raise NotRunError(f"{self.source} has no {variant.stage and variant.stage['name']} stage with regression")
+        return found
+
     def _start_unit(self, variant: Variant) -> Unit:
-        """The unit whose LoRA the variant starts from: the stage's last."""
-        found = [u for u in units_of(self.config) if u.stage.name == variant.start and u.trains == "lora"]
-        if not found or not (found[-1].folder(self.source) / STUDENT).is_file():
-            raise NotRunError(f"{self.source} has no finished LoRA of stage {variant.start!r}")
-        return found[-1]
+        """The unit whose student the variant starts from: the stage's last LoRA, or the end of regression."""
+        if variant.regressed or variant.start == "1-step":
+            found = [regressed_unit(self.config)]
+        else:
+            found = [u for u in units_of(self.config) if u.stage.name == variant.start and u.trains == "lora"][-1:]
+        if not found or found[0] is None or not (found[0].folder(self.source) / STUDENT).is_file():
+            raise NotRunError(f"{self.source} has no finished student of stage {variant.start!r} to start from")
+        return found[0]
 
     def key(self, variant: Variant, seed: int) -> str:
         """A digest of all that the result depends on, training and drawing."""
         tree = None if variant.recipe is None else self.recipe(variant, seed)
-        weights = "" if variant.start is None else _sha256(self._start_unit(variant).folder(self.source) / STUDENT)
+        weights = "" if variant.start is None else sha256(self._start_unit(variant).folder(self.source) / STUDENT)
         base = None if variant.base is None else self.key(VARIANTS[variant.base], seed)
-        told = [asdict(variant), tree, weights, base, self.options.pictures, self.options.scale]
+        told = [asdict(variant), tree, weights, base, self._base_sha256, self.options.pictures, self.options.scale]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        """Of the base model's UNet, which every result depends on."""
+        return sha256(min(unet_folder(base_folder(self.config.teacher)).glob("*.safetensors")))
 
     def folder(self, variant: Variant, seed: int) -> Path:
         """Where the variant is trained and its pictures kept."""
@@ -139,7 +172,7 @@ class Workshop:
         """Trains by the package's own trainer, or goes on with it; the seconds it has taken.
 
         Raises:
-            NotRunError: it was told to stop.
+            StoppedError: it was told to stop.
         """
         folder = self.folder(variant, seed)
         folder.mkdir(parents=True, exist_ok=True)
@@ -157,7 +190,7 @@ class Workshop:
         # A teacher that is a mere folder has no room for the latents encoded for its students.
         shared, own = folder.parent / "latents.safetensors", folder / "latents.safetensors"
         if variant.recipe != TUNED:
-            _link(shared, own)
+            link(shared, own)
         started = time.perf_counter()
         run(path, settings, resume="latest")
         seconds = before["seconds"] + time.perf_counter() - started
@@ -165,9 +198,9 @@ class Workshop:
         with replacing(clock) as writing:
             writing.write_text(json.dumps({"seconds": seconds, "finished": finished}))
         if variant.recipe != TUNED:
-            _link(own, shared)
+            link(own, shared)
         if not finished:
-            raise NotRunError(f"{variant.name}, seed {seed}, was stopped; the same command goes on")
+            raise StoppedError(f"{variant.name}, seed {seed}, was stopped; the same command goes on")
         return float(seconds)
 
     def _lengths(self, variant: Variant) -> list[str]:
@@ -184,15 +217,24 @@ class Workshop:
         lines = (self.source / "chain.jsonl").read_text().splitlines()
         kept = {u.folder(Path()).name: u for u in units_of(self.config)[: self._units_before(variant)]}
         for name, unit in kept.items():
-            if unit.trains == "lora":
-                _link(self.source / name / STUDENT, folder / name / STUDENT)
+            if unit.trains == "lora" or unit == self._start_unit(variant):
+                link(self.source / name / STUDENT, folder / name / STUDENT)
         with replacing(folder / "chain.jsonl") as writing:
             writing.write_text("".join(line + "\n" for line in lines if json.loads(line)["unit"] in kept))
 
     def _units_before(self, variant: Variant) -> int:
-        stages = len(self._before(variant))
-        first = self.config.stages[:stages]
+        if variant.regressed:
+            return self._start_unit(variant).index + 1
+        first = self.config.stages[: len(self._before(variant))]
         return sum(unit.stage in first for unit in units_of(self.config))
+
+    def _images_before(self, variant: Variant) -> int:
+        """Images that trained what the variant starts from, since the base model; side branches do not count."""
+        if variant.start is None:
+            return 0
+        last = self._start_unit(variant)
+        line = [u for u in units_of(self.config)[: last.index + 1] if u.trains == "lora" or u.stage is last.stage]
+        return sum(unit.images for unit in line)
 
     def _is_trained(self, variant: Variant, folder: Path) -> bool:
         if variant.recipe != LIGHTNING:
@@ -213,14 +255,14 @@ class Workshop:
         if variant.recipe not in (LIGHTNING, None):
             return self._open(folder / "export")
         if variant.base is None:
-            pipe = load_teacher(self.config).to(self.config.torch_device)
+            pipe = open_pipeline(self.config.teacher, self.config.vae).to(self.config.torch_device)
             kind = cast(PredictionType, pipe.scheduler.config.prediction_type)
         else:
             pipe, kind = self._open(self.folder(VARIANTS[variant.base], seed) / "export")
         unit, place = self._start_unit(variant), self.source
         if variant.recipe == LIGHTNING:
             unit, place = self._last_unit(folder), folder
-            kind = "sample" if unit.stage.convert_images else kind
+        kind = "sample" if unit.stage.convert_images else kind
         weights = unit.folder(place) / STUDENT
         if unit.trains == "lora":
             merge_lora(pipe.unet, read_lora(weights, pipe.unet))
@@ -248,7 +290,7 @@ class Workshop:
         """Those of the base model with guidance in many steps, drawn once and kept."""
         path = cache_folder() / "runs" / "claims" / f"teacher-{self._teachers_key(questions)}.safetensors"
         if not path.is_file():
-            pipe = load_teacher(self.config).to(self.config.torch_device)
+            pipe = open_pipeline(self.config.teacher, self.config.vae).to(self.config.torch_device)
             kind = cast(PredictionType, pipe.scheduler.config.prediction_type)
             draw = Drawer(pipe, kind, GUIDED_STEPS, guidance=self.config.guidance_scale)
             _keep(path, _draw_all(draw, questions))
@@ -256,8 +298,7 @@ class Workshop:
 
     def _teachers_key(self, questions: Questions) -> str:
         told = [self.config.teacher, self.config.vae, self.config.guidance_scale, questions.prompts, questions.seeds]
-        weights = _sha256(next((export_of(self.config.teacher) / "unet").glob("*.safetensors")))
-        return hashlib.sha256(json.dumps([*told, weights]).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps([*told, self._base_sha256]).encode()).hexdigest()[:12]
 
     # ---- all of it ----
 
@@ -275,6 +316,7 @@ class Workshop:
         found = {
             **{"variant": variant.name, "seed": seed, "key": key, "about": variant.about},
             **{"images": self._images(variant, seed), "seconds": round(seconds, 1), "scale": self.options.scale},
+            "images_before": self._images_before(variant),
             "rows": self._measured(variant, seed),
             "environment": report.environment(),
         }
@@ -318,7 +360,8 @@ class Workshop:
         """Pictures of the checkpoint that taught the variant; None where it is not a stage's."""
         if variant.recipe != LIGHTNING:
             return None
-        taught = VARIANTS[f"start-{variant.start}"]
+        phases = (variant.stage or {}).get("phases") or [{}]
+        taught = VARIANTS[f"start-{phases[-1].get('teacher') or variant.start}"]
         self.result(taught, 0)
         return self.pictures(taught, 0, taught.steps[0])
 
@@ -343,19 +386,3 @@ def _keep(path: Path, pictures: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as writing:
         save_file({"pictures": (255.0 * pictures).round().byte().contiguous()}, writing)
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file, if there is one, under another name, or a copy where the disk has no such thing."""
-    if not source.is_file() or (target.is_file() and source.samefile(target)):
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)

@@ -24,10 +24,12 @@ from benchmarks.claims import page, rules  # noqa: E402
 from benchmarks.claims.claims import CLAIMS, Claim, Comparison  # noqa: E402
 from benchmarks.claims.draw import Drawer, flow_distance, grain  # noqa: E402
 from benchmarks.claims.rules import compare, judge  # noqa: E402
+from benchmarks.claims.start import NotRunError, StoppedError, committed_run, regressed_unit  # noqa: E402
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS  # noqa: E402
-from benchmarks.claims.work import NotRunError, Options, Workshop  # noqa: E402
+from benchmarks.claims.work import Options, Workshop  # noqa: E402
 from sdxl_fast.train import checkpoint, trainer  # noqa: E402
 from sdxl_fast.train.config import AdversarialPhase, StageConfig, load_recipe  # noqa: E402
+from sdxl_fast.train.stages import units_of  # noqa: E402
 from sdxl_fast.train.trainer import run  # noqa: E402
 
 SHARP = Comparison("a@4", "b@4", "sharpness")
@@ -45,7 +47,9 @@ def test_claims_compare_variants_that_exist_in_steps_they_are_drawn_in() -> None
             name, _, steps = side.partition("@")
             assert int(steps) in VARIANTS[name].steps, side
     used = {name for claim in CLAIMS for name in claim.variants}
-    taught = {f"start-{variant.start}" for variant in VARIANTS.values() if variant.recipe == LIGHTNING}
+    lightning = [variant for variant in VARIANTS.values() if variant.recipe == LIGHTNING]
+    teachers = {phase.get("teacher") for v in lightning for phase in (v.stage or {}).get("phases", ())} - {None}
+    taught = {f"start-{name}" for name in teachers | {variant.start for variant in lightning}}
     assert VARIANTS.keys() == used | taught | {v.base for v in VARIANTS.values() if v.base}
     headline = [claim.name for claim in CLAIMS if len(claim.seeds) == 3]
     assert headline == ["blur", "relaxed-d", "x0-form", "levels-of-d"]
@@ -59,7 +63,7 @@ def test_compared_lightning_variants_are_as_long() -> None:
             stage = StageConfig.model_validate(variant.stage)
             images = stage.images + stage.convert_images + sum(phase.images for phase in stage.phases)
             lengths.setdefault(str(variant.start), set()).add(images)
-    assert lengths == {"8-step": {24_000}, "2-step": {28_000}}
+    assert lengths == {"8-step": {24_000}, "2-step": {32_000}}
 
 
 @pytest.mark.parametrize("name", [n for n, v in VARIANTS.items() if v.recipe is not None])
@@ -205,13 +209,16 @@ class Grid:
 
 @pytest.fixture
 def workshop(lightning_recipe: Path, cache: Path, tmp_path: Path) -> Workshop:
-    """A toy run of two stages, 8 and 2 steps, with a full branch that nothing goes on from."""
+    """A toy run down to one step's regression, with a full branch that nothing goes on from."""
     tree = yaml.safe_load(lightning_recipe.read_text())
     first, few = tree["stages"][:2]
-    lora = few["phases"][0]
-    two = {"name": "2-step", "steps": 2, "loss": "adversarial", "timesteps": [499, 999], "phases": [lora]}
-    tree["stages"] = [{**few, "phases": [lora, few["phases"][2]]}, two]
-    tree["stages"] = [{**first, "images": 4}, *tree["stages"]]
+    lora = {**few["phases"][0], "images": 4, "d_warmup": 0}
+    stage = {"loss": "adversarial", "phases": [lora]}
+    two = {**stage, "name": "2-step", "steps": 2, "timesteps": [499, 999]}
+    alone = {"condition": True, "trains": "full", "images": 4, "adversarial_weight": 0.0, "regression_weight": 1.0}
+    one = {**stage, "name": "1-step", "steps": 1, "convert_images": 4, "phases": [{**alone, "name": "regression"}]}
+    few = {**few, "phases": [lora, {**few["phases"][2], "images": 4}]}
+    tree["stages"] = [{**first, "images": 4}, few, {**stage, "name": "4-step", "steps": 4}, two, one]
     path = tmp_path / "source.yaml"
     path.write_text(yaml.safe_dump(tree))
     run(path, ["run=source"])
@@ -241,14 +248,15 @@ def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: 
     blur = next(claim for claim in CLAIMS if claim.name == "blur")
     assert command.work_off([blur], workshop, [0]) == []
     out = tmp_path / "out"
-    names = {"four-d", "four-mse", "one-d", "one-mse", "start-8-step", "start-2-step"}
+    names = {"four-d", "four-mse", "one-d", "one-mse", "start-8-step", "start-4-step", "start-1-step"}
     assert {path.stem for path in (out / "results").iterdir()} == {f"{name}-0" for name in names}
     assert trainings.count("03-4-step-lora-d") == 1 and "03-4-step-mse" in trainings
-    assert sum("1-step-convert" in label for label in trainings) == 2, "those of the stages before are not run again"
-    assert not any("8-step" in label or "2-step" in label for label in trainings)
+    assert sorted(label for label in trainings if "1-step" in label) == ["07-1-step-full-d", "07-1-step-mse"]
+    assert len(trainings) == 4, "what they start from is not run again"
     found = json.loads((out / "results" / "one-d-0.json").read_text())
     row = found["rows"]["1"]
-    assert found["images"] == 8 and row["images"] == 12 and row["flow"] > 0 and row["grain"] > 0
+    assert found["images"] == 4 and found["images_before"] == 24, "two units inside one step, and four LoRAs' before"
+    assert row["images"] == 12 and row["flow"] > 0 and row["grain"] > 0
     text = (out / "claims.md").read_text()
     assert f"{len(CLAIMS) - 1} not run" in text and "**Not run**: ADD needs" in text
     assert "![blur](sheets/blur.png)" in page.write(CLAIMS, out)
@@ -300,8 +308,49 @@ def test_a_start_that_is_not_there_is_named(workshop: Workshop, cache: Path, tmp
     (cache / "runs" / "source" / "01-8-step-lora-d" / "student.safetensors").unlink()
     claim = next(claim for claim in CLAIMS if claim.name == "flow")
     refused = command.work_off([claim], workshop, None)
-    assert len(refused) == 3 and "no finished LoRA of stage '8-step'" in refused[0]
+    assert len(refused) == 3 and "no finished student of stage '8-step'" in refused[0]
     assert judge(claim, page.by_side(page.read_results(tmp_path / "out" / "results"))).word == "not run"
+
+
+def test_one_that_fails_keeps_none_from_being_tried_and_being_stopped_ends_all(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def result(self: Workshop, variant: Any, seed: int) -> Any:
+        tried.append(variant.name)
+        if variant.name == stops:
+            raise StoppedError("stopped")
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(Workshop, "result", result)
+    flow = next(claim for claim in CLAIMS if claim.name == "flow")
+    stops = ""
+    assert command.work_off([flow], workshop, [0]) == [f"{name}: ValueError: no such thing" for name in flow.variants]
+    assert tried == flow.variants
+    tried.clear()
+    stops = flow.variants[1]
+    assert command.work_off([flow], workshop, [0])[-1] == "stopped" and tried == flow.variants[:2]
+
+
+def test_all_can_start_from_what_is_committed(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every checkpoint that a variant starts from lies in the repository and fits the recipe."""
+    monkeypatch.chdir(ROOT)
+    shop = Workshop(Options("embedded", tmp_path, extractor=Grid()))
+    assert shop.source == committed_run() and shop.source.is_relative_to(cache)
+    last = regressed_unit(shop.config)
+    assert last is not None and last.phase is not None and not last.phase.adversarial_weight
+    done = {json.loads(line)["unit"] for line in (shop.source / "chain.jsonl").read_text().splitlines()}
+    for variant in VARIANTS.values():
+        assert len(shop.key(variant, 0)) == 12
+        if variant.recipe == LIGHTNING:
+            path = tmp_path / "variant.yaml"
+            path.write_text(yaml.safe_dump(shop.recipe(variant, 0)))
+            units = units_of(load_recipe(path))  # type: ignore[arg-type]
+            ground = {unit.folder(Path()).name for unit in units[: shop._units_before(variant)]}
+            assert ground <= done and len(units) > len(ground)
+    for name, kind in (("8", "epsilon"), ("4", "epsilon"), ("2", "epsilon"), ("1", "sample")):
+        assert shop.pipeline(VARIANTS[f"start-{name}-step"], 0)[1] == kind
 
 
 @pytest.mark.slow
