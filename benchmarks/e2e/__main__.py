@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import command, machine, report
-from benchmarks.e2e import bench_cold_start, bench_one_step, bench_pipelines
+from benchmarks.e2e import bench_cold_start, bench_one_step, bench_pipelines, peers
 from benchmarks.e2e.bench_pipelines import Request, default_dtype, parse_size
 from benchmarks.e2e.random_model import RANDOM_SDXL
 from benchmarks.results import ResultsFile
@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = _arguments(given)
     machine.restart_with_warm_allocator("benchmarks.e2e", given, arguments.threads)
     torch.set_num_threads(arguments.threads)
+    peers.quiet()
     _build(arguments)
     clock = clock_for(arguments.device, quick=arguments.quick)
     if arguments.resume:

@@ -24,7 +24,7 @@ import torch
 from benchmarks import command, machine, report
 from benchmarks.command import Say, say
 from benchmarks.e2e import floor, random_model
-from benchmarks.e2e.peers import COMPILED, FLOAT8, OURS, STOCK, Contestant, Setting, Size, makers, stock
+from benchmarks.e2e.peers import COMPILED, FLOAT8, OURS, STOCK, Contestant, Setting, Size, makers, quiet, stock
 from benchmarks.e2e.random_model import PROMPT, RANDOM_SDXL
 from benchmarks.gate import PEER_ULPS, Verdict
 from benchmarks.measure import ContextLostError, alive, one_line
@@ -294,6 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--fp8 needs --dtype bfloat16")
     machine.restart_with_warm_allocator("benchmarks.e2e.bench_pipelines", given, arguments.threads)
     torch.set_num_threads(arguments.threads)
+    quiet()
     clock = clock_for(arguments.device, quick=arguments.quick)
     results = command.start(arguments.out, arguments.device, clock, quick=arguments.quick)
     rounds, budget = (3, 2.0) if arguments.quick else (arguments.rounds, 20.0)

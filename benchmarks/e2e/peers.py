@@ -59,6 +59,16 @@ class Setting:
             torch.cuda.synchronize()
 
 
+def quiet() -> None:
+    """Turns off the libraries' progress bars and advice, among which results would be lost; before they load models."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
 def stock(setting: Setting, *, channels_last: bool = False) -> Any:
     """Returns diffusers' pipeline of the folder, silent."""
     from diffusers import StableDiffusionXLPipeline
