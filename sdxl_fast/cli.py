@@ -63,6 +63,7 @@ def generate(
         str | None, typer.Option(help="Which published checkpoint it is, if its name does not say.")
     ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE=WEIGHT; may be repeated.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, such as an AutoencoderTiny.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much of --image is drawn anew, 0..1; 0.5 if left out.")
@@ -81,7 +82,8 @@ def generate(
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
     start = _start(image, strength)
-    pipe = _load(model, device, dtype, base, preset, quantization, scales, dict(parse_loras(lora or [])))
+    others = {"base": base, "vae": vae, "preset": preset, "quantization": quantization, "scales": scales}
+    pipe = _load(model, device, dtype, lora=dict(parse_loras(lora or [])), **others)
     call = {
         "num_inference_steps": steps,
         "height": height,
@@ -328,16 +330,8 @@ def format_timings(timings: dict[str, float], count: int) -> str:
     return f"{', '.join(parts)}; {timings['total'] / count * 1e3:.1f} ms per picture"
 
 
-def _load(
-    model: str | None,
-    device: str | None,
-    dtype: str | None,
-    base: str | None = None,
-    preset: str | None = None,
-    quantization: str | None = None,
-    scales: Path | None = None,
-    loras: dict[str, float] | None = None,
-) -> OneStepPipeline:
+def _load(model: str | None, device: str | None, dtype: str | None, **others: Any) -> OneStepPipeline:
+    """The pipeline; `others` are further arguments of `from_pretrained`."""
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
     if model is not None and sys.stderr.isatty():  # seven gigabytes take a while
@@ -346,16 +340,8 @@ def _load(
 
     from .inference import OneStepPipeline
 
-    return OneStepPipeline.from_pretrained(
-        model,
-        device=device,
-        base=base,
-        dtype=None if dtype is None else getattr(torch, _DTYPES[dtype]),
-        preset=preset,
-        quantization=quantization,
-        scales=scales,
-        lora=loras,
-    )
+    precision = None if dtype is None else getattr(torch, _DTYPES[dtype])
+    return OneStepPipeline.from_pretrained(model, device=device, dtype=precision, **others)
 
 
 def _start(image: Path | None, strength: float | None) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class OneStepPipeline(LoraVerbs):
             unet: a UNet's file or folder to take instead of the model's own; the same as giving it as `model` and the
                 model as `base`.
             vae: the folder of a VAE to take instead of the model's own: an AutoencoderKL, or an AutoencoderTiny, which
-                decodes many times faster to a coarser picture and runs as it is.
+                is small, decodes to a coarser picture, and runs as it is.
             lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`. One whose name says
                 that it makes a few-step model of SDXL tells how to sample, too.
             quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.

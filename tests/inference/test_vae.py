@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 
-from sdxl_fast import OneStepPipeline
+from sdxl_fast import OneStepPipeline, cli
 from sdxl_fast.errors import ModelError
 
 
@@ -59,3 +60,13 @@ def test_what_is_no_vae_is_refused(toy_folder: Path, tmp_path: Path) -> None:
     for given, message in ((toy_folder / "unet", "a VAE is an"), (tmp_path, "not the folder of a VAE")):
         with pytest.raises(ModelError, match=message):
             OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=given)
+
+
+def test_the_command_line_takes_it(toy_folder: Path, tiny: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cat.png"
+    given = ("generate", "cat", "--seed", 1, "--device", "cpu", "--model", toy_folder, "--vae", tiny, "--out", out)
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(argument) for argument in given])
+    assert not ended.value.code
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny)
+    assert np.array_equal(np.asarray(Image.open(out)), np.asarray(pipe("cat", seed=1).images[0]))
