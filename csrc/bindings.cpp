@@ -50,10 +50,12 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(group_norm_silu_workspace_cuda);
     EXPOSE(group_norm_silu_fwd_cpu);
     EXPOSE(group_norm_silu_fwd_cuda);
+    EXPOSE(group_norm_silu_e4m3_fwd_cuda);
     EXPOSE(group_norm_silu_bwd_cpu);
     EXPOSE(group_norm_silu_bwd_cuda);
     EXPOSE(geglu_fwd_cpu);
     EXPOSE(geglu_fwd_cuda);
+    EXPOSE(geglu_e4m3_fwd_cuda);
     EXPOSE(geglu_bwd_cpu);
     EXPOSE(geglu_bwd_cuda);
     EXPOSE(forward_diffusion_fwd_cpu);
@@ -68,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(layer_norm_workspace_cuda);
     EXPOSE(layer_norm_fwd_cpu);
     EXPOSE(layer_norm_fwd_cuda);
+    EXPOSE(layer_norm_e4m3_fwd_cuda);
     EXPOSE(layer_norm_bwd_cpu);
     EXPOSE(layer_norm_bwd_cuda);
     EXPOSE(lora_merge_fwd_cpu);

@@ -25,6 +25,21 @@ int32_t sdxl_fast_geglu_fwd_cuda(const void*, void*, int64_t, int64_t, int32_t, 
     return SDXL_FAST_NO_CUDA;
 }
 
+int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void*, const void*, const void*, const void*, const float*, void*,
+                                                void*, void*, void*, int64_t, int64_t, int64_t, int64_t, double,
+                                                int32_t, int32_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_geglu_e4m3_fwd_cuda(const void*, const float*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
+int32_t sdxl_fast_layer_norm_e4m3_fwd_cuda(const void*, const void*, const void*, const void*, const float*, void*,
+                                           void*, void*, void*, int64_t, int64_t, double, int32_t, int32_t, void*) {
+    return SDXL_FAST_NO_CUDA;
+}
+
 int32_t sdxl_fast_geglu_bwd_cuda(const void*, const void*, void*, int64_t, int64_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// bfloat16 and float16 as bare bits for host code, with portable conversions (round to nearest even) for a CPU or a
-// compiler that has none.
+// bfloat16, float16 and float8 e4m3 as bare bits, with portable conversions (round to nearest even) for a CPU, a GPU or
+// a compiler that has none.
 #pragma once
 
 #include <stdint.h>
@@ -17,6 +17,10 @@ struct BF16 {
 
 struct F16 {
     uint16_t bits;
+};
+
+struct E4M3 {
+    uint8_t bits;
 };
 
 SDXL_HD uint32_t float_bits(float value) {
@@ -65,6 +69,22 @@ SDXL_HD F16 float_to_f16(float value) {
     }
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return {static_cast<uint16_t>(sign | ((rounded - ((127u - 15u) << 23)) >> 13))};
+}
+
+// What lies beyond the largest number, 448, becomes that number.
+SDXL_HD E4M3 float_to_e4m3(float value) {
+    const uint32_t bits = float_bits(value);
+    const uint32_t sign = (bits >> 24) & 0x80u;
+    uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {static_cast<uint8_t>(sign | 0x7fu)};
+    if (magnitude > 0x43e00000u) magnitude = 0x43e00000u;
+    if (magnitude < 0x3c800000u) {
+        // Subnormal result: adding 2^14 leaves the value in units of 2^-9, rounded to even by the addition itself.
+        const float shifted = float_from_bits(magnitude) + 16384.0f;
+        return {static_cast<uint8_t>(sign | (float_bits(shifted) - 0x46800000u))};
+    }
+    const uint32_t rounded = magnitude + 0x7ffffu + ((magnitude >> 20) & 1u);
+    return {static_cast<uint8_t>(sign | ((rounded - ((127u - 7u) << 23)) >> 20))};
 }
 
 }  // namespace sdxl_fast

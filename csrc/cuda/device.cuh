@@ -13,7 +13,11 @@
 #endif
 
 #include <stdint.h>
+#include <string.h>
 
+#include <type_traits>
+
+#include "../common/half.h"
 #include "../include/sdxl_fast.h"
 
 namespace sdxl_fast {
@@ -64,6 +68,41 @@ __device__ __forceinline__ Vec<T, N> load(const T* source) {
 template <int N, class T>
 __device__ __forceinline__ void store(T* target, const Vec<T, N>& value) {
     *reinterpret_cast<Vec<T, N>*>(target) = value;
+}
+
+// Two values as float8 e4m3, the first in the lower byte: by one instruction where there is one, from sm_89 on.
+__device__ __forceinline__ uint16_t e4m3_pair(float first, float second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(second), "f"(first));
+    return pair;
+#else
+    return static_cast<uint16_t>(float_to_e4m3(first).bits | float_to_e4m3(second).bits << 8);
+#endif
+}
+
+// The reciprocal of the scale of a result of type OUT; 1 for one that has none.
+template <class OUT>
+__device__ __forceinline__ float reciprocal_of(const float* scale) {
+    return std::is_same<OUT, E4M3>::value ? 1.0f / *scale : 1.0f;
+}
+
+// Stores y as it is, or as e4m3 of y * reciprocal.
+template <class OUT, class T, int N>
+__device__ __forceinline__ void store_result(OUT* target, const Vec<T, N>& y, float reciprocal) {
+    if constexpr (!std::is_same<OUT, E4M3>::value) {
+        store<N>(target, y);
+    } else if constexpr (N == 1) {
+        target->bits = static_cast<uint8_t>(e4m3_pair(to_float(y.at[0]) * reciprocal, 0.0f));
+    } else {
+        uint16_t pairs[N / 2];
+#pragma unroll
+        for (int i = 0; i < N; i += 2)
+            pairs[i / 2] = e4m3_pair(to_float(y.at[i]) * reciprocal, to_float(y.at[i + 1]) * reciprocal);
+        Vec<E4M3, N> out;
+        memcpy(&out, pairs, sizeof(out));
+        store<N>(target, out);
+    }
 }
 
 // A per-channel tensor that may be absent and may be float whatever the op's own type is.

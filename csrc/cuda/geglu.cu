@@ -7,7 +7,8 @@
 //            lanes: long rows give it one row of up to 256 vectors, short rows many rows; no index is divided in the
 //            loop.
 // Registers  one 16-byte vector of v, g and dy for each of kUnroll rows in flight.
-// Bytes      forward reads 2 and writes 1 element per output, backward reads 3 and writes 2; nothing is saved but x.
+// Bytes      forward reads 2 and writes 1 element (or float8, half of bf16) per output, backward reads 3 and writes 2;
+//            nothing is saved but x.
 // Wrong      when x comes straight from a projection: there the product belongs in that GEMM's epilogue.
 //
 // Ragged     a number of columns that is no multiple of the vector (or an unaligned pointer) takes the same code with
@@ -38,11 +39,12 @@ __device__ __forceinline__ bool geglu_position(const GegluShape& shape, int vec,
     return line < shape.ty && col < shape.cols;
 }
 
-template <class T, int VEC, bool TANH>
+template <class T, class OUT, int VEC, bool TANH>
 __global__ void __launch_bounds__(kThreads, 2)
-    geglu_fwd_kernel(const T* __restrict__ x, T* __restrict__ y, GegluShape shape) {
+    geglu_fwd_kernel(const T* __restrict__ x, const float* scale_y, OUT* __restrict__ y, GegluShape shape) {
     int64_t row, step, col;
     if (!geglu_position(shape, VEC, row, step, col)) return;
+    const float reciprocal = reciprocal_of<OUT>(scale_y);
     while (row < shape.rows) {
         Vec<T, VEC> value[kUnroll], gate[kUnroll];
 #pragma unroll
@@ -63,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2)
                     const float gelu = gelu_for<T, TANH>(to_float(gate[u].at[i])).value;
                     out.at[i] = from_float<T>(to_float(value[u].at[i]) * gelu);
                 }
-                store<VEC>(y + r * shape.cols + col, out);
+                store_result(y + r * shape.cols + col, out, reciprocal);
             }
         }
         row += kUnroll * step;
@@ -122,12 +124,23 @@ bool geglu_valid(int64_t rows, int64_t cols, int32_t approximate) {
            (approximate == SDXL_FAST_GELU_NONE || approximate == SDXL_FAST_GELU_TANH);
 }
 
-template <class T, int VEC>
-int32_t geglu_fwd(const void* x, void* y, int64_t rows, int64_t cols, bool tanh, void* stream) {
+template <class T, class OUT, int VEC>
+int32_t geglu_fwd(const void* x, const float* scale_y, void* y, int64_t rows, int64_t cols, bool tanh, void* stream) {
     dim3 grid;
     const GegluShape shape = geglu_shape(rows, cols, VEC, grid);
-    return launch(tanh ? geglu_fwd_kernel<T, VEC, true> : geglu_fwd_kernel<T, VEC, false>, grid, kThreads, stream,
-                  static_cast<const T*>(x), static_cast<T*>(y), shape);
+    return launch(tanh ? geglu_fwd_kernel<T, OUT, VEC, true> : geglu_fwd_kernel<T, OUT, VEC, false>, grid, kThreads,
+                  stream, static_cast<const T*>(x), scale_y, static_cast<OUT*>(y), shape);
+}
+
+template <class T, class OUT>
+int32_t geglu_fwd(const void* x, const float* scale_y, void* y, int64_t rows, int64_t cols, int32_t approximate,
+                  void* stream) {
+    if (rows == 0 || cols == 0) return SDXL_FAST_OK;
+    const bool tanh = approximate == SDXL_FAST_GELU_TANH;
+    constexpr int kVec = kVecWidth<T>;
+    if (cols % kVec == 0 && aligned(x, 16) && aligned(y, alignof(Vec<OUT, kVec>)))
+        return geglu_fwd<T, OUT, kVec>(x, scale_y, y, rows, cols, tanh, stream);
+    return geglu_fwd<T, OUT, 1>(x, scale_y, y, rows, cols, tanh, stream);
 }
 
 template <class T, int VEC>
@@ -150,12 +163,16 @@ int32_t sdxl_fast_geglu_fwd_cuda(const void* x, void* y, int64_t rows, int64_t c
     if (!geglu_valid(rows, cols, approximate)) return SDXL_FAST_INVALID_ARGUMENT;
     return with_dtype(dtype, [&](auto element) -> int32_t {
         using T = decltype(element);
-        if (rows == 0 || cols == 0) return SDXL_FAST_OK;
-        const bool tanh = approximate == SDXL_FAST_GELU_TANH;
-        if (cols % kVecWidth<T> == 0 && all_aligned(16, x, y))
-            return geglu_fwd<T, kVecWidth<T>>(x, y, rows, cols, tanh, stream);
-        return geglu_fwd<T, 1>(x, y, rows, cols, tanh, stream);
+        return geglu_fwd<T, T>(x, nullptr, y, rows, cols, approximate, stream);
     });
+}
+
+int32_t sdxl_fast_geglu_e4m3_fwd_cuda(const void* x, const float* scale_y, void* y, int64_t rows, int64_t cols,
+                                      int32_t approximate, int32_t dtype, void* stream) {
+    using namespace sdxl_fast::cuda;
+    if (!geglu_valid(rows, cols, approximate) || scale_y == nullptr) return SDXL_FAST_INVALID_ARGUMENT;
+    if (dtype != SDXL_FAST_BF16) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    return geglu_fwd<bf16, sdxl_fast::E4M3>(x, scale_y, y, rows, cols, approximate, stream);
 }
 
 int32_t sdxl_fast_geglu_bwd_cuda(const void* dy, const void* x, void* dx, int64_t rows, int64_t cols,

@@ -110,10 +110,11 @@ __device__ __forceinline__ MeanRstd merged_stats(const MeanM2* __restrict__ part
     return {merged.mean, 1.0f / sqrtf(merged.m2 / total + eps)};
 }
 
-template <class T, bool NHWC, int VEC, bool SILU>
+template <class T, class OUT, bool NHWC, int VEC, bool SILU>
 __global__ void __launch_bounds__(kGroupNormThreads, 2)
-    group_norm_silu_apply_kernel(const T* __restrict__ x, const MeanM2* __restrict__ partials, T* __restrict__ y,
-                                 float* __restrict__ mean, float* __restrict__ rstd, float eps, GroupNormProblem p) {
+    group_norm_silu_apply_kernel(const T* __restrict__ x, const MeanM2* __restrict__ partials,
+                                 const float* __restrict__ scale_y, OUT* __restrict__ y, float* __restrict__ mean,
+                                 float* __restrict__ rstd, float eps, GroupNormProblem p) {
     constexpr int kChannels = NHWC ? VEC : 1;
     __shared__ MeanRstd s_stats[NHWC ? kGroupNormLanes * VEC : 1];
     const Place at = place_of<NHWC, VEC, true>(p);
@@ -138,6 +139,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 
     const Factors<kChannels> f =
         factors_of<kChannels>(p, at, [&](int64_t group) { return s_stats[group - first_group]; });
+    const float reciprocal = reciprocal_of<OUT>(scale_y);
     for_each_vector<4, VEC>(at, x, [&](int64_t offset, const Vec<T, VEC>& v) {
         Vec<T, VEC> out;
 #pragma unroll
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
             const float z = (to_float(v.at[i]) + f.center[k]) * (f.rstd[k] * f.weight[k]) + f.bias[k];
             out.at[i] = from_float<T>(activate<T, SILU>(z));
         }
-        store<VEC>(y + offset, out);
+        store_result(y + offset, out, reciprocal);
     });
 }
 

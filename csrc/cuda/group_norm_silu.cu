@@ -14,10 +14,9 @@
 // Registers  the factors of a thread's channels and its running moments or sums, VEC of each; 4 (backward 2 + 2)
 // 16-byte
 //            loads in flight.
-// Bytes      forward 2 reads and 1 write per element, backward 4 and 1. The second read comes from L2 where the map
-// fits
-//            (all of SDXL's UNet on an H100, of its VAE decoder only the smallest); larger maps are walked back to
-//            front the second time, which still finds the last L2-full of them there.
+// Bytes      forward 2 reads and 1 write (maybe of float8) per element, backward 4 and 1. The second read comes from
+//            L2 where the map fits (all of SDXL's UNet on an H100, of its VAE decoder only the smallest); larger maps
+//            are walked back to front the second time, which still finds the last L2-full of them there.
 // Wrong      for tiny maps, where the launches cost more than the work.
 //
 // Deterministic: no atomics, partial results are merged in a fixed order.
@@ -95,9 +94,16 @@ int32_t zero(void* pointer, int64_t bytes, void* stream) {
     return status_of(cudaMemsetAsync(pointer, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-template <class T>
-int32_t forward(const GroupNormCall& call, const T* x, T* y, float* mean, float* rstd, void* workspace, float eps) {
-    const Plan plan = cuda::plan(call, kVecWidth<T>, all_aligned(16, x, y));
+template <class OUT, class T>
+int32_t forward(const GroupNormCall& call, const T* x, const float* scale_y, OUT* y, float* mean, float* rstd,
+                void* workspace, float eps) {
+    if (call.empty()) {
+        const int64_t bytes = call.n * call.groups * static_cast<int64_t>(sizeof(float));
+        const int32_t zeroed = zero(mean, bytes, call.stream);
+        return zeroed == SDXL_FAST_OK ? zero(rstd, bytes, call.stream) : zeroed;
+    }
+    const bool is_aligned = aligned(x, 16) && aligned(y, alignof(Vec<OUT, kVecWidth<T>>));
+    const Plan plan = cuda::plan(call, kVecWidth<T>, is_aligned);
     if (plan.status != SDXL_FAST_OK) return plan.status;
     const unsigned threads = static_cast<unsigned>(plan.problem.g.threads);
     MeanM2* partials = static_cast<MeanM2*>(workspace);
@@ -107,9 +113,9 @@ int32_t forward(const GroupNormCall& call, const T* x, T* y, float* mean, float*
         const int32_t status = launch(group_norm_silu_moments_kernel<T, kNhwc, kVec>, plan.grid, threads, call.stream,
                                       x, partials, plan.problem);
         if (status != SDXL_FAST_OK) return status;
-        return launch(call.activation == SDXL_FAST_ACT_SILU ? group_norm_silu_apply_kernel<T, kNhwc, kVec, true>
-                                                            : group_norm_silu_apply_kernel<T, kNhwc, kVec, false>,
-                      plan.grid, threads, call.stream, x, partials, y, mean, rstd, eps, plan.problem);
+        return launch(call.activation == SDXL_FAST_ACT_SILU ? group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, true>
+                                                            : group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, false>,
+                      plan.grid, threads, call.stream, x, partials, scale_y, y, mean, rstd, eps, plan.problem);
     });
 }
 
@@ -168,14 +174,24 @@ int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* weight_or_
         using T = decltype(element);
         const int32_t status = check(call);
         if (status != SDXL_FAST_OK) return status;
-        if (call.empty()) {
-            const int64_t bytes = n * groups * static_cast<int64_t>(sizeof(float));
-            const int32_t zeroed = zero(mean, bytes, stream);
-            return zeroed == SDXL_FAST_OK ? zero(rstd, bytes, stream) : zeroed;
-        }
-        return forward<T>(call, static_cast<const T*>(x), static_cast<T*>(y), static_cast<float*>(mean),
+        return forward<T>(call, static_cast<const T*>(x), nullptr, static_cast<T*>(y), static_cast<float*>(mean),
                           static_cast<float*>(rstd), workspace, static_cast<float>(eps));
     });
+}
+
+int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void* x, const void* weight_or_null, const void* bias_or_null,
+                                                const void* shift_or_null, const float* scale_y, void* y, void* mean,
+                                                void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw,
+                                                int64_t groups, double eps, int32_t layout, int32_t activation,
+                                                int32_t dtype, int32_t param_dtype, void* stream) {
+    using namespace sdxl_fast::cuda;
+    const GroupNormCall call{
+        n, c, hw, groups, layout, activation, dtype, param_dtype, weight_or_null, bias_or_null, shift_or_null, stream};
+    const int32_t status = scale_y == nullptr ? SDXL_FAST_INVALID_ARGUMENT : check(call);
+    if (status != SDXL_FAST_OK) return status;
+    if (dtype != SDXL_FAST_BF16) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    return forward(call, static_cast<const bf16*>(x), scale_y, static_cast<sdxl_fast::E4M3*>(y),
+                   static_cast<float*>(mean), static_cast<float*>(rstd), workspace, static_cast<float>(eps));
 }
 
 int32_t sdxl_fast_group_norm_silu_bwd_cuda(const void* dy, const void* x, const void* weight_or_null,

@@ -9,7 +9,8 @@
 //            Blocks leave partial sums, a second kernel adds them up in a fixed order. Rows too wide or too ragged for
 //            these take a block per row that reads the row again from the cache.
 // Registers  forward: ITEMS vectors of a row as floats. Backward: kRows vectors of dy and s as they are, two sums.
-// Bytes      forward reads 1 and writes 1 element per element, 2 and 2 with a residual; backward reads 2 (3) and writes
+// Bytes      forward reads 1 and writes 1 element per element, 2 and 2 with a residual, y maybe float8; backward reads
+// 2 (3) and writes
 //            1, and two rows of floats per block for the parameters.
 // Wrong      when a GEMM follows: there the row's statistics belong in that GEMM's epilogue.
 #include "layer_norm_backward.cuh"
@@ -21,11 +22,13 @@ namespace {
 
 constexpr int kRowWarps = 4;  // rows of a forward block
 
-template <class T>
+template <class T, class OUT>
 struct LayerNormForward {
     const T *x, *residual;
     const void *weight, *bias;
-    T *y, *sum;
+    const float* scale;
+    OUT* y;
+    T* sum;
     float *mean, *rstd;
     int64_t rows, cols;
     float eps;
@@ -38,8 +41,9 @@ constexpr int resident(int values) {
 }
 
 // A warp per row. The last vectors of a row may be missing: their values are kept as 0 and not counted.
-template <class T, class P, int VEC, int ITEMS>
-__global__ void __launch_bounds__(kRowWarps * 32, resident(ITEMS* VEC)) layer_norm_fwd_kernel(LayerNormForward<T> p) {
+template <class T, class OUT, class P, int VEC, int ITEMS>
+__global__ void __launch_bounds__(kRowWarps * 32, resident(ITEMS* VEC))
+    layer_norm_fwd_kernel(LayerNormForward<T, OUT> p) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowWarps + threadIdx.x / 32;
     if (row >= p.rows) return;  // the whole warp
@@ -80,6 +84,7 @@ __global__ void __launch_bounds__(kRowWarps * 32, resident(ITEMS* VEC)) layer_no
         p.mean[row] = mean;
         p.rstd[row] = rstd;
     }
+    const float reciprocal = reciprocal_of<OUT>(p.scale);
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
         const int64_t col = (static_cast<int64_t>(k) * 32 + lane) * VEC;
@@ -95,14 +100,15 @@ __global__ void __launch_bounds__(kRowWarps * 32, resident(ITEMS* VEC)) layer_no
             const float xhat = value[k * VEC + i] * rstd;
             y.at[i] = from_float<T>(p.weight == nullptr ? xhat : xhat * to_float(weight.at[i]) + to_float(bias.at[i]));
         }
-        store<VEC>(p.y + base + col, y);
+        store_result(p.y + base + col, y, reciprocal);
     }
 }
 
 // A block per row of any width and alignment.
-template <class T>
-__global__ void __launch_bounds__(kWideThreads, 2) layer_norm_wide_fwd_kernel(LayerNormForward<T> p) {
+template <class T, class OUT>
+__global__ void __launch_bounds__(kWideThreads, 2) layer_norm_wide_fwd_kernel(LayerNormForward<T, OUT> p) {
     __shared__ float s_part[2][kWideThreads / 32];
+    const float reciprocal = reciprocal_of<OUT>(p.scale);
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
         const int64_t base = row * p.cols;
         float part[2] = {0.0f, 0.0f};
@@ -135,29 +141,59 @@ __global__ void __launch_bounds__(kWideThreads, 2) layer_norm_wide_fwd_kernel(La
         for (int64_t c = threadIdx.x; c < p.cols; c += kWideThreads) {
             const float xhat = (to_float(from[base + c]) - center) * rstd;
             const float weight = load_param(p.weight, p.param_dtype, c, 1.0f);
-            p.y[base + c] = from_float<T>(xhat * weight + load_param(p.bias, p.param_dtype, c, 0.0f));
+            const Vec<T, 1> y{{from_float<T>(xhat * weight + load_param(p.bias, p.param_dtype, c, 0.0f))}};
+            store_result(p.y + base + c, y, reciprocal);
         }
     }
 }
 
 // Items by what SDXL's widths need at 16 bits and at 32: 640 and 768, 1280, 2048.
-template <class T, class P>
-int32_t forward(const LayerNormForward<T>& p, void* stream) {
+template <class T, class OUT, class P>
+int32_t forward(const LayerNormForward<T, OUT>& p, void* stream) {
     constexpr int kVec = kVecWidth<T>, kShare = static_cast<int>(sizeof(T)) / 2;
-    const bool wide = p.cols % kVec == 0 && all_aligned(16, p.x, p.residual, p.y, p.sum) &&
+    const bool wide = p.cols % kVec == 0 && all_aligned(16, p.x, p.residual, p.sum) &&
+                      aligned(p.y, alignof(Vec<OUT, kVec>)) &&
                       all_aligned(kVec * static_cast<int64_t>(sizeof(P)), p.weight, p.bias);
     const int64_t items = ceil_div(p.cols, 32 * kVec);
     const int64_t blocks = ceil_div(p.rows, kRowWarps);
     if (!wide || items > 8 * kShare || blocks > 0x7fffffff) {
         const int64_t rows = p.rows < 0x7fffffff ? p.rows : 0x7fffffff;
-        return launch(layer_norm_wide_fwd_kernel<T>, dim3(static_cast<unsigned>(rows)), kWideThreads, stream, p);
+        return launch(layer_norm_wide_fwd_kernel<T, OUT>, dim3(static_cast<unsigned>(rows)), kWideThreads, stream, p);
     }
     const dim3 grid(static_cast<unsigned>(blocks));
     if (items <= 3 * kShare)
-        return launch(layer_norm_fwd_kernel<T, P, kVec, 3 * kShare>, grid, kRowWarps * 32, stream, p);
+        return launch(layer_norm_fwd_kernel<T, OUT, P, kVec, 3 * kShare>, grid, kRowWarps * 32, stream, p);
     if (items <= 5 * kShare)
-        return launch(layer_norm_fwd_kernel<T, P, kVec, 5 * kShare>, grid, kRowWarps * 32, stream, p);
-    return launch(layer_norm_fwd_kernel<T, P, kVec, 8 * kShare>, grid, kRowWarps * 32, stream, p);
+        return launch(layer_norm_fwd_kernel<T, OUT, P, kVec, 5 * kShare>, grid, kRowWarps * 32, stream, p);
+    return launch(layer_norm_fwd_kernel<T, OUT, P, kVec, 8 * kShare>, grid, kRowWarps * 32, stream, p);
+}
+
+// Of a call of either function; scale_y is null for a result of type T.
+template <class T, class OUT, class P>
+int32_t call_forward(const void* x, const void* residual, const void* weight, const void* bias, const float* scale_y,
+                     void* y, void* sum, void* mean, void* rstd, int64_t rows, int64_t cols, double eps,
+                     int32_t param_dtype, void* stream) {
+    if (rows == 0 || cols == 0) return SDXL_FAST_OK;
+    const LayerNormForward<T, OUT> p{static_cast<const T*>(x),
+                                     static_cast<const T*>(residual),
+                                     weight,
+                                     bias,
+                                     scale_y,
+                                     static_cast<OUT*>(y),
+                                     static_cast<T*>(sum),
+                                     static_cast<float*>(mean),
+                                     static_cast<float*>(rstd),
+                                     rows,
+                                     cols,
+                                     static_cast<float>(eps),
+                                     param_dtype};
+    return forward<T, OUT, P>(p, stream);
+}
+
+bool forward_valid(const void* residual, const void* weight, const void* bias, const void* sum, int64_t rows,
+                   int64_t cols, double eps) {
+    return rows >= 0 && cols >= 0 && eps >= 0 && (weight == nullptr) == (bias == nullptr) &&
+           (residual == nullptr) == (sum == nullptr);
 }
 
 // Calls f(T{}, P{}) for the elements' type and the parameters', which is the same or float.
@@ -185,26 +221,30 @@ int32_t sdxl_fast_layer_norm_fwd_cuda(const void* x, const void* residual_or_nul
                                       int64_t rows, int64_t cols, double eps, int32_t dtype, int32_t param_dtype,
                                       void* stream) {
     using namespace sdxl_fast::cuda;
-    if (rows < 0 || cols < 0 || !(eps >= 0) || (weight_or_null == nullptr) != (bias_or_null == nullptr) ||
-        (residual_or_null == nullptr) != (sum_or_null == nullptr))
+    if (!forward_valid(residual_or_null, weight_or_null, bias_or_null, sum_or_null, rows, cols, eps))
         return SDXL_FAST_INVALID_ARGUMENT;
     return with_dtypes(dtype, param_dtype, [&](auto element, auto param) -> int32_t {
         using T = decltype(element);
-        if (rows == 0 || cols == 0) return SDXL_FAST_OK;
-        const LayerNormForward<T> p{static_cast<const T*>(x),
-                                    static_cast<const T*>(residual_or_null),
-                                    weight_or_null,
-                                    bias_or_null,
-                                    static_cast<T*>(y),
-                                    static_cast<T*>(sum_or_null),
-                                    static_cast<float*>(mean),
-                                    static_cast<float*>(rstd),
-                                    rows,
-                                    cols,
-                                    static_cast<float>(eps),
-                                    param_dtype};
-        return forward<T, decltype(param)>(p, stream);
+        return call_forward<T, T, decltype(param)>(x, residual_or_null, weight_or_null, bias_or_null, nullptr, y,
+                                                   sum_or_null, mean, rstd, rows, cols, eps, param_dtype, stream);
     });
+}
+
+int32_t sdxl_fast_layer_norm_e4m3_fwd_cuda(const void* x, const void* residual_or_null, const void* weight_or_null,
+                                           const void* bias_or_null, const float* scale_y, void* y, void* sum_or_null,
+                                           void* mean, void* rstd, int64_t rows, int64_t cols, double eps,
+                                           int32_t dtype, int32_t param_dtype, void* stream) {
+    using namespace sdxl_fast::cuda;
+    if (!forward_valid(residual_or_null, weight_or_null, bias_or_null, sum_or_null, rows, cols, eps) ||
+        scale_y == nullptr)
+        return SDXL_FAST_INVALID_ARGUMENT;
+    if (dtype != SDXL_FAST_BF16 || (param_dtype != SDXL_FAST_BF16 && param_dtype != SDXL_FAST_F32))
+        return SDXL_FAST_UNSUPPORTED_DTYPE;
+    return (param_dtype == SDXL_FAST_F32
+                ? call_forward<bf16, sdxl_fast::E4M3, float>
+                : call_forward<bf16, sdxl_fast::E4M3, bf16>)(x, residual_or_null, weight_or_null, bias_or_null, scale_y,
+                                                             y, sum_or_null, mean, rstd, rows, cols, eps, param_dtype,
+                                                             stream);
 }
 
 int32_t sdxl_fast_layer_norm_bwd_cuda(const void* dy, const void* dsum_or_null, const void* s,

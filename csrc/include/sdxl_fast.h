@@ -73,6 +73,8 @@ SDXL_FAST_API const char* sdxl_fast_status_text(int32_t status);
  * neither), dweight, dbias: [c] of `param_dtype`; mean, rstd: [n, groups] of f32 (f64 for f64).
  * `param_dtype` is `dtype` or f32 (f64 with f64). mean is that of x + shift.
  * bwd: a null dx, dweight, dbias or dshift is not computed.
+ * e4m3_fwd: x of bf16; y is that of fwd divided by scale_y, f32 of one element on the device, in e4m3 (a byte an
+ * element), rounded to nearest even, at most 448 in magnitude. So in geglu and layer_norm.
  * The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
 
 SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t n, int64_t c, int64_t hw, int64_t groups,
@@ -92,6 +94,11 @@ SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const vo
                                                          int64_t hw, int64_t groups, double eps, int32_t layout,
                                                          int32_t activation, int32_t dtype, int32_t param_dtype,
                                                          void* stream);
+
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(
+    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
+    const float* scale_y, void* y, void* mean, void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw,
+    int64_t groups, double eps, int32_t layout, int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
 
 SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cpu(const void* dy, const void* x, const void* weight_or_null,
                                                         const void* bias_or_null, const void* shift_or_null,
@@ -115,6 +122,8 @@ SDXL_FAST_API int32_t sdxl_fast_geglu_fwd_cpu(const void* x, void* y, int64_t ro
                                               int32_t dtype, int32_t num_threads);
 SDXL_FAST_API int32_t sdxl_fast_geglu_fwd_cuda(const void* x, void* y, int64_t rows, int64_t cols, int32_t approximate,
                                                int32_t dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_geglu_e4m3_fwd_cuda(const void* x, const float* scale_y, void* y, int64_t rows,
+                                                    int64_t cols, int32_t approximate, int32_t dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_geglu_bwd_cpu(const void* dy, const void* x, void* dx, int64_t rows, int64_t cols,
                                               int32_t approximate, int32_t dtype, int32_t num_threads);
 SDXL_FAST_API int32_t sdxl_fast_geglu_bwd_cuda(const void* dy, const void* x, void* dx, int64_t rows, int64_t cols,
@@ -208,6 +217,11 @@ SDXL_FAST_API int32_t sdxl_fast_layer_norm_fwd_cuda(const void* x, const void* r
                                                     int64_t cols, double eps, int32_t dtype, int32_t param_dtype,
                                                     void* stream);
 
+SDXL_FAST_API int32_t sdxl_fast_layer_norm_e4m3_fwd_cuda(const void* x, const void* residual_or_null,
+                                                         const void* weight_or_null, const void* bias_or_null,
+                                                         const float* scale_y, void* y, void* sum_or_null, void* mean,
+                                                         void* rstd, int64_t rows, int64_t cols, double eps,
+                                                         int32_t dtype, int32_t param_dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_layer_norm_bwd_cpu(const void* dy, const void* dsum_or_null, const void* s,
                                                    const void* weight_or_null, const void* mean, const void* rstd,
                                                    void* dx_or_null, void* dweight_or_null, void* dbias_or_null,

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -36,6 +38,16 @@ def dtype_of(x: torch.Tensor, scale_y: torch.Tensor | None) -> torch.dtype:
     return x.dtype if scale_y is None else FLOAT8
 
 
-NOT_IN_CUDA: Rule = Condition(
-    "the CUDA kernel writes x's dtype only (scale_y is None)", lambda values: values["scale_y"] is None
+def kernel(library: Any, op: str, device: str) -> Callable[..., int] | None:
+    """Returns the C forward of ``op`` that writes float8, whose ``scale_y`` stands before ``y``; None on a CPU.
+
+    There the result is rounded by a pass of its own: float8 on a CPU is for checking, its products are the reference's.
+    """
+    found: Callable[..., int] | None = getattr(library, f"{op}_e4m3_fwd_cuda") if device == "cuda" else None
+    return found
+
+
+FROM_BFLOAT16: Rule = Condition(
+    "the CUDA kernel writes float8 (scale_y) for bfloat16 x only",
+    lambda values: values["scale_y"] is None or values["x"].dtype == torch.bfloat16,
 )

@@ -12,7 +12,7 @@ from sdxl_fast.constraints import Dtype, EvenLast, IsTensor, Ndim, OneOf
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
 from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import geglu as reference
-from sdxl_fast.reference._common import rounded
+from sdxl_fast.reference._common import FLOAT8, rounded
 
 
 def geglu(x: torch.Tensor, *, approximate: str = "none", scale_y: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,16 +44,21 @@ def _native_kernels(device: str) -> _backends.Pair:
     lib, tail = _native.binding(device), _native.TAIL[device]
     fwd_name, bwd_name = f"geglu_fwd_{device}", f"geglu_bwd_{device}"
     c_fwd, c_bwd = getattr(lib, fwd_name), getattr(lib, bwd_name)
+    e4m3_fwd = _float8.kernel(lib, "geglu", device)
 
     def fwd(x: torch.Tensor, approximate: str, scale_y: MaybeTensor = None) -> torch.Tensor:
         cols = x.shape[-1] // 2
-        y = x.new_empty((*x.shape[:-1], cols))
+        fused = scale_y is not None and e4m3_fwd is not None
+        y = x.new_empty((*x.shape[:-1], cols), dtype=FLOAT8 if fused else x.dtype)
         rows = y.numel() // cols if cols else 0
-        code, dtype = _native.APPROXIMATE[approximate], _native.DTYPE[x.dtype]
-        status = c_fwd(x.data_ptr(), y.data_ptr(), rows, cols, code, dtype, tail(x))
+        rest = (y.data_ptr(), rows, cols, _native.APPROXIMATE[approximate], _native.DTYPE[x.dtype], tail(x))
+        if scale_y is not None and e4m3_fwd is not None:
+            status = e4m3_fwd(x.data_ptr(), scale_y.data_ptr(), *rest)
+        else:
+            status = c_fwd(x.data_ptr(), *rest)
         if status:
             _native.fail(lib, status, fwd_name, x)
-        return rounded(y, scale_y)
+        return y if fused else rounded(y, scale_y)
 
     def bwd(dy: torch.Tensor, x: torch.Tensor, approximate: str) -> torch.Tensor:
         dx = torch.empty_like(x)
@@ -82,7 +87,7 @@ class _Geglu(FusedOp):
         *_float8.rules("x"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
+        _backends.native("cuda", "x", _native_kernels, _float8.FROM_BFLOAT16),
         _backends.triton("geglu", "x"),
         _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),

@@ -24,7 +24,7 @@ from sdxl_fast.constraints import (
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like, reference_gradients
 from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import group_norm_silu as reference
-from sdxl_fast.reference._common import accumulation_dtype, rounded
+from sdxl_fast.reference._common import FLOAT8, accumulation_dtype, rounded
 
 
 def group_norm_silu(
@@ -79,6 +79,7 @@ def _native_kernels(device: str) -> _backends.Pair:
 def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Callable[..., Any]:
     name = f"group_norm_silu_fwd_{device}"
     function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
+    e4m3_fwd = _float8.kernel(lib, "group_norm_silu", device)
 
     def fwd(
         x: torch.Tensor,
@@ -92,20 +93,25 @@ def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         n, c, h, w = x.shape
         layout = _native.layout(x)
-        y = torch.empty_like(x)
+        fused = scale_y is not None and e4m3_fwd is not None
+        y = torch.empty_like(x, dtype=FLOAT8 if fused else x.dtype)
         mean = x.new_empty((n, num_groups), dtype=accumulation_dtype(x.dtype))
         rstd = torch.empty_like(mean)
         workspace = _native.scratch(c_workspace(n, c, h * w, num_groups, layout, 0), x)
         dtype = _native.DTYPE[x.dtype]
-        status = function(
-            *(x.data_ptr(), pointer(weight), pointer(bias), pointer(shift)),
+        given = (x.data_ptr(), pointer(weight), pointer(bias), pointer(shift))
+        rest = (
             *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), pointer(workspace)),
             *(n, c, h * w, num_groups, eps, layout, _native.ACTIVATION[activation]),
             *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
         )
+        if scale_y is not None and e4m3_fwd is not None:
+            status = e4m3_fwd(*given, scale_y.data_ptr(), *rest)
+        else:
+            status = function(*given, *rest)
         if status:
             _native.fail(lib, status, name, x, weight, bias, shift)
-        return rounded(y, scale_y), mean, rstd
+        return y if fused else rounded(y, scale_y), mean, rstd
 
     return fwd
 
@@ -177,7 +183,7 @@ class _GroupNormSilu(FusedOp):
         *_float8.rules("x", "weight", "bias", "shift"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
+        _backends.native("cuda", "x", _native_kernels, _float8.FROM_BFLOAT16),
         _backends.triton("group_norm_silu", "x"),
         _backends.native("cpu", "x", _native_kernels),
         _backends.eager(reference),

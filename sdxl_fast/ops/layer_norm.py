@@ -23,7 +23,7 @@ from sdxl_fast.constraints import (
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, reference_gradients
 from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import layer_norm as reference
-from sdxl_fast.reference._common import accumulation_dtype, rounded
+from sdxl_fast.reference._common import FLOAT8, accumulation_dtype, rounded
 
 
 def layer_norm(
@@ -71,6 +71,7 @@ def _native_kernels(device: str) -> _backends.Pair:
 def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
     name = f"layer_norm_fwd_{device}"
     function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
+    e4m3_fwd = _float8.kernel(lib, "layer_norm", device)
 
     def fwd(
         x: torch.Tensor,
@@ -80,19 +81,24 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
         eps: float,
         scale_y: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        y = torch.empty_like(x)
+        fused = scale_y is not None and e4m3_fwd is not None
+        y = torch.empty_like(x, dtype=FLOAT8 if fused else x.dtype)
         total = None if residual is None else torch.empty_like(x)
         mean = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
         rstd = torch.empty_like(mean)
         dtype = _native.DTYPE[x.dtype]
-        status = function(
-            *(x.data_ptr(), pointer(residual), pointer(weight), pointer(bias)),
+        given = (x.data_ptr(), pointer(residual), pointer(weight), pointer(bias))
+        rest = (
             *(y.data_ptr(), pointer(total), mean.data_ptr(), rstd.data_ptr(), mean.numel(), x.shape[-1], eps),
             *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
         )
+        if scale_y is not None and e4m3_fwd is not None:
+            status = e4m3_fwd(*given, scale_y.data_ptr(), *rest)
+        else:
+            status = function(*given, *rest)
         if status:
             _native.fail(lib, status, name, x, weight, bias, residual)
-        y = rounded(y, scale_y)
+        y = y if fused else rounded(y, scale_y)
         return (y, mean, rstd) if total is None else (y, total, mean, rstd)
 
     return fwd
@@ -160,7 +166,7 @@ class _LayerNorm(FusedOp):
         *_float8.rules("x", "weight", "bias", "residual"),
     )
     backends = (
-        _backends.native("cuda", "x", _native_kernels, _float8.NOT_IN_CUDA),
+        _backends.native("cuda", "x", _native_kernels, _float8.FROM_BFLOAT16),
         # A program holds whole rows.
         _backends.triton("layer_norm", "x", LastAtMost("x", 4096)),
         _backends.native("cpu", "x", _native_kernels),
