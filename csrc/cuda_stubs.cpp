@@ -98,13 +98,13 @@ int32_t sdxl_fast_linear_fwd_cuda(const void*, const void*, const void*, const v
     return SDXL_FAST_NO_CUDA;
 }
 
-int32_t sdxl_fast_linear_geglu_fwd_cuda(const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
-                                        int32_t, int32_t, void*) {
+int32_t sdxl_fast_linear_geglu_fwd_cuda(const void*, const void*, const void*, const float*, const float*, const float*,
+                                        void*, int64_t, int64_t, int64_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }
 
-int32_t sdxl_fast_conv2d_fwd_cuda(const void*, const void*, const void*, const void*, void*, int64_t, int64_t, int64_t,
-                                  int64_t, int64_t, int32_t, int32_t, int32_t, void*) {
+int32_t sdxl_fast_conv2d_fwd_cuda(const void*, const void*, const void*, const void*, const float*, const float*, void*,
+                                  int64_t, int64_t, int64_t, int64_t, int64_t, int32_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }
 

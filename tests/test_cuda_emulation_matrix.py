@@ -18,6 +18,7 @@ import torch
 
 from sdxl_fast.ops import _hopper
 from sdxl_fast.reference import conv2d as conv2d_reference
+from sdxl_fast.reference import geglu as geglu_reference
 from sdxl_fast.reference import linear as linear_reference
 from sdxl_fast.reference import linear_geglu as linear_geglu_reference
 from sdxl_fast.reference import upsample_conv2d as upsample_reference
@@ -99,6 +100,41 @@ def test_linear_geglu(forward: Any, rows: int, k: int, n: int, approximate: str)
         _check(forward("linear_geglu")(*args), linear_geglu_reference.fwd, *args)
 
 
+@pytest.mark.parametrize(("rows", "k", "n"), [(20, 64, 48), (130, 272, 168)])
+def test_linear_geglu_of_float8(forward: Any, rows: int, k: int, n: int) -> None:
+    """Both halves with the scales; and the result in float8, bit for bit what a pass of rounding makes of it."""
+    x, weight = _normal(rows, k), _normal(2 * n, k, seed=1, scale=k**-0.5)
+    scales = x.abs().max() / 448, weight.abs().max() / 448
+    bias = _normal(2 * n, seed=2).bfloat16()
+    args = (quantise(x, scales[0]), quantise(weight, scales[1]), bias, "none", *scales)
+    got = forward("linear_geglu")(*args)
+    h = (args[0].double() * scales[0]) @ (args[1].double() * scales[1]).t() + bias.double()
+    assert_all([compare(got, geglu_reference.fwd(h, "none"), linear_geglu_reference.fwd(*args), rows=k)])
+    for scale_y in (torch.tensor([0.0371]), torch.tensor([2.0**-12]), torch.tensor([300.0])):
+        for given in (args, (x.bfloat16(), weight.bfloat16(), bias, "tanh", None, None)):
+            plain, rounded = forward("linear_geglu")(*given), forward("linear_geglu")(*given, scale_y)
+            assert torch.equal(rounded.view(torch.uint8), quantise(plain, scale_y).view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "n", "kernel", "padding"),
+    [((2, 16, 9, 18), 40, 3, 1), ((1, 144, 5, 3), 24, 3, 0), ((2, 32, 4, 5), 16, 1, 0), ((1, 272, 3, 3), 8, 3, 1)],
+)
+def test_conv2d_of_float8(forward: Any, shape: tuple[int, ...], n: int, kernel: int, padding: int) -> None:
+    x, weight = channels_last(_normal(*shape)), _normal(n, shape[1], kernel, kernel, seed=1)
+    scales = x.abs().max() / 448, weight.abs().max() / 448
+    x, weight = quantise(x, scales[0]), quantise(weight, scales[1])
+    bias = _normal(n, seed=2).bfloat16()
+    residual = channels_last(_normal(*conv2d_reference.output_shape(x, weight, 1, padding), seed=3).bfloat16())
+    args = (x, weight, bias, residual, 1, padding, *scales)
+    got = forward("conv2d")(*args)
+    assert got.dtype == torch.bfloat16 and got.is_contiguous(memory_format=memory_format(x))
+    exact = torch.nn.functional.conv2d(
+        x.double() * scales[0], weight.double() * scales[1], bias.double(), padding=padding
+    ) + residual.double()  # fmt: skip
+    assert_all([compare(got, exact, conv2d_reference.fwd(*args), rows=kernel * kernel * shape[1])])
+
+
 @pytest.mark.parametrize("layout", [channels_last, torch.Tensor.contiguous], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize(
     ("shape", "n", "kernel", "padding"),
@@ -153,13 +189,18 @@ def _products() -> list[tuple[str, dict[str, int]]]:
             found.append((case.name, rows(width=positions, columns=n, slices=slices, float8=float8)))
     for case in sdxl_cases("linear_geglu"):
         positions, k, n = math.prod(case.shape[:-1]), case.shape[-1], case.options["out_features"]
-        found.append((case.name, rows(width=positions, columns=n, slices=k // 64, float8=0) | {"gated": 1}))
+        for float8 in (0, 1):
+            slices = -(-k // (128 if float8 else 64))
+            plan = rows(width=positions, columns=n, slices=slices, float8=float8)
+            found.append((case.name, plan | {"gated": 1}))
     for case in (*sdxl_cases("conv2d"), *sdxl_cases("upsample_conv2d")):
         found.append((case.name, _map(case)))
+        if "kernel_size" in case.options and case.shape[1] % 16 == 0:
+            found.append((case.name, _map(case, float8=1)))
     return [(name, plan) for name, plan in found if plan["columns"] % 8 == 0]
 
 
-def _map(case: Case) -> dict[str, int]:
+def _map(case: Case, float8: int = 0) -> dict[str, int]:
     upsampled, (n, c, h, w) = "kernel_size" not in case.options, case.shape
     taps = 4 if upsampled else case.options["kernel_size"] ** 2
     return {
@@ -167,10 +208,10 @@ def _map(case: Case) -> dict[str, int]:
         "height": h,
         "width": w,
         "columns": case.options["out_channels"],
-        "slices": taps * -(-c // 64),
+        "slices": taps * -(-c // (128 if float8 else 64)),
         "phases": 4 if upsampled else 1,
         "gated": 0,
-        "float8": 0,
+        "float8": float8,
     }
 
 
@@ -228,6 +269,9 @@ def test_an_h100_is_kept_busy(library: ctypes.CDLL) -> None:
     assert _plan(library, 132, rows(width=4096, columns=640, slices=10))["ctas"] == 128
     assert _plan(library, 132, rows(width=1024, columns=3840, slices=20))["columns"] == 256
     gate = rows(width=1024, columns=5120, slices=20) | {"gated": 1}
+    for product in (gate | {"slices": 10}, _map(sdxl_cases("conv2d")[1], float8=1)):  # half the slices, the same tiles
+        product = product | {"float8": 1}
+        assert _busy(_plan(library, 132, product), product) > 0.96
     for product in (out_projection, gate, rows(width=4096, columns=640, slices=10), _map(sdxl_cases("conv2d")[1])):
         assert _busy(_plan(library, 132, product), product) > 0.96
     # What is large enough to fill the machine does.
@@ -274,14 +318,21 @@ def test_statuses(library: ctypes.CDLL) -> None:
     assert linear(*good, 4, 16, 8, 4, None) == 1  # float8 without scales
     assert linear(*good, 4, 8, 8, 0, None) == linear(*good, 4, 8, 8, 3, None) == 2
     gate = library.sdxl_fast_linear_geglu_fwd_cuda
-    assert gate(p, p, None, p, 4, 8, 8, 1, 2, None) == 0
-    assert gate(p, p, None, p, 4, 8, 8, 2, 2, None) == 1 and gate(p, p, None, p, 4, 16, 8, 0, 4, None) == 2
-    convolve = library.sdxl_fast_conv2d_fwd_cuda
-    assert convolve(p, p, None, None, p, 1, 8, 3, 3, 8, 3, 1, 2, None) == 0
-    assert convolve(p, p, None, None, p, 1, 8, 3, 3, 8, 2, 1, 2, None) == 1
-    assert convolve(p, p, None, None, p, 1, 8, 2, 3, 8, 3, 0, 2, None) == 1
-    assert convolve(p, p, None, None, p, 0, 8, 2, 3, 8, 3, 0, 2, None) == 0
-    assert convolve(p, p, None, None, p, 1, 16, 3, 3, 8, 3, 1, 4, None) == 2
+    ones = torch.ones(1)
+    one = ones.data_ptr()
+    three = (None, None, None)
+    assert gate(p, p, None, *three, p, 4, 8, 8, 1, 2, None) == 0
+    assert gate(p, p, None, one, one, one, p, 0, 16, 8, 1, 4, None) == 0
+    assert gate(p, p, None, *three, p, 4, 8, 8, 2, 2, None) == 1
+    assert gate(p, p, None, *three, p, 4, 16, 8, 0, 4, None) == 1  # float8 without scales
+    assert gate(p, p, None, one, one, None, p, 4, 8, 8, 0, 4, None) == 1  # half of 16 bytes
+    convolve, four = library.sdxl_fast_conv2d_fwd_cuda, (None,) * 4
+    assert convolve(p, p, *four, p, 1, 8, 3, 3, 8, 3, 1, 2, None) == 0
+    assert convolve(p, p, *four, p, 1, 8, 3, 3, 8, 2, 1, 2, None) == 1
+    assert convolve(p, p, *four, p, 1, 8, 2, 3, 8, 3, 0, 2, None) == 1
+    assert convolve(p, p, *four, p, 0, 8, 2, 3, 8, 3, 0, 2, None) == 0
+    assert convolve(p, p, *four, p, 1, 16, 3, 3, 8, 3, 1, 4, None) == 1  # float8 without scales
+    assert convolve(p, p, None, None, one, one, p, 1, 8, 3, 3, 8, 3, 1, 4, None) == 1
     upsample = library.sdxl_fast_upsample_conv2d_fwd_cuda
     assert upsample(p, p, None, p, 1, 8, 2, 2, 8, 2, None) == 0
     assert upsample(p, p, None, p, 1, 8, 2, 2, 4, 2, None) == 1

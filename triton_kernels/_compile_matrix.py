@@ -7,6 +7,13 @@ import torch
 
 from ._attention_config import target_of
 
+FLOAT8 = torch.float8_e4m3fn
+
+
+def _takes_float8(x: torch.Tensor) -> bool:
+    """Whether float8 is compiled beside x: once, with bf16, which its results are in; older tensor cores know none."""
+    return x.dtype == torch.bfloat16 and target_of(x).arch >= 89
+
 
 def upsample_conv2d_cases(dtype: torch.dtype) -> None:
     """Launches of `upsample_conv2d`."""
@@ -27,9 +34,9 @@ def linear_cases(dtype: torch.dtype) -> None:
         x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, (c_out, shape[-1])))
         y = linear_fwd(x, weight, weight[:, 0].contiguous(), None, None, None)
         linear_fwd(x, weight, None, y, None, None)
-        if dtype == torch.bfloat16 and target_of(x).arch >= 89:  # older tensor cores know no float8
+        if _takes_float8(x):
             scale = torch.empty((), device="meta")
-            x, weight = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
+            x, weight = x.to(FLOAT8), weight.to(FLOAT8)
             linear_fwd(x, weight, None, y, scale, scale)
 
 
@@ -41,6 +48,12 @@ def linear_geglu_cases(dtype: torch.dtype) -> None:
         x, weight = (torch.empty(size, dtype=dtype, device="meta") for size in (shape, (2 * c_out, shape[-1])))
         linear_geglu_fwd(x, weight, weight[:, 0].contiguous(), "none")
         linear_geglu_fwd(x, weight, None, "tanh")
+        scale = torch.empty((), device="meta")
+        linear_geglu_fwd(x, weight, None, "none", scale_y=scale)
+        if _takes_float8(x):
+            x, weight, bias = x.to(FLOAT8), weight.to(FLOAT8), weight[:, 0].contiguous()
+            for scale_y in (scale, None):
+                linear_geglu_fwd(x, weight, bias, "none", scale, scale, scale_y)
 
 
 def conv2d_cases(dtype: torch.dtype) -> None:
@@ -58,4 +71,8 @@ def conv2d_cases(dtype: torch.dtype) -> None:
         y = conv2d_fwd(x.to(memory_format=torch.channels_last), weight, bias, None, stride, padding)
         if added:
             conv2d_fwd(x.to(memory_format=torch.channels_last), weight, None, y, stride, padding)
+        if _takes_float8(x):
+            scale = torch.empty((), device="meta")
+            x8, weight8 = x.to(memory_format=torch.channels_last).to(FLOAT8), weight.to(FLOAT8)
+            conv2d_fwd(x8, weight8, bias, y if added else None, stride, padding, scale, scale)
     conv2d_fwd(x, weight, None, y.contiguous(), stride, padding)

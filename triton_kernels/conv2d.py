@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""conv2d: a convolution with bias and residual as an implicit matrix product.
+"""conv2d: a convolution with bias and residual as an implicit matrix product, also of e4m3 with a scale each.
 
 Formula   y[n,p,q,o] = bias[o] + residual[n,p,q,o] + sum over r, s, c of x[n, p S + r - P, q S + s - P, c] w[o,c,r,s].
+          For e4m3 the sum is multiplied by scale_x scale_w.
 Grid      (tiles,). A program makes BLOCK_M positions (n, p, q) by BLOCK_N channels, K = taps times C_in, tap by tap.
 Registers the fp32 tile, and of each row its place in the map.
 Bytes     y once; x up to KERNEL^2 times a column block, which L1 and L2 serve but once.
@@ -20,7 +21,7 @@ from ._matrix import GROUP, dot, matrix_config, tile_of
 
 @triton.jit
 def conv2d_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, y_ptr, n, c_in, h, w, c_out, p, q,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, scale_x_ptr, scale_w_ptr, y_ptr, n, c_in, h, w, c_out, p, q,
     x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
@@ -54,6 +55,8 @@ def conv2d_kernel(
         b_x = tl.load(p_x[:, None] + (i_h * x_h + i_w * x_w)[:, None] + (o_c * x_c)[None, :], mask=m_x, other=0.0)
         b_w = tl.load(p_w[None, :] + (r * w_r + s * w_s) + (o_c * w_c)[:, None], mask=m_w, other=0.0)
         b_acc = dot(b_x, b_w, b_acc)
+    if scale_x_ptr is not None:
+        b_acc *= tl.load(scale_x_ptr) * tl.load(scale_w_ptr)
     if bias_ptr is not None:
         b_acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
     base = (sample * y_n)[:, None]
@@ -71,24 +74,32 @@ def conv2d_fwd(
     residual: torch.Tensor | None,
     stride: int,
     padding: int,
+    scale_x: torch.Tensor | None = None,
+    scale_w: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [N, C_out, P, Q] from x [N, C_in, H, W] and weight [C_out, C_in, k, k], fp32, bf16 or fp16, of any strides.
+    """y [N, C_out, P, Q] from x [N, C_in, H, W] and weight [C_out, C_in, k, k] of any strides.
+
+    fp32, bf16, fp16, or e4m3 with scales.
 
     Fastest with channels_last maps and weights. bias [C_out]; residual like y and of the memory format of x; or None.
+    y is bf16 for e4m3, else of x's dtype.
     """
     n, c_in, h, w = x.shape
     c_out, _, size, _ = weight.shape
     p, q = ((extent + 2 * padding - size) // stride + 1 for extent in (h, w))
     last = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-    y = torch.empty((n, c_out, p, q), dtype=x.dtype, device=x.device, memory_format=last)
+    dtype = torch.bfloat16 if x.dtype == torch.float8_e4m3fn else x.dtype
+    y = torch.empty((n, c_out, p, q), dtype=dtype, device=x.device, memory_format=last)
     rows = n * p * q
     if rows == 0:
         return y
     config = matrix_config(rows, c_out, size * size * c_in, x.dtype)
-    block_k = min(config.block_k, max(16, triton.next_power_of_2(c_in)))
+    # The tensor cores take 32 bytes of K at once.
+    block_k = min(config.block_k, max(16, 32 // x.dtype.itemsize, triton.next_power_of_2(c_in)))
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(c_out, config.block_n),)
     conv2d_kernel[grid](
-        x, weight, bias, residual, y, n, c_in, h, w, c_out, p, q, *x.stride(), *weight.stride(), *y.stride(),
+        x, weight, bias, residual, scale_x, scale_w, y, n, c_in, h, w, c_out, p, q,
+        *x.stride(), *weight.stride(), *y.stride(),
         KERNEL=size, STRIDE=stride, PADDING=padding, EVEN_K=c_in % block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, GROUP_M=GROUP, **config.options(),
     )  # fmt: skip

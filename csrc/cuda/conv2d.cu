@@ -6,15 +6,17 @@
 using namespace sdxl_fast;
 
 extern "C" int32_t sdxl_fast_conv2d_fwd_cuda(const void* x, const void* weight, const void* bias, const void* residual,
-                                             void* y, int64_t n, int64_t c_in, int64_t h, int64_t w, int64_t c_out,
-                                             int32_t kernel_size, int32_t padding, int32_t dtype, void* stream) {
+                                             const float* scale_x, const float* scale_w, void* y, int64_t n,
+                                             int64_t c_in, int64_t h, int64_t w, int64_t c_out, int32_t kernel_size,
+                                             int32_t padding, int32_t dtype, void* stream) {
     if ((kernel_size != 1 && kernel_size != 3) || padding < 0 || padding > 1) return SDXL_FAST_INVALID_ARGUMENT;
-    if (dtype == SDXL_FAST_F8E4M3) return SDXL_FAST_UNSUPPORTED_DTYPE;
     hopper::Convolution c{};
     c.x = x;
     c.weight = weight;
     c.bias = bias;
     c.residual = residual;
+    c.scale_x = scale_x;
+    c.scale_w = scale_w;
     c.y = y;
     c.images = n;
     c.x_height = h;

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 6
+#define SDXL_FAST_ABI 7
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -264,16 +264,16 @@ SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cuda(const sdxl_fast_lora_module*
                                                     int32_t dtype, int32_t factor_dtype, void* stream);
 
 /* ---- products: linear, linear_geglu, conv2d, upsample_conv2d ----
- * For sm_90a, built where CUTLASS's headers are; else SDXL_FAST_NOT_BUILT. Of `dtype` bf16, linear of e4m3 as well. All
- * pointers but the scales are multiples of 16 bytes; c_in is a multiple of 8 (of 16 for e4m3), c_out of 8. Sums in f32,
- * rounded once. Their derivatives are products too, which the caller takes from a library.
+ * For sm_90a, built where CUTLASS's headers are; else SDXL_FAST_NOT_BUILT. x and weight of `dtype` bf16, or but in
+ * upsample_conv2d of e4m3; then scale_x and scale_w are their factors, f32 of one element on the device, else null. The
+ * others of bf16. All pointers but the scales are multiples of 16 bytes; c_in is a multiple of 8 (of 16 for e4m3), c_out
+ * of 8. Sums in f32, rounded once. Their derivatives are products too, which the caller takes from a library.
  *
  * linear: y = x W^T + bias + residual; x: [rows, c_in], weight: [c_out, c_in]; bias: [c_out], residual and y:
- * [rows, c_out], of bf16. e4m3 comes with scale_x and scale_w, f32 of one element, the factors of x and weight.
- * linear_geglu: y = value * GELU(gate), value = x V^T + a, gate = x G^T + b; weight: V above G, [2 * c_out, c_in];
- * bias: a before b, [2 * c_out]; y: [rows, c_out]. conv2d: stride 1; x: [n, h, w, c_in], weight: [c_out, k, k, c_in]
- * with k = kernel_size 1 or 3, padding 0 or 1; y and residual: [n, h + 2 padding - k + 1, w + 2 padding - k + 1,
- * c_out]. upsample_conv2d: x twice as large by nearest neighbours, convolved 3x3 with padding 1, as the transposed
+ * [rows, c_out]. linear_geglu: y = value * GELU(gate), value = x V^T + a, gate = x G^T + b; weight: V above G,
+ * [2 * c_out, c_in]; bias: a before b, [2 * c_out]; y: [rows, c_out], of e4m3 where there is a scale_y, as in geglu.
+ * conv2d: stride 1; x: [n, h, w, c_in], weight: [c_out, k, k, c_in] with k = kernel_size 1 or 3, padding 0 or 1; y and
+ * residual: [n, h + 2 padding - k + 1, w + 2 padding - k + 1, c_out]. upsample_conv2d: x twice as large by nearest neighbours, convolved 3x3 with padding 1, as the transposed
  * convolution of stride 2 with the kernel `phases`: [c_out, 4, 4, c_in]; y: [n, 2h, 2w, c_out]. */
 
 SDXL_FAST_API int32_t sdxl_fast_linear_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
@@ -281,10 +281,13 @@ SDXL_FAST_API int32_t sdxl_fast_linear_fwd_cuda(const void* x, const void* weigh
                                                 const float* scale_w_or_null, void* y, int64_t rows, int64_t c_in,
                                                 int64_t c_out, int32_t dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_linear_geglu_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
-                                                      void* y, int64_t rows, int64_t c_in, int64_t c_out,
-                                                      int32_t approximate, int32_t dtype, void* stream);
+                                                      const float* scale_x_or_null, const float* scale_w_or_null,
+                                                      const float* scale_y_or_null, void* y, int64_t rows,
+                                                      int64_t c_in, int64_t c_out, int32_t approximate, int32_t dtype,
+                                                      void* stream);
 SDXL_FAST_API int32_t sdxl_fast_conv2d_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
-                                                const void* residual_or_null, void* y, int64_t n, int64_t c_in,
+                                                const void* residual_or_null, const float* scale_x_or_null,
+                                                const float* scale_w_or_null, void* y, int64_t n, int64_t c_in,
                                                 int64_t h, int64_t w, int64_t c_out, int32_t kernel_size,
                                                 int32_t padding, int32_t dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void* x, const void* phases, const void* bias_or_null,

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from sdxl_fast.constraints import Condition, Rule
 from sdxl_fast.dispatch import Backend
+from sdxl_fast.ops._float8 import is_float8
 from sdxl_fast.reference._common import without_autocast
 from sdxl_fast.reference.conv2d import MaybeTensor
 from sdxl_fast.reference.upsample_conv2d import Gradients, fold_phases, memory_format, phase_weights
@@ -149,6 +151,11 @@ def upsample_conv2d() -> Backend:
     return Backend("library", lambda: (upsample_fwd, upsample_bwd))
 
 
+_NO_FLOAT8: Rule = Condition(
+    "x must not be float8_e4m3fn, of which PyTorch's library has no convolution", lambda values: not is_float8(values)
+)
+
+
 def conv2d_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -156,7 +163,10 @@ def conv2d_fwd(
     residual: MaybeTensor,
     stride: int,
     padding: int,
+    scale_x: MaybeTensor = None,
+    scale_w: MaybeTensor = None,
 ) -> torch.Tensor:
+    # No scales come: float8 is refused.
     with without_autocast(x):
         y = F.conv2d(x, weight, bias, stride, padding)
     y = y.contiguous(memory_format=memory_format(x))
@@ -180,4 +190,4 @@ def conv2d_bwd(
 
 def conv2d() -> Backend:
     """The library's convolution, and an addition."""
-    return Backend("library", lambda: (conv2d_fwd, conv2d_bwd))
+    return Backend("library", lambda: (conv2d_fwd, conv2d_bwd), (_NO_FLOAT8,))

@@ -1,16 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops share that write float8_e4m3fn themselves, so that the product they feed needs no pass to round in."""
+"""What the ops share that read or write float8_e4m3fn: products of it, and what makes their operands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
 from sdxl_fast.constraints import Condition, DeviceLike, Dtype, IsTensor, Rule, Values
 from sdxl_fast.reference._common import FLOAT8
+
+
+def is_float8(values: Values) -> bool:
+    """Whether the product is one of float8 operands."""
+    return bool(values["x"].dtype == FLOAT8)
+
+
+def operand_rules(*inputs: str) -> tuple[Rule, ...]:
+    """The rules of ``scale_x`` and ``scale_w`` of a product of x and weight with these differentiable inputs."""
+    scales = ("scale_x", "scale_w")
+    return (
+        Condition(
+            "scale_x and scale_w must be given for a float8_e4m3fn x, and only then",
+            lambda v: all((v[scale] is not None) == is_float8(v) for scale in scales),
+        ),
+        *(Dtype(scale, (torch.float32,)) for scale in scales),
+        *(
+            Condition(f"{scale} must have one element", lambda v, s=scale: v[s] is None or v[s].numel() == 1)  # type: ignore[misc]
+            for scale in scales
+        ),
+        *(DeviceLike(scale, "x") for scale in scales),
+        Condition(
+            "weight must be float8_e4m3fn beside a float8_e4m3fn x",
+            lambda v: (v["weight"].dtype == FLOAT8) == is_float8(v),
+        ),
+        Condition(
+            "float8 products have no derivative; call under torch.no_grad()",
+            lambda v: not is_float8(v) or _needs_no_gradient(inputs, v),
+        ),
+    )
 
 
 def rules(*inputs: str) -> tuple[Rule, ...]:
@@ -22,15 +51,15 @@ def rules(*inputs: str) -> tuple[Rule, ...]:
         DeviceLike("scale_y", "x"),
         Condition(
             "a float8 result (scale_y) has no derivative; call under torch.no_grad()",
-            partial(_needs_no_gradient, (*inputs, "scale_y")),
+            lambda v: v["scale_y"] is None or _needs_no_gradient((*inputs, "scale_y"), v),
         ),
     )
 
 
 def _needs_no_gradient(inputs: tuple[str, ...], values: Values) -> bool:
-    if values["scale_y"] is None or not torch.is_grad_enabled():
-        return True
-    return not any(t is not None and t.requires_grad for t in (values[name] for name in inputs))
+    return not torch.is_grad_enabled() or not any(
+        t is not None and t.requires_grad for t in (values[name] for name in inputs)
+    )
 
 
 def dtype_of(x: torch.Tensor, scale_y: torch.Tensor | None) -> torch.dtype:

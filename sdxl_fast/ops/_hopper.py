@@ -74,12 +74,12 @@ def _features_fit(values: Values) -> bool:
 
 
 def _gated_features_fit(values: Values) -> bool:
-    return values["weight"].shape[0] % 16 == 0 and values["weight"].shape[1] % 8 == 0 < values["weight"].shape[1]
+    return values["weight"].shape[0] % 16 == 0 and _features_fit(values)
 
 
 FEATURES = Condition("features in and out must be multiples of 8, those of float8 x of 16", _features_fit)
-GATED_FEATURES = Condition("features in and out must be multiples of 8", _gated_features_fit)
-CHANNELS = Condition("channels in and out must be multiples of 8", _features_fit)
+GATED_FEATURES = Condition("features in and out must be multiples of 8, those of float8 x of 16", _gated_features_fit)
+CHANNELS = Condition("channels in and out must be multiples of 8, those of float8 x of 16", _features_fit)
 UNIT_STRIDE = Condition("stride must be 1", lambda values: values["stride"] == 1)
 
 
@@ -92,7 +92,8 @@ def _nhwc(t: torch.Tensor) -> torch.Tensor:
 
 
 def _empty_nhwc(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    dtype = output_dtype(x.dtype)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
 
 
 class _Call:
@@ -134,10 +135,19 @@ def linear_geglu(module: Any) -> Callable[..., torch.Tensor]:
     """The forward of ``linear_geglu``."""
     call = _Call(module, "linear_geglu_fwd_cuda")
 
-    def fwd(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str) -> torch.Tensor:
-        y = x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+    def fwd(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: MaybeTensor,
+        approximate: str,
+        scale_x: MaybeTensor = None,
+        scale_w: MaybeTensor = None,
+        scale_y: MaybeTensor = None,
+    ) -> torch.Tensor:
+        dtype = output_dtype(x.dtype) if scale_y is None else FLOAT8
+        y = x.new_empty((*x.shape[:-1], weight.shape[0] // 2), dtype=dtype)
         sizes = (_rows(y), weight.shape[1], y.shape[-1], _native.APPROXIMATE[approximate])
-        return call(x, (weight.contiguous(), bias), y, *sizes)
+        return call(x, (weight.contiguous(), bias, scale_x, scale_w, scale_y), y, *sizes)
 
     return fwd
 
@@ -147,10 +157,17 @@ def conv2d(module: Any) -> Callable[..., torch.Tensor]:
     call = _Call(module, "conv2d_fwd_cuda")
 
     def fwd(
-        x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, residual: MaybeTensor, stride: int, padding: int
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: MaybeTensor,
+        residual: MaybeTensor,
+        stride: int,
+        padding: int,
+        scale_x: MaybeTensor = None,
+        scale_w: MaybeTensor = None,
     ) -> torch.Tensor:
         y = _empty_nhwc(x, output_shape(x, weight, stride, padding))
-        others = (_nhwc(weight), bias, None if residual is None else _nhwc(residual))
+        others = (_nhwc(weight), bias, None if residual is None else _nhwc(residual), scale_x, scale_w)
         sizes = (*x.shape, y.shape[1], weight.shape[-1], padding)
         return call(_nhwc(x), others, y, *sizes).contiguous(memory_format=memory_format(x))
 

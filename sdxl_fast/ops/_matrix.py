@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from sdxl_fast.constraints import Condition, Rule, Values, dtype_name
-from sdxl_fast.dispatch import Kernels, any_backend
+from sdxl_fast.constraints import Condition, Dtype, Rule, Values, dtype_name
+from sdxl_fast.dispatch import Backend, Kernels, any_backend
+from sdxl_fast.ops import _backends
 from sdxl_fast.ops.geglu import _OP as GEGLU
 from sdxl_fast.reference import linear as reference
+from sdxl_fast.reference import linear_geglu as gated
 from sdxl_fast.reference._common import without_autocast
 from sdxl_fast.reference.linear import FLOAT8, FLOAT8_OUTPUT, Gradients, MaybeTensor, output_dtype
 
@@ -51,6 +54,13 @@ FLOAT8_GPU: Rule = Condition("float8 products need a GPU of compute capability 8
 FLOAT8_LIBRARY: Rule = Condition("float8 products need rows, and numbers of features divisible by 16", _float8_library)
 
 
+def triton(op: str, backward: Callable[..., Any]) -> Backend:
+    """The Triton forward of ``op``, also of float8 operands, beside the library's backward."""
+    backend = _backends.triton(op, "x")
+    rules = (_backends.TritonDevice("x"), Dtype("x", (*_backends.GPU_FLOATS, FLOAT8)), FLOAT8_GPU)
+    return Backend(backend.name, lambda: (backend.load()[0], backward), rules)
+
+
 def linear_fwd(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -80,16 +90,25 @@ def linear_bwd(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, needs: S
     return dx, dweight, rows.sum(0) if needs[2] else None
 
 
-def _gate(projected: torch.Tensor, approximate: str) -> Kernels:
+def _gate(projected: torch.Tensor, approximate: str, scale_y: MaybeTensor = None) -> Kernels:
     """Returns the fastest kernels of ``geglu`` for this, whatever backend is forced for what is made of them."""
     with any_backend():
-        return GEGLU.plan((projected, approximate, None))
+        return GEGLU.plan((projected, approximate, scale_y))
 
 
-def linear_geglu_fwd(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str) -> torch.Tensor:
-    with without_autocast(x):
-        projected = F.linear(x, weight, bias)
-    y: torch.Tensor = _gate(projected, approximate).fwd(projected, approximate)
+def linear_geglu_fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    approximate: str,
+    scale_x: MaybeTensor = None,
+    scale_w: MaybeTensor = None,
+    scale_y: MaybeTensor = None,
+) -> torch.Tensor:
+    if scale_x is not None and x.device.type != "cuda":
+        return gated.fwd(x, weight, bias, approximate, scale_x, scale_w, scale_y)
+    projected = linear_fwd(x, weight, bias, None, scale_x, scale_w)
+    y: torch.Tensor = _gate(projected, approximate, scale_y).fwd(projected, approximate, scale_y)
     return y
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``conv2d``: a 3x3 or 1x1 convolution with bias and residual."""
+"""``conv2d``: a 3x3 or 1x1 convolution with bias and residual, also of float8 operands with static scales."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from sdxl_fast.constraints import (
     Sizes,
     Values,
 )
-from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, dense, reference_gradients
-from sdxl_fast.ops import _backends, _convolution, _hopper
+from sdxl_fast.ops import _backends, _convolution, _float8, _hopper, _matrix
 from sdxl_fast.reference import conv2d as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.conv2d import output_shape
+from sdxl_fast.reference.linear import FLOAT8, output_dtype
 from sdxl_fast.reference.upsample_conv2d import memory_format
 
 
@@ -37,38 +37,37 @@ def conv2d(
     stride: int = 1,
     padding: int | None = None,
     residual: torch.Tensor | None = None,
+    scale_x: torch.Tensor | None = None,
+    scale_w: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns ``torch.nn.functional.conv2d(x, weight, bias, stride, padding) + residual``, accumulated in float32.
 
-    Differentiable twice in x, weight, bias and residual.
+    Differentiable twice in x, weight, bias and residual; of float8 operands not at all.
 
     Args:
-        x: [N, C_in, H, W], float32, bfloat16, float16 or float64, contiguous or channels_last (others are copied).
+        x: [N, C_in, H, W], float32, bfloat16, float16, float64 or float8_e4m3fn, contiguous or channels_last (others
+            are copied).
         weight: [C_out, C_in, k, k] with k 1 or 3, of x's dtype; or float32, which is then rounded to x's dtype as
             autocast does.
-        bias: [C_out] of the weight's dtype, or None.
+        bias: [C_out] of the weight's dtype, bfloat16 beside float8, or None.
         stride: 1 or 2, in both directions.
         padding: zeros around the map, 0 or 1; by default what keeps its size, (k - 1) / 2.
         residual: [N, C_out, P, Q] of the result's dtype, or None.
+        scale_x, scale_w: for float8 the factors of x and weight, float32 of one element on x's device, as in
+            ``linear``.
 
     Returns:
-        [N, C_out, P, Q] in x's dtype, or in autocast's where that is on; memory format of x.
+        [N, C_out, P, Q] in x's dtype, or in autocast's where that is on, bfloat16 for float8; memory format of x.
 
     Raises:
         ValueError: naming the argument, what came, what is allowed and the remedy.
         UnsupportedError: when the backend forced by ``use_backend`` cannot run the call.
 
-    Source: Chetlur et al. 2014 (arXiv:1410.0759).
+    Source: Chetlur et al. 2014 (arXiv:1410.0759); Micikevicius et al. 2022 (arXiv:2209.05433) for float8 with scales.
     """
     x, weight, bias, residual = autocast(x, weight, bias, residual)
-    y: torch.Tensor = _OP(x, weight, bias, residual, stride, padding)
+    y: torch.Tensor = _OP(x, weight, bias, residual, stride, padding, scale_x, scale_w)
     return y
-
-
-def _triton_kernels() -> Backend:
-    """The Triton forward beside the library's backward."""
-    backend = _backends.triton("conv2d", "x")
-    return Backend("triton", lambda: (backend.load()[0], _convolution.conv2d_bwd), backend.rules)
 
 
 def _resolved(padding: int | None, weight: torch.Tensor) -> int:
@@ -88,15 +87,18 @@ def _residual_sizes(values: Values) -> tuple[int, ...]:
 
 class _Conv2d(FusedOp):
     name = "conv2d"
-    parameters = ("x", "weight", "bias", "residual", "stride", "padding")
-    fwd_schema = "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride, int? padding) -> Tensor"
+    parameters = ("x", "weight", "bias", "residual", "stride", "padding", "scale_x", "scale_w")
+    fwd_schema = (
+        "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int stride, int? padding, Tensor? scale_x, "
+        "Tensor? scale_w) -> Tensor"
+    )
     bwd_schema = (
         "(Tensor dy, Tensor x, Tensor weight, int stride, int padding, bool[] needs) -> (Tensor, Tensor, Tensor)"
     )
     rules = (
         *(IsTensor(arg) for arg in ("x", "weight")),
-        *(IsTensor(arg, optional=True) for arg in ("bias", "residual")),
-        Dtype("x", _backends.FLOATS),
+        *(IsTensor(arg, optional=True) for arg in ("bias", "residual", "scale_x", "scale_w")),
+        Dtype("x", (*_backends.FLOATS, FLOAT8)),
         Ndim("x", 4, "[N, C_in, H, W]"),
         Sizes("x", "[N, C_in, H, W] with something in every image", lambda v: (v["x"].shape[0], None, None, None)),
         Sizes("weight", "[C_out, C_in, k, k] with k 1 or 3", _weight_sizes),
@@ -108,29 +110,31 @@ class _Conv2d(FusedOp):
             lambda v: min(_residual_sizes(v)) > 0 or v["x"].shape[0] == 0,
         ),
         Sizes("residual", "[N, C_out, P, Q]", _residual_sizes),
+        *_float8.operand_rules("x", "weight", "bias", "residual"),
         DtypeLike("weight", "x", also=(torch.float32,)),
-        DtypeLike("bias", "weight"),
-        DtypeLike("residual", "x"),
+        _matrix.LikeOutput("bias", parameter=True),
+        _matrix.LikeOutput("residual"),
         *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual")),
     )
     backends = (
-        _hopper.backend(_hopper.conv2d, _convolution.conv2d_bwd, _hopper.CHANNELS, _hopper.UNIT_STRIDE),
-        _triton_kernels(),
+        _hopper.backend(_hopper.conv2d, _convolution.conv2d_bwd, _hopper.CHANNELS, _hopper.UNIT_STRIDE, float8=True),
+        _matrix.triton("conv2d", _convolution.conv2d_bwd),
         _convolution.conv2d(),
         _backends.eager(reference),
     )
 
     def prepare(self, args: Args) -> Args:
-        x, weight, bias, residual, stride, padding = args
+        x, weight, bias, residual, stride, padding, *scales = args
         x = dense(x)
         # As autocast does with float32 parameters: their gradients too are what the 16-bit product gives.
         return (
             x,
             dense(weight.to(x.dtype)),
-            None if bias is None else bias.to(x.dtype).contiguous(),
+            None if bias is None else bias.to(output_dtype(x.dtype)).contiguous(),
             None if residual is None else residual.contiguous(memory_format=memory_format(x)),
             stride,
             _resolved(padding, weight),
+            *scales,
         )
 
     def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
@@ -145,7 +149,7 @@ class _Conv2d(FusedOp):
         bwd: Callable[..., Any],
     ) -> tuple[MaybeTensor, ...]:
         found = super().gradients(dy, saved, scalars, needs, bwd)
-        return *found[:3], dy if needs[3] else None, None, None
+        return *found[:3], dy if needs[3] else None, *(None,) * 4
 
     def bwd_arguments(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
@@ -157,26 +161,26 @@ class _Conv2d(FusedOp):
         return dy, x, weight, scalars[4], _resolved(scalars[5], weight), tuple(needs[:3])
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
-        return *found, None, None, None
+        return *found, *(None,) * 5
 
     def second_order(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
         if not any(needs[:3]):
-            return (None,) * 6
+            return (None,) * 8
 
         def forward(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor) -> torch.Tensor:
             return reference.fwd(x, weight, bias, None, scalars[4], _resolved(scalars[5], weight))
 
-        return *reference_gradients(forward, saved[:3], dy, needs[:3]), None, None, None
+        return *reference_gradients(forward, saved[:3], dy, needs[:3]), *(None,) * 5
 
     def forward_arguments(self, bwd_args: Args) -> Args:
         _, x, weight, stride, padding, _ = bwd_args
-        return x, weight, None, None, stride, padding
+        return x, weight, None, None, stride, padding, None, None
 
     def fake_fwd(self, args: Args) -> Any:
-        x, weight, _, _, stride, padding = args
-        y = x.new_empty(output_shape(x, weight, stride, padding))
+        x, weight, _, _, stride, padding, *_ = args
+        y = x.new_empty(output_shape(x, weight, stride, padding), dtype=output_dtype(x.dtype))
         return y.contiguous(memory_format=memory_format(x))
 
     def fake_bwd(self, bwd_args: Args) -> Any:

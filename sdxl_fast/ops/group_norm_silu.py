@@ -50,7 +50,7 @@ def group_norm_silu(
         activation: ``"silu"`` or ``"none"``.
         scale_y: float32 of one element on x's device, or None. With it the result is float8_e4m3fn: y, rounded to x's
             dtype, times the reciprocal of scale_y, rounded to nearest even, at most 448 in magnitude. That is what
-            ``linear`` takes with ``scale_x=scale_y``; it has no derivative.
+            ``linear`` and ``conv2d`` take with ``scale_x=scale_y``; it has no derivative.
 
     Returns:
         [N,C,H,W] in x's dtype, or float8, and x's memory format. Statistics and arithmetic are float32 (float64 for

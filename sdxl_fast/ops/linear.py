@@ -8,21 +8,10 @@ from typing import Any
 
 import torch
 
-from sdxl_fast.constraints import (
-    Condition,
-    DeviceLike,
-    Dtype,
-    DtypeLike,
-    IsTensor,
-    Ndim,
-    Rule,
-    ShapeFrom,
-    Sizes,
-    Values,
-)
+from sdxl_fast.constraints import DeviceLike, Dtype, DtypeLike, IsTensor, Ndim, ShapeFrom, Sizes, Values
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.op import Args, FusedOp, Incoming, MaybeTensor, reference_gradients
-from sdxl_fast.ops import _backends, _hopper, _matrix
+from sdxl_fast.ops import _backends, _float8, _hopper, _matrix
 from sdxl_fast.reference import linear as reference
 from sdxl_fast.reference._common import autocast
 from sdxl_fast.reference.linear import FLOAT8, output_dtype
@@ -63,47 +52,8 @@ def linear(
     return y
 
 
-def _triton_kernels() -> Backend:
-    """The Triton forward beside the library's backward."""
-    backend = _backends.triton("linear", "x")
-
-    def load() -> _backends.Pair:
-        return backend.load()[0], _matrix.linear_bwd
-
-    rules = (_backends.TritonDevice("x"), Dtype("x", (*_backends.GPU_FLOATS, FLOAT8)), _matrix.FLOAT8_GPU)
-    return Backend(backend.name, load, rules)
-
-
-def _is_float8(values: Values) -> bool:
-    return bool(values["x"].dtype == FLOAT8)
-
-
 def _output_shape(values: Values) -> tuple[int, ...]:
     return *values["x"].shape[:-1], values["weight"].shape[0]
-
-
-def _needs_no_gradient(values: Values) -> bool:
-    if not _is_float8(values) or not torch.is_grad_enabled():
-        return True
-    return not any(t is not None and t.requires_grad for t in (values[a] for a in ("x", "weight", "bias", "residual")))
-
-
-_FLOAT8_RULES: tuple[Rule, ...] = (
-    Condition(
-        "scale_x and scale_w must be given for a float8_e4m3fn x, and only then",
-        lambda v: all((v[scale] is not None) == _is_float8(v) for scale in ("scale_x", "scale_w")),
-    ),
-    *(Dtype(scale, (torch.float32,)) for scale in ("scale_x", "scale_w")),
-    *(
-        Condition(f"{scale} must have one element", lambda v, s=scale: v[s] is None or v[s].numel() == 1)  # type: ignore[misc]
-        for scale in ("scale_x", "scale_w")
-    ),
-    Condition(
-        "weight must be float8_e4m3fn beside a float8_e4m3fn x",
-        lambda v: (v["weight"].dtype == FLOAT8) == _is_float8(v),
-    ),
-    Condition("float8 products have no derivative; call under torch.no_grad()", _needs_no_gradient),
-)
 
 
 class _Linear(FusedOp):
@@ -119,15 +69,15 @@ class _Linear(FusedOp):
         Sizes("weight", "[N, K]", lambda v: (None, v["x"].shape[-1])),
         ShapeFrom("bias", "weight", (0,), "[N]"),
         Sizes("residual", "[..., N]", _output_shape),
-        *_FLOAT8_RULES,
+        *_float8.operand_rules("x", "weight", "bias", "residual"),
         DtypeLike("weight", "x", also=(torch.float32,)),
         _matrix.LikeOutput("bias", parameter=True),
         _matrix.LikeOutput("residual"),
-        *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual", "scale_x", "scale_w")),
+        *(DeviceLike(arg, "x") for arg in ("weight", "bias", "residual")),
     )
     backends = (
         _hopper.backend(_hopper.linear, _matrix.linear_bwd, _hopper.FEATURES, float8=True),
-        _triton_kernels(),
+        _matrix.triton("linear", _matrix.linear_bwd),
         Backend(
             "library", lambda: (_matrix.linear_fwd, _matrix.linear_bwd), (_matrix.FLOAT8_GPU, _matrix.FLOAT8_LIBRARY)
         ),

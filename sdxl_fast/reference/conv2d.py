@@ -4,7 +4,8 @@
     y[n, o, P, Q] = bias[o] + residual[n, o, P, Q]
                     + sum over c, r, s of weight[o, c, r, s] x[n, c, P stride + r - padding, Q stride + s - padding]
 
-with zeros beyond the map; in float32, rounded once. It is a product of matrices, M = N P Q positions by K = C_in k k
+with zeros beyond the map; in float32, rounded once; the sum times scale_x scale_w for operands in float8_e4m3, as in
+``linear``. It is a product of matrices, M = N P Q positions by K = C_in k k
 inputs by C_out, whose left operand is read out of the map as it is needed ("implicit GEMM").
 
 Source: Chetlur et al. 2014 (arXiv:1410.0759).
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from sdxl_fast.reference._common import accumulation_dtype, itemsize, without_autocast, wrong_variants
+from sdxl_fast.reference.linear import output_dtype
 from sdxl_fast.reference.upsample_conv2d import Gradients, memory_format
 
 MaybeTensor = torch.Tensor | None
@@ -43,24 +45,33 @@ def fwd(
     residual: MaybeTensor,
     stride: int,
     padding: int,
+    scale_x: MaybeTensor = None,
+    scale_w: MaybeTensor = None,
 ) -> torch.Tensor:
     """Differentiable forward.
 
     Args:
-        x: [N, C_in, H, W], any float dtype.
+        x: [N, C_in, H, W], any float dtype or float8_e4m3.
         weight: [C_out, C_in, k, k].
         bias: [C_out] or None.
         residual: like the result, or None.
         stride, padding: the same in both directions.
+        scale_x, scale_w: float32 of one element, for float8, else None.
 
     Returns:
-        [N, C_out, P, Q] in x's dtype; channels_last if x is, else contiguous.
+        [N, C_out, P, Q] in x's dtype, bfloat16 for float8; channels_last if x is, else contiguous.
     """
     acc = accumulation_dtype(x.dtype)
+    widened = None if bias is None else bias.to(acc)
     with without_autocast(x):
-        y = F.conv2d(x.to(acc), weight.to(acc), None if bias is None else bias.to(acc), stride, padding)
+        if scale_x is None or scale_w is None:
+            y = F.conv2d(x.to(acc), weight.to(acc), widened, stride, padding)
+        else:
+            y = F.conv2d(x.to(acc), weight.to(acc), None, stride, padding)
+            y = y * (scale_x.reshape(()) * scale_w.reshape(()))
+            y = y if widened is None else y + widened[:, None, None]
     y = y if residual is None else y + residual.to(acc)
-    return y.to(x.dtype).contiguous(memory_format=memory_format(x))
+    return y.to(output_dtype(x.dtype)).contiguous(memory_format=memory_format(x))
 
 
 def bwd(
@@ -131,26 +142,46 @@ def bytes(
     n, c, h, w = shape
     p, q = (output_size(size, kernel_size, stride, padding) for size in (h, w))
     x, weight, y = n * c * h * w, c * out_channels * kernel_size**2, n * out_channels * p * q
-    return (2 * (x + weight) + y if backward else x + weight + y * (1 + residual)) * itemsize(dtype)
+    if backward:
+        return (2 * (x + weight) + y) * itemsize(dtype)
+    return (x + weight) * itemsize(dtype) + y * (1 + residual) * itemsize(output_dtype(dtype))
 
 
 def _weight_transposed(
-    x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, residual: MaybeTensor, stride: int, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    stride: int,
+    padding: int,
+    *scales: MaybeTensor,
 ) -> torch.Tensor:
-    return fwd(x, weight.transpose(-1, -2), bias, residual, stride, padding)
+    return fwd(x, weight.transpose(-1, -2), bias, residual, stride, padding, *scales)
 
 
 def _border_replicated(
-    x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, residual: MaybeTensor, stride: int, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    stride: int,
+    padding: int,
+    *scales: MaybeTensor,
 ) -> torch.Tensor:
     padded = F.pad(x, (padding,) * 4, mode="replicate").contiguous(memory_format=memory_format(x))
-    return fwd(padded, weight, bias, residual, stride, 0)
+    return fwd(padded, weight, bias, residual, stride, 0, *scales)
 
 
 def _residual_dropped(
-    x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, residual: MaybeTensor, stride: int, padding: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    stride: int,
+    padding: int,
+    *scales: MaybeTensor,
 ) -> torch.Tensor:
-    return fwd(x, weight, bias, None, stride, padding)
+    return fwd(x, weight, bias, None, stride, padding, *scales)
 
 
 WRONG = wrong_variants(

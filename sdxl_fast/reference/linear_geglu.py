@@ -3,7 +3,10 @@
 
     h = x W^T + bias,    value, gate = the halves of h,    y = value GELU(gate)
 
-All of it in float32, rounded once: h is never stored. Neither is it saved for the backward, which makes it again::
+All of it in float32, rounded once: h is never stored. For float8_e4m3 operands h is the product of ``linear`` with its
+scales; the result, which goes into another product, can be written in float8 too (``scale_y``).
+
+h is not saved for the backward, which makes it again::
 
     dh = [dy GELU(gate), dy value GELU'(gate)],    dx = dh W,    dW = dh^T x,    dbias = sum over rows of dh
 
@@ -22,29 +25,46 @@ from collections.abc import Sequence
 import torch
 
 from sdxl_fast.reference import geglu, linear
-from sdxl_fast.reference._common import accumulation_dtype, itemsize, wrong_variants
-from sdxl_fast.reference.linear import Gradients, MaybeTensor
+from sdxl_fast.reference._common import accumulation_dtype, itemsize, rounded, wrong_variants
+from sdxl_fast.reference.linear import Gradients, MaybeTensor, output_dtype
 
 
-def _projected(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor) -> torch.Tensor:
+def _projected(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    scale_x: MaybeTensor = None,
+    scale_w: MaybeTensor = None,
+) -> torch.Tensor:
     acc = accumulation_dtype(x.dtype)
     widened = None if bias is None else bias.to(acc)
-    return linear.fwd(x.to(acc), weight.to(acc), widened, None, None, None)
+    return linear.fwd(x.to(acc), weight.to(acc), widened, None, scale_x, scale_w)
 
 
-def fwd(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str) -> torch.Tensor:
+def fwd(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: MaybeTensor,
+    approximate: str,
+    scale_x: MaybeTensor = None,
+    scale_w: MaybeTensor = None,
+    scale_y: MaybeTensor = None,
+) -> torch.Tensor:
     """Differentiable forward.
 
     Args:
-        x: [..., K], any float dtype.
+        x: [..., K], any float dtype or float8_e4m3.
         weight: [2C, K], the rows of the value before those of the gate.
         bias: [2C] or None.
         approximate: of GELU, ``"none"`` (erf) or ``"tanh"``.
+        scale_x, scale_w: float32 of one element, for float8, else None.
+        scale_y: float32 of one element, for a result in float8, else None.
 
     Returns:
-        [..., C] in x's dtype.
+        [..., C] in x's dtype, bfloat16 for float8; that rounded to float8 where there is a scale_y.
     """
-    return geglu.fwd(_projected(x, weight, bias), approximate).to(x.dtype)
+    y = geglu.fwd(_projected(x, weight, bias, scale_x, scale_w), approximate)
+    return rounded(y.to(output_dtype(x.dtype)), scale_y)
 
 
 def bwd(
@@ -82,15 +102,17 @@ def flops(shape: Sequence[int], *, out_features: int, backward: bool = False) ->
 
 
 def bytes(shape: Sequence[int], dtype: torch.dtype, *, out_features: int, backward: bool = False) -> int:
-    """Least memory traffic: x, weight and y; backward x, weight, dy, dx and dweight."""
+    """Least memory traffic: x, weight and y; backward x, weight, dy, dx and dweight. float8 gives bfloat16 here."""
     rows = math.prod(shape[:-1])
     x, weight, y = rows * shape[-1], 2 * shape[-1] * out_features, rows * out_features
-    return ((2 * (x + weight) if backward else x + weight) + y) * itemsize(dtype)
+    return (2 * (x + weight) if backward else x + weight) * itemsize(dtype) + y * itemsize(output_dtype(dtype))
 
 
-def _halves_swapped(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str) -> torch.Tensor:
+def _halves_swapped(
+    x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, approximate: str, *scales: MaybeTensor
+) -> torch.Tensor:
     half = weight.shape[0] // 2
-    return fwd(x, weight.roll(half, 0), None if bias is None else bias.roll(half, 0), approximate)
+    return fwd(x, weight.roll(half, 0), None if bias is None else bias.roll(half, 0), approximate, *scales)
 
 
 def _edited(k_dx: float, k_dweight: float, k_dbias: float, *args: torch.Tensor) -> Gradients:
@@ -102,8 +124,8 @@ def _edited(k_dx: float, k_dweight: float, k_dbias: float, *args: torch.Tensor) 
 WRONG = wrong_variants(
     fwd={
         "halves_swapped": _halves_swapped,
-        "bias_dropped": lambda x, weight, bias, approximate: fwd(x, weight, None, approximate),
-        "gate_not_activated": lambda x, weight, bias, approximate: torch.mul(
+        "bias_dropped": lambda x, weight, bias, approximate, *scales: fwd(x, weight, None, approximate, *scales),
+        "gate_not_activated": lambda x, weight, bias, approximate, *scales: torch.mul(
             *_projected(x, weight, bias).chunk(2, -1)
         ).to(x.dtype),
     },

@@ -39,7 +39,8 @@ inline Description describe(const Convolution& convolution, int multiprocessors)
     job.residual = static_cast<const cuda::bf16*>(convolution.residual);
     job.scale_x = convolution.scale_x;
     job.scale_w = convolution.scale_w;
-    job.y = static_cast<cuda::bf16*>(convolution.y);
+    job.scale_y = convolution.scale_y;
+    job.y = convolution.y;
     job.output = dense_output(convolution.y_height, convolution.y_width, convolution.c_out, convolution.upsampled);
     job.c_out = static_cast<int>(convolution.c_out);
     const int64_t tiles = plan.tiles_m * plan.tiles_n * d.problem.phases;

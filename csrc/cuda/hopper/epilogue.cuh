@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From the sums of a tile to y: scale, bias, gate, residual, one rounding. Plain CUDA, which also runs under the
-// emulation of ../emulation.
+// From the sums of a tile to y: scale, bias, gate, residual, one rounding, and of a gate a second one if it is to be
+// e4m3. Plain CUDA, which also runs under the emulation of ../emulation.
 #pragma once
 
 #include "../gelu.cuh"
@@ -38,6 +38,7 @@ __device__ __forceinline__ void write_row(const Job& job, const Place& place, co
     const int lane = threadIdx.x % 4;
     const bool is_odd = lane % 2 != 0;
     const int64_t at = output_at(job.output, job.schedule, place, position);
+    const float reciprocal = kGated && job.scale_y != nullptr ? 1.0f / *job.scale_y : 1.0f;
 #pragma unroll
     for (int pair = 0; pair < kOut / 16; ++pair) {
         float run[4], gate[4];
@@ -47,6 +48,10 @@ __device__ __forceinline__ void write_row(const Job& job, const Place& place, co
         if (at < 0 || column >= job.c_out) continue;
 #pragma unroll
         for (int e = 0; e < 4; ++e) run[e] *= scale;
+        if constexpr (kGated) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) gate[e] *= scale;
+        }
         if (job.bias != nullptr) add(run, job.bias + column);
         if constexpr (kGated) {
             if (job.bias != nullptr) add(gate, job.bias + job.c_out + column);
@@ -60,7 +65,13 @@ __device__ __forceinline__ void write_row(const Job& job, const Place& place, co
         cuda::Vec<bf16, 4> out;
 #pragma unroll
         for (int e = 0; e < 4; ++e) out.at[e] = cuda::from_float<bf16>(run[e]);
-        cuda::store<4>(job.y + at + column, out);
+        if constexpr (kGated) {
+            if (job.scale_y != nullptr) {
+                cuda::store_result(static_cast<E4M3*>(job.y) + at + column, out, reciprocal);
+                continue;
+            }
+        }
+        cuda::store<4>(static_cast<bf16*>(job.y) + at + column, out);
     }
 }
 

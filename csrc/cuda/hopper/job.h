@@ -14,7 +14,8 @@ struct Job {
     const cuda::bf16* residual;
     const float* scale_x;
     const float* scale_w;
-    cuda::bf16* y;
+    const float* scale_y;  // y is e4m3 then
+    void* y;               // else bf16
     Output output;
     int c_out;  // of the value alone, for a gate
     int tiles;

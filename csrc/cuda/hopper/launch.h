@@ -22,6 +22,7 @@ int32_t launch_bf16_160_gated(const Maps& maps, const Job& job, int64_t ctas, vo
 int32_t launch_bf16_256(const Maps& maps, const Job& job, int64_t ctas, void* stream);
 int32_t launch_e4m3_160(const Maps& maps, const Job& job, int64_t ctas, void* stream);
 int32_t launch_e4m3_160_split(const Maps& maps, const Job& job, int64_t ctas, void* stream);
+int32_t launch_e4m3_160_gated(const Maps& maps, const Job& job, int64_t ctas, void* stream);
 
 }  // namespace hopper
 }  // namespace sdxl_fast

@@ -11,7 +11,8 @@
 namespace sdxl_fast {
 namespace hopper {
 
-// y[n, P, Q, o] of `rows_of_taps` x `columns_of_taps` taps of x[n, h, w, c]; bf16, or e4m3 with scales and bf16 out.
+// y[n, P, Q, o] of `rows_of_taps` x `columns_of_taps` taps of x[n, h, w, c]; bf16, or e4m3 with scales and bf16 out,
+// of a gate also e4m3.
 struct Convolution {
     const void* x;         // [images, x_height, x_width, c_in]
     const void* weight;    // [c_out, weight_taps, c_in]; for a gate c_out rows of the value, then as many of the gate
@@ -19,6 +20,7 @@ struct Convolution {
     const void* residual;  // like y; or null
     const float* scale_x;  // one element each, for e4m3; else null
     const float* scale_w;
+    const float* scale_y;  // one element, of a gate in e4m3; else null
     void* y;
     int64_t images, x_height, x_width, c_in, c_out;
     int64_t y_height, y_width;  // of one phase

@@ -51,7 +51,7 @@ int32_t encode(CUtensorMap& map, const void* base, bool float8, int rank, const 
 
 auto* launcher(const Description& d) {
     const bool split = d.plan.split > 1;
-    if (d.problem.gated) return &launch_bf16_160_gated;
+    if (d.problem.gated) return d.problem.float8 ? &launch_e4m3_160_gated : &launch_bf16_160_gated;
     if (d.problem.float8) return split ? &launch_e4m3_160_split : &launch_e4m3_160;
     if (d.plan.width == Width::k128) return &launch_bf16_128;
     if (d.plan.width == Width::k256) return &launch_bf16_256;
