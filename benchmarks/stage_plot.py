@@ -16,9 +16,9 @@ COLOURS = {
     "unet": "#1b6ca8",
     "vae": "#2a9d57",
     "post_processing": "#b8860b",
-    "imports": "#8e6bbf",
-    "loading": "#b8860b",
-    "first picture": "#1b6ca8",
+    "imports": "#c8553d",
+    "loading": "#d9a5b3",
+    "first picture": "#5aa9a8",
     "rest": "#b0b0b0",
 }
 """By stage, in the order of the stack; the rest is what the total has beyond the stages."""
@@ -74,8 +74,9 @@ def _draw(axes: Any, row: Row) -> None:
         if any(widths):
             axes.barh(range(len(names)), widths, 0.7, left=left, color=colour, label=stage.replace("_", " "))
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for position, total in enumerate(left):
-        axes.annotate(f" {total:.3g}", (total, position), va="center", fontsize=7)
+    for position, (name, end) in enumerate(zip(names, left, strict=True)):
+        total = 1e3 * row["contestants"][name]["stages"]["total"]["median"]  # medians need not add up
+        axes.annotate(f" {total:.3g}" if total < 1000 else f" {total:.0f}", (end, position), va="center", fontsize=7)
     if row.get("floor"):
         axes.axvline(1e3 * row["floor"]["total"], color="#444444", linewidth=1, linestyle=":", label="floor")
     axes.set_yticks(range(len(names)), names, fontsize=8)
