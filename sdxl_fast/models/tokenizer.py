@@ -15,7 +15,8 @@ def train_tokenizer(captions: Iterable[str], *, vocab_size: int = 4096, max_toke
 
     The vocabulary holds the 256 bytes, alone and as the end of a word, the merges, and at its very end the two special
     tokens, as in OpenAI's: SDXL's text towers find the end of a prompt by its highest token id. Any text can be
-    encoded. Identical captions in any order give identical files.
+    encoded. The order of captions does not matter; merges that occur equally often come in another order in each
+    process, so keep the files.
 
     Args:
         captions: the texts to learn merges from; lower-cased by CLIP's own normaliser.

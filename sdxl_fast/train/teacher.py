@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from transformers import CLIPTokenizer
 
 from .. import ops
 from ..data.captions import LatentSet, latent_set
 from ..diffusion import prediction, sampling, schedule
-from ..files import replacing
+from ..files import replacing, replacing_folder
 from ..models.conditioning import time_ids, tokenize
 from ..models.config import build_text_encoders, build_unet, scheduler_arguments
 from ..models.tokenizer import save_tokenizer, train_tokenizer
@@ -94,15 +95,16 @@ class TeacherTask(Task):
         self.data = latents_of(config.data, folder / "latents.safetensors", self.vae, config.draws, config.seed)
         size = config.data.resolution
         torch.manual_seed(config.seed)
-        self.tokenizer = train_tokenizer(
-            self.data.captions, vocab_size=config.vocabulary, max_tokens=config.pipeline.max_tokens
-        )
+        start = open_pipeline(config.initial, config.vae) if config.initial else None
+        self.tokenizer = self._learnt_once(folder / "tokenizer") if start is None else start.tokenizer
         self.ids = tokenize(self.tokenizer, self.data.captions).to(device)
         self.unet = build_unet(config.pipeline).to(device, memory_format=torch.channels_last)
         towers = build_text_encoders(config.pipeline, self.tokenizer, self.tokenizer)
         self.conditioner = Conditioner(*towers, size).to(device)
-        if config.initial:
-            self._start_from(config.initial)
+        if start is not None:
+            self.unet.load_state_dict(start.unet.state_dict())
+            self.conditioner.text_encoder.load_state_dict(start.text_encoder.state_dict())
+            self.conditioner.text_encoder_2.load_state_dict(start.text_encoder_2.state_dict())
         if config.fuse:
             fuse(self.unet)
         self.networks = nn.ModuleDict({"unet": self.unet, "conditioner": self.conditioner})
@@ -111,13 +113,20 @@ class TeacherTask(Task):
         self.alphas_cumprod = schedule.alphas_cumprod().to(device)
         self.parts = {"networks": self.networks, "optimizer": self.update.optimizer, "average": self.average}
 
-    def _start_from(self, name: str) -> None:
-        pipe = open_pipeline(name, self.config.vae)
-        if not torch.equal(tokenize(pipe.tokenizer, self.data.captions), self.ids.cpu()):
-            raise ValueError(f"initial: the tokenizer of {name} reads this data's captions differently")
-        self.unet.load_state_dict(pipe.unet.state_dict())
-        self.conditioner.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
-        self.conditioner.text_encoder_2.load_state_dict(pipe.text_encoder_2.state_dict())
+    def _learnt_once(self, place: Path) -> Any:
+        """The tokenizer that lies in the run's folder; learnt when it does not.
+
+        Merges that occur equally often come in an order that differs from process to process, and with it the ids that
+        a resumed run's embeddings belong to.
+        """
+        if not (place / "tokenizer.json").is_file():
+            config = self.config
+            learnt = train_tokenizer(
+                self.data.captions, vocab_size=config.vocabulary, max_tokens=config.pipeline.max_tokens
+            )
+            with replacing_folder(place) as writing:
+                save_tokenizer(learnt, writing)
+        return CLIPTokenizer.from_pretrained(place)
 
     def step(self, images: int) -> dict[str, float]:
         config, count = self.config, self.batch

@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from sdxl_fast.models.config import TOY
 from sdxl_fast.train import checkpoint
+from sdxl_fast.train.config import TeacherConfig, load_recipe
+from sdxl_fast.train.teacher import TeacherTask
 from sdxl_fast.train.trainer import run
 
 pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
@@ -148,6 +150,19 @@ def test_a_teacher_starts_from_another_ones_weights(teacher_recipe: Path, teache
         expected = getattr(first, part).state_dict()
         for name, value in getattr(second, part).state_dict().items():
             torch.testing.assert_close(value, expected[name])
+
+
+def test_a_run_reads_captions_by_the_tokenizer_it_began_with(
+    vae_run: Path, teacher_recipe: Path, teacher_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Learnt anew, equally frequent merges may change places: of a run's own, and of one to start from."""
+    config = load_recipe(teacher_recipe, [f"vae={vae_run}"])
+    assert isinstance(config, TeacherConfig)
+    first = TeacherTask(config, tmp_path)
+    monkeypatch.setattr("sdxl_fast.train.teacher.train_tokenizer", None)  # whoever learns one now fails
+    assert torch.equal(TeacherTask(config, tmp_path).ids, first.ids)
+    initial = config.model_copy(update={"initial": str(teacher_run)})
+    assert TeacherTask(initial, tmp_path / "other").ids.shape == first.ids.shape
 
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
