@@ -18,6 +18,7 @@ def calibrate(
     height: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
     max_error: Annotated[float | None, typer.Option(help="Relative error above which a layer stays as it is.")] = None,
+    convolutions: Annotated[bool, typer.Option(help="Convolutions too, not only linear layers.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")] = None,
 ) -> None:
     """Find the scales of `generate --quantization fp8`, and say what float8 does to the pictures."""
@@ -36,6 +37,14 @@ def calibrate(
 
     pipe = OneStepPipeline.from_pretrained(model, base=base, preset=preset, device=device, dtype=torch.bfloat16)
     bound = MAX_ERROR if max_error is None else max_error
-    found = find(pipe, texts, max_error=bound, num_inference_steps=steps, height=height, width=width)
+    found = find(
+        pipe,
+        texts,
+        max_error=bound,
+        convolutions=convolutions,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+    )
     found.save(out)
     print(f"{found}\nwrote {out.resolve()}")

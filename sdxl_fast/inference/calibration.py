@@ -12,13 +12,20 @@ from torch import Tensor
 
 from . import float8
 from .float8 import MAX_ERROR, Scales
+from .packing import Conv
 from .runner import Runner, runner_of
 
 
 def calibrate(
-    pipe: Any, prompts: Sequence[str], *, seed: int = 0, max_error: float = MAX_ERROR, **arguments: Any
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    max_error: float = MAX_ERROR,
+    convolutions: bool = True,
+    **arguments: Any,
 ) -> Scales:
-    """Put the UNet's linear layers into float8, with scales that these prompts need.
+    """Put the UNet's linear layers and its residual blocks' convolutions into float8, with scales these prompts need.
 
     Every prompt is drawn three times: for the largest input of every layer, for the error that each then makes, and,
     with those within `max_error` in float8, for the pictures, which are compared with the first ones.
@@ -29,6 +36,7 @@ def calibrate(
             beyond that are cut off.
         seed: of the first picture; the others count up.
         max_error: relative L2 error of a layer's result above which it stays in bfloat16.
+        convolutions: whether they are put into float8 too; without, only linear layers are.
         arguments: of the pipeline's call, such as `num_inference_steps`, height and width.
 
     Returns:
@@ -42,6 +50,7 @@ def calibrate(
     runner = _float8_runner(pipe)
     runner.quantise(None)
     products = [p for p in runner.ready().float8_products() if float8.suits(p)]  # type: ignore[union-attr]
+    products = [p for p in products if convolutions or not isinstance(p, Conv)]
 
     def draw() -> Tensor:
         return torch.cat([_picture(pipe, text, seed + k, arguments) for k, text in enumerate(prompts)])

@@ -1,11 +1,12 @@
-"""float8 for the UNet's linear layers: scales from the user's prompts, measured errors, and the file they are kept in.
+"""float8 for the UNet's layers: scales from the user's prompts, measured errors, and the file they are kept in.
 
-A product's inputs and weights are divided by one fixed scale each, rounded to e4m3 (`ops.linear`), and multiplied with
-float32 sums. The inputs' scales come from a run over prompts (`calibrate`), the weights' from the weights. A layer
-whose result is further from the unrounded one than `MAX_ERROR` on those prompts stays in bfloat16, and so do what is
-computed once a prompt or once a timestep, the convolutions, and the VAE. An input that a norm or a gate makes for one
-product alone is written in float8 by that operation (`scale_y`), with the same numbers; the others, of attention and of
-the residual stream, are rounded in a pass of their own.
+A product's inputs and weights are divided by one fixed scale each, rounded to e4m3, and multiplied with float32 sums
+(`ops.linear`, `ops.linear_geglu`, `ops.conv2d`): the linear layers' and the residual blocks' two convolutions. The
+inputs' scales come from a run over prompts (`calibrate`), the weights' from the weights. A layer whose result is
+further from the unrounded one than `MAX_ERROR` on those prompts stays in bfloat16, and so do what is computed once a
+prompt or once a timestep, the other convolutions, and the VAE. An input that a norm or a gate makes for one product
+alone is written in float8 by that operation (`scale_y`), with the same numbers; the others, of attention and of the
+residual stream, are rounded in a pass of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if all its numbers are above e4m3's subnormal ones, so 0.037 of the result's; mo
 below."""
 _LARGEST = torch.finfo(FLOAT8).max
 _FORMAT = "sdxl_fast float8 scales 1"
-_MULTIPLE = 16  # of both feature counts, for the library's products
+_MULTIPLE = 16  # of both feature or channel counts, for the library's products and the CUDA kernel's
 
 
 @dataclass(slots=True)
@@ -64,7 +65,7 @@ class Scales:
         return {name: scale for name, scale in self.inputs.items() if name not in self.excluded}
 
     def __str__(self) -> str:
-        lines = [f"float8: {len(self.used)} of {len(self.inputs)} linear layers, calibrated on {self.prompts} prompts"]
+        lines = [f"float8: {len(self.used)} of {len(self.inputs)} layers, calibrated on {self.prompts} prompts"]
         if self.psnr:
             mean = sum(self.psnr) / len(self.psnr)
             lines.append(f"pictures against bfloat16: PSNR {mean:.1f} dB, worst {min(self.psnr):.1f} dB")
@@ -134,9 +135,44 @@ class Float8Product:
 
     def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
         """Of x [..., K] in bfloat16, or in float8 where what made it has rounded it with `scale_x`."""
-        rounded = x if x.dtype == FLOAT8 else self.round(x)
         scales = {"scale_x": self.scale_x, "scale_w": self.scale_w}
-        return ops.linear(rounded, self.weight, bias, residual=residual, **scales)
+        return ops.linear(self._rounded(x), self.weight, bias, residual=residual, **scales)
+
+    def geglu(self, x: Tensor, bias: Tensor | None, scale_y: Tensor | None) -> Tensor:
+        """value·GELU(gate) of the product's two halves; in float8 where there is a `scale_y`."""
+        return ops.linear_geglu(
+            self._rounded(x), self.weight, bias, scale_x=self.scale_x, scale_w=self.scale_w, scale_y=scale_y
+        )
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x if x.dtype == FLOAT8 else self.round(x)
+
+
+class Float8Convolution(Float8Product):
+    """A convolution of stride 1 of a channels-last map [+ residual] in float8.
+
+    Args:
+        weight: [C_out, C_in, k, k]; read again by `refresh`.
+        scale: of the inputs.
+        padding: of the map, with zeros.
+    """
+
+    def __init__(self, weight: Tensor, scale: float, padding: int) -> None:
+        super().__init__(weight, scale)
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+        self._padding = padding
+
+    def __call__(self, x: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+        """Of x [N, C_in, H, W] in bfloat16, or in float8 where what made it has rounded it with `scale_x`."""
+        return ops.conv2d(
+            self._rounded(x),
+            self.weight,
+            bias,
+            padding=self._padding,
+            residual=residual,
+            scale_x=self.scale_x,
+            scale_w=self.scale_w,
+        )
 
 
 def weight_scale(weight: Tensor) -> Tensor:
@@ -157,8 +193,8 @@ def fingerprint(products: Iterable[Any]) -> str:
 
 
 def suits(product: Any) -> bool:
-    """Whether a layer's feature counts are multiples of 16, which the library's products ask for."""
-    return all(side % _MULTIPLE == 0 for side in product.matrix.shape)
+    """Whether a layer's feature or channel counts are multiples of 16, which float8 products ask for."""
+    return all(side % _MULTIPLE == 0 for side in product.matrix.shape[:2])
 
 
 @contextmanager
@@ -205,8 +241,8 @@ class Errors:
     def __call__(self, product: Any, x: Tensor) -> None:
         name = product.name
         if name not in self._float8:
-            self._float8[name] = Float8Product(product.matrix, self._scales[name])
-        wanted = torch.nn.functional.linear(x.float(), product.matrix.float())
+            self._float8[name] = product.in_float8(self._scales[name])
+        wanted = product.exact(x)
         error = self._float8[name](x, None).float() - wanted
         sums = self._sums.setdefault(name, [0.0, 0.0])
         sums[0] += float(error.double().square().sum())

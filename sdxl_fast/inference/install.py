@@ -116,7 +116,7 @@ def optimize(
         pipe: any StableDiffusionXL pipeline of diffusers.
         shapes: (batch, height, width) in pixels to make CUDA graphs for now, where there is a GPU; others are captured
             on first use.
-        quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.
+        quantization: "fp8" puts the UNet's layers into float8, with the scales that `calibrate` found.
         scales: those, or the file they were saved in.
 
     Returns:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import dispatch, ops
 from ..ops._convolution import KeptWeight
 from ..reference.upsample_conv2d import phase_weights
-from .float8 import Float8Product
+from .float8 import Float8Convolution, Float8Product
 
 
 class NotPackableError(Exception):
@@ -102,14 +102,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if residual is None else y.add_(residual)
 
 
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, scale_y: Tensor | None = None) -> Tensor:
     """`ops.linear_geglu`."""
     if not _by_library(x):
-        return ops.linear_geglu(x, weight, bias)
-    return ops.geglu(F.linear(x, weight, bias))
+        return ops.linear_geglu(x, weight, bias, scale_y=scale_y)
+    return ops.geglu(F.linear(x, weight, bias), scale_y=scale_y)
 
 
-class Linear:
+class Product:
+    """A layer that multiplies its input by a weight, in float8 if that has been asked for."""
+
+    def _take(self, weight: Tensor, bias: Tensor | None, name: str) -> None:
+        self.weight, self.bias, self.name = weight, bias, name
+        self.float8: Float8Product | None = None
+        self.observer: Callable[[Product, Tensor], None] | None = None  # of calibration
+
+    def _observe(self, x: Tensor) -> None:
+        if self.observer is not None:
+            self.observer(self, x)
+
+    @property
+    def scale_x(self) -> Tensor | None:
+        """What the operation that makes its input should write it in float8 with; None where it takes no float8."""
+        return None if self.float8 is None or self.observer is not None else self.float8.scale_x
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as it is multiplied by."""
+        return self.weight
+
+    def in_float8(self, scale: float) -> Float8Product:
+        """The same in float8, with this scale of the inputs."""
+        raise NotImplementedError
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The product alone, in float32."""
+        raise NotImplementedError
+
+
+class Linear(Product):
     """x·Wᵀ + b [+ residual]; a 1×1 convolution is one too, over the channels of a channels-last map."""
 
     def __init__(self, module: Any, name: str) -> None:
@@ -121,34 +152,31 @@ class Linear:
             plain(module, nn.Linear, name)
         self._take(module.weight, module.bias, name)
 
-    def _take(self, weight: Tensor, bias: Tensor | None, name: str) -> None:
-        self.weight, self.bias, self.name = weight, bias, name
-        self.float8: Float8Product | None = None
-        self.observer: Callable[[Linear, Tensor], None] | None = None  # of calibration
-
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.observer is not None:
-            self.observer(self, x)
+        self._observe(x)
         if self.float8 is not None:
             return self.float8(x, self.bias, residual)
         return linear(x, self.matrix, self.bias, residual)
 
     def geglu(self, x: Tensor, scale_y: Tensor | None = None) -> Tensor:
-        """value·GELU(gate) of the product's two halves, if this is a product in float8 with `scale_y` in float8 too."""
-        if self.observer is not None or self.float8 is not None:
-            return ops.geglu(self(x), scale_y=scale_y)
-        return linear_geglu(x, self.matrix, self.bias)
-
-    @property
-    def scale_x(self) -> Tensor | None:
-        """What the operation that makes its input should write it in float8 with; None where it takes no float8."""
-        return None if self.float8 is None or self.observer is not None else self.float8.scale_x
+        """value·GELU(gate) of the product's two halves; in float8 where there is a `scale_y`."""
+        self._observe(x)
+        if self.float8 is not None:
+            return self.float8.geglu(x, self.bias, scale_y)
+        return linear_geglu(x, self.matrix, self.bias, scale_y)
 
     @property
     def matrix(self) -> Tensor:
         """The weight as [out, in]."""
-        weight: Tensor = self.weight
-        return weight if weight.ndim == 2 else weight.flatten(1)
+        return self.weight if self.weight.ndim == 2 else self.weight.flatten(1)
+
+    def in_float8(self, scale: float) -> Float8Product:
+        """The same in float8, with this scale of the inputs."""
+        return Float8Product(self.matrix, scale)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The product alone, in float32."""
+        return F.linear(x.float(), self.matrix.float())
 
 
 class Joined(Linear):
@@ -161,7 +189,7 @@ class Joined(Linear):
         self._take(pack([part.weight for part in parts]), pack(biases) if biases else None, name)
 
 
-class Conv:
+class Conv(Product):
     """A convolution of a channels-last map [+ residual]."""
 
     def __init__(self, module: Any, name: str) -> None:
@@ -171,7 +199,7 @@ class Conv:
         shape = (module.kernel_size, module.stride, module.padding)
         if any(a != b for a, b in shape) or shape[0][0] not in (1, 3) or shape[1][0] not in (1, 2) or shape[2][0] > 1:
             raise NotPackableError(f"{name} is no 1×1 or 3×3 convolution of stride 1 or 2")
-        self.weight, self.bias = module.weight, module.bias
+        self._take(module.weight, module.bias, name)
         self.stride, self.padding = module.stride[0], module.padding[0]
         self._kept = KeptWeight()
 
@@ -180,12 +208,23 @@ class Conv:
         self._kept.forget()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._observe(x)
+        if self.float8 is not None:
+            return self.float8(x, self.bias, residual)
         if not _by_library(x):
             return ops.conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding, residual=residual)
         y = self._kept.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         if y is None:
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
         return y if residual is None else y.add_(residual)
+
+    def in_float8(self, scale: float) -> Float8Product:
+        """The same in float8, with this scale of the inputs; of stride 1."""
+        return Float8Convolution(self.weight, scale, self.padding)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The product alone, in float32."""
+        return F.conv2d(x.float(), self.weight.float(), None, self.stride, self.padding)
 
 
 class UpsampledConv:
@@ -251,8 +290,8 @@ class Resnet:
         return [self.conv1, self.conv2] if self.shortcut is None else [self.conv1, self.conv2, self.shortcut]
 
     def __call__(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.norm2(h, shift), x if self.shortcut is None else self.shortcut(x))
+        h = self.conv1(self.norm1(x, scale_y=self.conv1.scale_x))
+        h = self.conv2(self.norm2(h, shift, self.conv2.scale_x), x if self.shortcut is None else self.shortcut(x))
         return h if self.divisor == 1.0 else h / self.divisor
 
 

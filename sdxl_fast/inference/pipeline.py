@@ -129,7 +129,7 @@ class OneStepPipeline(LoraVerbs):
                 is small, decodes to a coarser picture, and runs as it is.
             lora: a LoRA to load on top, or several with their strengths; see `load_lora_weights`. One whose name says
                 that it makes a few-step model of SDXL tells how to sample, too.
-            quantization: "fp8" puts the UNet's linear layers into float8, with the scales that `calibrate` found.
+            quantization: "fp8" puts the UNet's layers into float8, with the scales that `calibrate` found.
             scales: those, or the file they were saved in.
 
         Raises:

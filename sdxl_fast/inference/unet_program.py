@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import ModelError
-from .float8 import Float8Product, Scales, fingerprint, suits
+from .float8 import Scales, fingerprint, suits
 from .lru import ByteLru
 from .packing import (
     Conv,
@@ -24,6 +24,7 @@ from .packing import (
     Linear,
     Norm,
     NotPackableError,
+    Product,
     Resnet,
     UpsampledConv,
     linear,
@@ -121,8 +122,7 @@ class _Block:
 
     def produced(self) -> list[Linear]:
         """Those whose input a norm or the gate writes in float8 if they take it."""
-        gated = [] if self.ff1.float8 is None else [self.ff2]  # the gate in a bfloat16 product's epilogue writes that
-        return [self.itself.qkv, self.prompt.q, self.ff1, *gated]
+        return [self.itself.qkv, self.prompt.q, self.ff1, self.ff2]
 
 
 class _Transformer:
@@ -226,6 +226,8 @@ class UNetProgram:
         self._time_widths = [len(t.weight) for t in times]
         self._kv_weight = self._pack_prompt(stages)
         self._transformers = [t for stage in stages for t in stage.transformers if t is not None]
+        resnets = [resnet for stage in stages for resnet in stage.resnets]
+        self._inner_convolutions: list[Product] = [c for resnet in resnets for c in (resnet.conv1, resnet.conv2)]
         self._folded: dict[float, Tensor] = {}
         self._prompts: ByteLru[tuple[Tensor, int, Tensor]] = ByteLru(PROMPT_BUDGET)
 
@@ -250,31 +252,32 @@ class UNetProgram:
             for resnet in stage.resnets:
                 yield from resnet.convolutions()
 
-    def float8_products(self) -> list[Linear]:
-        """The linear layers that may be put into float8: those of every step, over the whole map."""
-        found = []
+    def float8_products(self) -> list[Product]:
+        """What may be put into float8: the transformers' linear layers and the residual blocks' two convolutions."""
+        found: list[Product] = []
         for t in self._transformers:
             found += [t.proj_in, *(product for block in t.blocks for product in block.products()), t.proj_out]
-        return found
+        return found + self._inner_convolutions
 
     def check_scales(self, scales: Scales) -> None:
         """Raises ModelError for the scales of another model."""
-        if fingerprint(filter(suits, self.float8_products())) != scales.model:
+        known = [product for product in self.float8_products() if suits(product) and product.name in scales.inputs]
+        if fingerprint(known) != scales.model:
             raise ModelError("these float8 scales belong to another model, or to this one without its LoRAs")
 
     def quantise(self, scales: Scales | None) -> None:
-        """Put linear layers into float8, or all back; float8 gives bfloat16, so weights of another dtype stay."""
+        """Put layers into float8, or all back; float8 gives bfloat16, so weights of another dtype stay."""
         wanted = {} if scales is None or self.dtype != torch.bfloat16 else scales.used
         for product in self.float8_products():
             found = wanted.get(product.name) if suits(product) else None
-            product.float8 = None if found is None else Float8Product(product.matrix, found)
+            product.float8 = None if found is None else product.in_float8(found)
 
     @property
     def float8_inputs(self) -> tuple[int, int]:
         """How many products in float8 read what the operation before wrote in it, and how many there are."""
-        products = [
-            product for t in self._transformers for product in (t.proj_in, *(p for b in t.blocks for p in b.produced()))
-        ]
+        products = [*self._inner_convolutions]
+        for t in self._transformers:
+            products += [t.proj_in, *(product for block in t.blocks for product in block.produced())]
         used = sum(product.float8 is not None for product in self.float8_products())
         return sum(product.float8 is not None for product in products), used
 

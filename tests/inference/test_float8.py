@@ -16,7 +16,7 @@ from sdxl_fast import OneStepPipeline, calibrate, ops
 from sdxl_fast.errors import ModelError
 from sdxl_fast.inference.calibration import use_scales
 from sdxl_fast.inference.float8 import MAX_ERROR, Errors, Float8Product, Magnitudes, Scales, psnr
-from sdxl_fast.inference.packing import Linear
+from sdxl_fast.inference.packing import Conv, Linear, Product
 from sdxl_fast.inference.runner import runner_of
 from sdxl_fast.reference.linear import quantise
 
@@ -102,11 +102,29 @@ def test_norms_and_gates_write_float8_with_the_same_numbers(toy_folder: Path, mo
     assert f"{written} of {used} written by the operation before" in str(part)
     blocks = [name for name in part.scales.used if ".transformer_blocks." in name]
     of_norms = [name for name in blocks if name.endswith(("to_qkv", "attn2.to_q", "ff.net.0.proj", "ff.net.2"))]
-    assert written == len(of_norms) + sum(name.endswith("proj_in") for name in part.scales.used)
+    others = [name for name in part.scales.used if name.endswith(("proj_in", ".conv1", ".conv2"))]
+    assert written == len(of_norms) + len(others)
     passes.clear()
-    monkeypatch.setattr(Linear, "scale_x", None)
+    monkeypatch.setattr(Product, "scale_x", None)
     assert torch.equal(_draw(pipe), drawn)
     assert len(set(map(id, passes))) == used
+
+
+def test_convolutions_can_be_left_out(toy_folder: Path) -> None:
+    """Linear layers alone are in float8 then; scales of either kind fit the same model."""
+    pipe = _pipe(toy_folder)
+    whole = calibrate(pipe, PROMPTS, max_error=1.0, **CALL)
+    linear = calibrate(pipe, PROMPTS, max_error=1.0, convolutions=False, **CALL)
+    left_out = set(whole.inputs) - set(linear.inputs)
+    assert left_out and all(name.endswith((".conv1", ".conv2")) and ".resnets." in name for name in left_out)
+    drawn = []
+    for scales in (linear, whole):
+        use_scales(pipe, scales)
+        program = runner_of(pipe.unet).ready()  # type: ignore[union-attr]
+        used = {product.name for product in program.float8_products() if product.float8 is not None}
+        assert used == set(scales.used)
+        drawn.append(_draw(pipe))
+    assert not torch.equal(*drawn)
 
 
 def test_a_bad_layer_is_excluded_and_named(toy_folder: Path) -> None:
@@ -232,6 +250,28 @@ def test_inputs_are_scaled_without_rounding() -> None:
         quantise(x, product.scale_x), product.weight, scale_x=product.scale_x, scale_w=product.scale_w
     )  # fmt: skip
     assert torch.equal(product(x, None), direct)
+
+
+@torch.no_grad()
+def test_a_convolution_is_within_its_rounding() -> None:
+    layer = torch.nn.Conv2d(32, 16, 3, padding=1).to(torch.bfloat16)
+    product = Conv(layer, "layer")
+    x = torch.randn(2, 32, 6, 5).to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    seen = Magnitudes()
+    seen(product, x)
+    errors = Errors(seen.scales())
+    errors(product, x)
+    assert 0.01 < errors.relative()["layer"] < 0.045
+    rounded = product.in_float8(seen.scales()["layer"])
+    assert rounded.weight.is_contiguous(memory_format=torch.channels_last)
+    residual = torch.randn(2, 16, 6, 5).to(torch.bfloat16)
+    scales = {"scale_x": rounded.scale_x, "scale_w": rounded.scale_w}
+    direct = ops.conv2d(quantise(x, rounded.scale_x), rounded.weight, layer.bias, residual=residual, **scales)
+    assert torch.equal(rounded(x, layer.bias, residual), direct)
+    before, address = rounded(x, None), rounded.weight.data_ptr()
+    layer.weight.mul_(-2.0)
+    rounded.refresh()  # where it is: a CUDA graph reads it there
+    assert rounded.weight.data_ptr() == address and torch.equal(rounded(x, None), -2 * before)
 
 
 @torch.no_grad()
