@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from sdxl_fast.train import distributed
 from sdxl_fast.train.trainer import run
@@ -21,7 +22,8 @@ SEVERAL = """import sys, torch
 torch.set_num_threads(1)
 from sdxl_fast.train import run
 for settings in sys.argv[2:]:
-    run(sys.argv[1], settings.split())
+    words = settings.split()
+    run(sys.argv[1], [word for word in words if word != "resume"], resume="latest" if "resume" in words else None)
 """
 ADD_STEPS, ADD_BATCH = 20, 2
 
@@ -58,13 +60,15 @@ def _alone(cache: Path, recipe: Path, name: str, *settings: str) -> Any:
     return _metrics(cache / "runs" / name)
 
 
-def _together(cache: Path, recipe: Path, runs: dict[str, str]) -> dict[str, Any]:
-    """The same of runs by two processes, by name and settings: one start of the two does all, as it takes longest."""
+def _together(cache: Path, recipe: Path, *settings: str) -> None:
+    """Runs by two processes, one after the other: one start of the two does all, as it takes longest.
+
+    Each of `settings` are words, overrides of the recipe or "resume".
+    """
     script = cache / "run.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(SEVERAL)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    settings = [f"run={name} {more}" for name, more in runs.items()]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(recipe), *settings],
         env={**os.environ, "SDXL_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -73,7 +77,6 @@ def _together(cache: Path, recipe: Path, runs: dict[str, str]) -> dict[str, Any]
         timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return {name: _metrics(cache / "runs" / name) for name in runs}
 
 
 def _assert_same(one: Any, other: Any) -> None:
@@ -140,9 +143,27 @@ def test_two_processes_of_add_follow_one(add_recipe: Path, tmp_path: Path) -> No
     one = {trains: _alone(tmp_path, add_recipe, f"one-{trains}", f"trains={trains}") for trains in ("full", "lora")}
     assert all(len(lines["."]) == ADD_STEPS for lines in one.values())
     kinds = [("ddp", "full"), ("fsdp", "full"), ("fsdp", "lora")]
-    settings = {f"{parallel}-{trains}": f"parallel={parallel} trains={trains}" for parallel, trains in kinds}
-    for name, two in _together(tmp_path, add_recipe, settings).items():
-        _assert_same(one[name.partition("-")[2]], two)
+    _together(tmp_path, add_recipe, *(f"run={p}-{trains} parallel={p} trains={trains}" for p, trains in kinds))
+    for parallel, trains in kinds:
+        _assert_same(one[trains], _metrics(tmp_path / "runs" / f"{parallel}-{trains}"))
+
+
+@pytest.mark.slow
+def test_spread_networks_resume_bitwise(add_recipe: Path, tmp_path: Path) -> None:
+    """What FSDP2 has spread over two processes is saved and loaded as shards (DCP)."""
+    half = ADD_STEPS * ADD_BATCH // 2
+    spread = f"parallel=fsdp trains=full checkpoint_every={half}"
+    halves = f"run=halves {spread}"
+    _together(tmp_path, add_recipe, f"run=whole {spread}", f"{halves} images={half}", f"{halves} resume")
+    whole, again = (tmp_path / "runs" / name for name in ("whole", "halves"))
+    lines = [[{**line, "images_per_second": 0} for line in _metrics(folder)["."]] for folder in (whole, again)]
+    assert len(lines[0]) == ADD_STEPS and lines[0] == lines[1]
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
+    shards = [file for file in files if f"checkpoint-{2 * half:09d}/shards" in file.as_posix()]
+    assert len(shards) > 1, "each process writes its own"
+    for file in [*shards, *(file for file in files if file.parts[0] == "export")]:
+        one, other = load_file(whole / file), load_file(again / file)  # DCP writes headers in any order
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items()), file
 
 
 def test_shares_are_disjoint_and_must_divide() -> None:
