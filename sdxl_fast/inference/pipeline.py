@@ -327,6 +327,7 @@ class OneStepPipeline(LoraVerbs):
         self._texts.settle()
         return found
 
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, H/f, W/f]."""
         return pictures.decode(self.vae, latents)

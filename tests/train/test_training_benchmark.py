@@ -36,7 +36,7 @@ def test_a_loop_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     monkeypatch.setattr(PlainLoop, "real", lambda self, start: 1.01 * real(self, start))
     verdicts = training.gate()
     assert not any(verdict.passed for verdict in verdicts.values())
-    monkeypatch.setattr(training, "gate", lambda: verdicts)
+    monkeypatch.setattr(training, "gate", lambda device: verdicts)
     row = training.measure(rounds=1, steps=1, batch=4, threads=1)
     assert row["about"].startswith("Nothing to compare")
     assert all(GATE_FAILED in found["refused"] for found in row["contestants"].values())
