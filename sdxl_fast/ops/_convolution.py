@@ -94,12 +94,13 @@ def upsample_bwd(
     )
 
 
-# A convolution on a CPU puts its weight into oneDNN's own order on every call, or, of one small map, takes a slower way
-# (im2col). The reordered weight is worth keeping up to so many output positions N*H*W, beyond which the products hide
-# it, and for weights that are not large, as it costs their memory again. Microseconds on one core of a Zen 4 EPYC,
-# torch 2.13, float32, 3x3, as it comes / kept: 96ch 8x8 122/106, 192ch 4x4 141/101, 128ch 8x8 208/169, 8 of 96ch 8x8
-# 711/694, 8 of 192ch 4x4 665/583, 64ch 32x32 694/672, 32ch 64x64 691/688.
-KEPT_POSITIONS = 2048
+# A 3x3 convolution on a CPU puts its weight into oneDNN's own order on every call, or, of one small map, takes a slower
+# way (im2col). The reordered weight is worth keeping between so many output positions N*H*W: fewer do not pay for the
+# longer way to the kernel, and beyond the products hide the reordering; and for weights that are not large, as it costs
+# their memory again. Milliseconds on two cores of a Zen 4 EPYC, torch 2.13, float32, as it comes / kept: the embedded
+# model's VAE decoder 8.5/8.1, of eight 34.3/33.0; its UNet 29.8/27.7 of eight, but 12.4/13.0 of one, whose maps have 64
+# positions and less.
+KEPT_POSITIONS = 128, 2048
 KEPT_BYTES = 8 << 20
 
 
@@ -127,7 +128,8 @@ class KeptWeight:
             torch.is_grad_enabled()
             or not x.is_cpu
             or not x.is_contiguous(memory_format=torch.channels_last)
-            or not 0 < positions <= KEPT_POSITIONS
+            or not KEPT_POSITIONS[0] <= positions <= KEPT_POSITIONS[1]
+            or weight.shape[-1] == 1
             or x.dtype != weight.dtype
             or x.dtype not in BY_PHASES
             or weight.numel() * weight.element_size() > KEPT_BYTES

@@ -14,7 +14,7 @@ from sdxl_fast.testing.compare import error_scale
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 
 # channels in and out, kernel, stride, size
-SHAPES = [(4, 32, 3, 1, 8), (32, 48, 3, 2, 9), (96, 96, 3, 1, 8), (192, 64, 1, 1, 4), (24, 8, 3, 1, 31)]
+SHAPES = [(4, 32, 3, 1, 8), (32, 48, 3, 2, 21), (96, 96, 3, 1, 8), (192, 64, 3, 1, 10), (24, 8, 3, 1, 31)]
 
 
 def _network(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, torch.Tensor]:
@@ -91,7 +91,9 @@ def test_packed_convolution_is_refreshed() -> None:
         torch.testing.assert_close(packed(x), network(x))
 
 
-@pytest.mark.parametrize("reason", ["gradients", "layout", "large map", "large weight", "autocast", "dtype"])
+@pytest.mark.parametrize(
+    "reason", ["gradients", "layout", "large map", "small map", "large weight", "autocast", "dtype"]
+)
 def test_stock_runs_where_nothing_is_kept(reason: str, kept: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     network, x = _network(SHAPES[2])
     wanted = network(x)
@@ -105,7 +107,9 @@ def test_stock_runs_where_nothing_is_kept(reason: str, kept: list[bool], monkeyp
             if reason == "layout":
                 x = x.contiguous()
             elif reason == "large map":
-                monkeypatch.setattr(_convolution, "KEPT_POSITIONS", 100)
+                monkeypatch.setattr(_convolution, "KEPT_POSITIONS", (1, 100))
+            elif reason == "small map":
+                monkeypatch.setattr(_convolution, "KEPT_POSITIONS", (200, 2048))
             elif reason == "large weight":
                 monkeypatch.setattr(_convolution, "KEPT_BYTES", 1000)
             elif reason == "dtype":
