@@ -17,18 +17,18 @@ class PreparedConv2d(nn.Conv2d):
     while torch.compile traces, and on other devices.
     """
 
-    _weight: KeptWeight | None = None
+    _kept: KeptWeight | None = None
 
     def forget(self) -> None:
         """Drop what was made from the weight."""
-        self.__dict__.pop("_weight", None)
+        self.__dict__.pop("_kept", None)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C', H', W'], as the stock module."""
         if input.is_cpu and input.ndim == 4 and not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")):
-            if self._weight is None:
-                self._weight = KeptWeight()
-            y = self._weight.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]))
+            if self._kept is None:
+                self._kept = KeptWeight()
+            y = self._kept.conv2d(input, self.weight, self.bias, self.stride[0], int(self.padding[0]))
             if y is not None:
                 return y
         return super().forward(input)

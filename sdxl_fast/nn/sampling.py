@@ -9,6 +9,7 @@ from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 from torch import Tensor, nn
 
 from .. import ops
+from ..ops._derived import Derived
 from ..reference.upsample_conv2d import phase_weights
 from .classes import kind
 from .convolution import PreparedConv2d
@@ -45,7 +46,7 @@ class PreparedUpsample2D(Upsample2D):
     gradient, under autocast and while torch.compile traces, nothing is kept.
     """
 
-    _kept: tuple[Any, Tensor] | None = None
+    _kept: Derived | None = None
 
     def forget(self) -> None:
         """Drop what was made from the weights."""
@@ -60,12 +61,9 @@ class PreparedUpsample2D(Upsample2D):
             or weight.is_inference()
         ):
             return None
-        state = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._kept is None or self._kept[0] != state:
-            # a tensor of inference mode could not be used where gradients flow past a frozen weight
-            with torch.inference_mode(False), torch.no_grad():
-                self._kept = (state, phase_weights(weight))
-        return self._kept[1]
+        if self._kept is None:
+            self._kept = Derived()
+        return self._kept.of(weight, phase_weights)
 
 
 def why_not_fused(module: StockUpsample2D) -> str | None:

@@ -226,7 +226,8 @@ def _prepare_convolutions(modules: dict[str, nn.Module], report: FuseReport, *, 
     for name, module in modules.items():
         if kind(module) is PreparedConv2d:
             _forget(module)
-            become(module, PreparedConv2d if wanted else nn.Conv2d)
+            if not wanted:
+                become(module, nn.Conv2d)
         elif wanted and isinstance(module, nn.Conv2d) and kind(module) is nn.Conv2d and can_prepare(module):
             become(module, PreparedConv2d)
             report.replaced[name] = "Conv2d: its weight in oneDNN's order"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from sdxl_fast.constraints import Condition, Rule
 from sdxl_fast.dispatch import Backend
+from sdxl_fast.ops._derived import Derived
 from sdxl_fast.ops._float8 import is_float8
 from sdxl_fast.reference._common import without_autocast
 from sdxl_fast.reference.conv2d import MaybeTensor
@@ -104,20 +105,8 @@ KEPT_POSITIONS = 128, 2048
 KEPT_BYTES = 8 << 20
 
 
-class KeptWeight:
-    """The weight of one convolution in oneDNN's order, for channels_last maps on a CPU where gradients are off.
-
-    It is made when first needed and again when the weight has another address or autograd's version counter says that
-    it was written to; a write through ``.data`` leaves no trace, and :meth:`forget` has to be called.
-    """
-
-    def __init__(self) -> None:
-        self._state: object = None
-        self._kept: torch.Tensor | None = None
-
-    def forget(self) -> None:
-        """Drops it, to be made again."""
-        self._state = self._kept = None
+class KeptWeight(Derived):
+    """The weight of one convolution in oneDNN's order, for channels_last maps on a CPU where gradients are off."""
 
     def conv2d(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int
@@ -138,13 +127,10 @@ class KeptWeight:
         ):
             return None
         sides = [padding, padding], [stride, stride], [1, 1]
-        state = weight.data_ptr(), weight._version, weight.dtype
-        if self._kept is None or self._state != state:
-            with torch.inference_mode(False):
-                reorder = torch.ops.mkldnn._reorder_convolution_weight.default
-                self._kept, self._state = reorder(weight.detach(), *sides, 1, list(x.shape)), state
+        reorder = torch.ops.mkldnn._reorder_convolution_weight.default
+        kept = self.of(weight, lambda w: reorder(w, *sides, 1, list(x.shape)))
         convolve = torch.ops.mkldnn._convolution_pointwise.default
-        y: torch.Tensor = convolve(x, self._kept, bias, *sides, 1, "none", [], "")
+        y: torch.Tensor = convolve(x, kept, bias, *sides, 1, "none", [], "")
         return y
 
 

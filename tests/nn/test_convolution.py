@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +82,25 @@ def test_a_write_through_data_counts_once_fused_again() -> None:
         network[0].bias.data.zero_()
         fuse(network, training=False)
         assert not network(x).any()
+
+
+@pytest.mark.parametrize("how", ["copied", "saved"])
+def test_a_copy_keeps_a_weight_of_its_own(how: str) -> None:
+    network, x = _network(SHAPES[0])
+    fuse(network, training=False)
+    with torch.no_grad():
+        before = network(x)
+        if how == "copied":
+            twin = copy.deepcopy(network)
+        else:
+            file = io.BytesIO()
+            torch.save(network, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
+        assert torch.equal(twin(x), before)
+        twin[0].weight.zero_()
+        assert not torch.equal(twin(x), before)
+        assert torch.equal(network(x), before)
 
 
 def test_packed_convolution_is_refreshed() -> None:
