@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from sdxl_fast.files import replacing
+from sdxl_fast.files import file_sha256, replacing
 from sdxl_fast.models.loading import EMBEDDED
 from sdxl_fast.models.lora import find_loras
 from sdxl_fast.train.config import LightningConfig, StageConfig, cache_folder, load_recipe
@@ -61,7 +61,8 @@ def committed_run() -> Path:
         found = [unit for unit in units_of(config) if unit.stage.steps == steps and unit.trains == "lora"]
         files |= {found[-1]: path} if found else {}
     recipe = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    digest = hashlib.sha256("\n".join([recipe, *(sha256(path) for path in files.values())]).encode()).hexdigest()[:12]
+    told = "\n".join([recipe, *map(file_sha256, files.values())])
+    digest = hashlib.sha256(told.encode()).hexdigest()[:12]
     run = cache_folder() / "runs" / "claims" / f"start-{digest}"
     if (run / "chain.jsonl").is_file():
         return run
@@ -73,11 +74,6 @@ def committed_run() -> Path:
     with replacing(run / "chain.jsonl") as writing:
         writing.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
-
-
-def sha256(path: Path) -> str:
-    """Of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def link(source: Path, target: Path) -> None:

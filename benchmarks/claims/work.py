@@ -27,7 +27,6 @@ from benchmarks.claims.start import (
     link,
     regressed_unit,
     regressions,
-    sha256,
 )
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS, Variant
 from sdxl_fast.data import emoji
@@ -36,7 +35,7 @@ from sdxl_fast.eval import report
 from sdxl_fast.eval.dataset import Questions, emoji_questions
 from sdxl_fast.eval.features import Extractor, FeatureExtractor
 from sdxl_fast.eval.tables import TEACHER
-from sdxl_fast.files import replacing
+from sdxl_fast.files import file_sha256, replacing
 from sdxl_fast.models.lora import merge_lora, read_lora
 from sdxl_fast.train.base import base_folder, open_pipeline, run_folder, unet_folder
 from sdxl_fast.train.config import LightningConfig, StageConfig, cache_folder, load_recipe
@@ -154,7 +153,7 @@ class Workshop:
     def key(self, variant: Variant, seed: int) -> str:
         """A digest of all that the result depends on, training and drawing."""
         tree = None if variant.recipe is None else self.recipe(variant, seed)
-        weights = "" if variant.start is None else sha256(self._start_unit(variant).folder(self.source) / STUDENT)
+        weights = "" if variant.start is None else file_sha256(self._start_unit(variant).folder(self.source) / STUDENT)
         base = None if variant.base is None else self.key(VARIANTS[variant.base], seed)
         told = [asdict(variant), tree, weights, base, self._base_sha256, self.options.pictures, self.options.scale]
         return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -162,7 +161,7 @@ class Workshop:
     @cached_property
     def _base_sha256(self) -> str:
         """Of the base model's UNet, which every result depends on."""
-        return sha256(min(unet_folder(base_folder(self.config.teacher)).glob("*.safetensors")))
+        return file_sha256(min(unet_folder(base_folder(self.config.teacher)).glob("*.safetensors")))
 
     def folder(self, variant: Variant, seed: int) -> Path:
         """Where the variant is trained and its pictures kept."""

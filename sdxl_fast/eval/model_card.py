@@ -20,7 +20,7 @@ from sdxl_fast.errors import DataError
 from sdxl_fast.eval import tables
 from sdxl_fast.eval.plots import plot_losses, read_metrics
 from sdxl_fast.eval.report import hash_files, model_files
-from sdxl_fast.files import replacing
+from sdxl_fast.files import file_sha256, replacing
 
 ATTACHMENTS = "card"  # subfolder of the model for the pictures and logs of its card
 
@@ -29,10 +29,6 @@ def _read_json(path: Path) -> Any:
     if not path.is_file():
         raise DataError(f"{path} does not exist; the model card is made from it")
     return json.loads(path.read_text())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def read_chain(run: str | Path) -> list[dict[str, Any]]:
@@ -53,9 +49,9 @@ def read_chain(run: str | Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}: {link['unit']} does not follow from the line before it")
         for name, digest in link["sha256"].items():
             file = run / link["unit"] / name
-            if not file.is_file() or _sha256(file.read_bytes()) != digest:
+            if not file.is_file() or file_sha256(file) != digest:
                 raise DataError(f"{file} is missing or is not the file that {path} records")
-        before = _sha256(text.encode())
+        before = hashlib.sha256(text.encode()).hexdigest()
         links.append(link)
     return links
 
@@ -108,7 +104,7 @@ def _data(data_dir: Path) -> list[str]:
     for style, facts in licences.items():
         package = f"{facts['package']} {facts['version']}"
         lines.append(f"| {style} | {package} | {facts['licence']} | `{facts['sha512'][:24]}…` |")
-    digest = _sha256((data_dir / "metadata.jsonl").read_bytes())
+    digest = file_sha256(data_dir / "metadata.jsonl")
     return [*lines, "", f"`metadata.jsonl` of the built set has sha256 `{digest}`."]
 
 
@@ -125,7 +121,7 @@ def _run(title: str, run: Path, model_dir: Path) -> list[str]:
         metrics = folder / "metrics.jsonl"
         images, seconds = training_time(metrics)
         total += seconds
-        digest = _sha256(metrics.read_bytes())
+        digest = file_sha256(metrics)
         lines.append(f"| {folder.name} | {images:,} | {_duration(seconds)} | `{digest[:16]}…` |")
         stem = f"{ATTACHMENTS}/{run.name}-{folder.name}" if chained else f"{ATTACHMENTS}/{run.name}"
         plot_losses(metrics, model_dir / f"{stem}.png", title=folder.name)

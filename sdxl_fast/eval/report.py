@@ -27,7 +27,7 @@ from sdxl_fast.eval.features import Extractor, FeatureExtractor, check_images
 from sdxl_fast.eval.sharpness import laplacian_variance
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
 from sdxl_fast.eval.tables import REAL, RECONSTRUCTIONS, TEACHER, student_row
-from sdxl_fast.files import replacing
+from sdxl_fast.files import file_sha256, replacing
 
 BATCH = 64
 SHEET_ROWS = 12
@@ -191,10 +191,7 @@ def model_files(folder: str | Path) -> list[Path]:
 def hash_files(folder: str | Path) -> dict[str, str]:
     """sha256 of every weight, tokenizer and config file of a model folder, by path in it."""
     folder = Path(folder)
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in model_files(folder)
-    }
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in model_files(folder)}
 
 
 def environment() -> dict[str, str | int]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
-from ..files import replacing
+from ..files import file_sha256, replacing
 from ..models.discriminators import LightningDiscriminator
 from ..models.encoders import make_encoder
 from ..models.lora import merge_lora, read_lora, write_lora
@@ -227,10 +227,6 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def _record(unit: Unit, run: Path, seconds: float) -> None:
     """Appends the unit to `chain.jsonl`: what it made, hashed, and the hash of the line before it."""
     path, folder = run / "chain.jsonl", unit.folder(run)
@@ -242,7 +238,7 @@ def _record(unit: Unit, run: Path, seconds: float) -> None:
         "images": unit.images,
         "seconds_of_last_session": round(seconds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "sha256": {file.name: _sha256(file) for file in files if file.is_file()},
+        "sha256": {file.name: file_sha256(file) for file in files if file.is_file()},
         "previous": hashlib.sha256(before.encode()).hexdigest() if before else None,
     }
     with open(path, "a") as chain:
