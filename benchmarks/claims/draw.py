@@ -16,8 +16,9 @@ from sdxl_fast.diffusion import sampling, schedule
 from sdxl_fast.diffusion.prediction import PredictionType
 from sdxl_fast.diffusion.stochastic import ancestral_move, renoise_move
 from sdxl_fast.eval.features import Extractor
-from sdxl_fast.eval.sources import decode, vae_factor
+from sdxl_fast.eval.sources import decode
 from sdxl_fast.models.conditioning import encode_prompts, time_ids
+from sdxl_fast.models.config import vae_scale_factor
 from sdxl_fast.random import derive_seed
 from sdxl_fast.train.teacher import call_unet
 
@@ -49,7 +50,7 @@ class Drawer:
         embeds, pooled = encode_prompts(
             prompts, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
         )
-        side = pipe.unet.config.sample_size * vae_factor(pipe.vae)
+        side = pipe.unet.config.sample_size * vae_scale_factor(pipe.vae.config)
         ids = time_ids(side, side, batch=len(prompts), device=embeds.device)
         condition = {"prompt_embeds": embeds, "pooled": pooled, "time_ids": ids}
         nothing = {**condition, "prompt_embeds": 0 * embeds, "pooled": 0 * pooled}

@@ -188,7 +188,7 @@ def _latents(setting: Setting, batch: int) -> tuple[torch.Tensor, Size]:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     unet = UNet2DConditionModel.load_config(setting.folder, subfolder="unet")
-    factor = 2 ** (len(AutoencoderKL.load_config(setting.folder, subfolder="vae")["block_out_channels"]) - 1)
+    factor = configs.vae_scale_factor(AutoencoderKL.load_config(setting.folder, subfolder="vae"))
     size = setting.size or (unet["sample_size"] * factor,) * 2
     shape = (batch, unet["in_channels"], size[0] // factor, size[1] // factor)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device), size

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sdxl_fast.models.config import vae_scale_factor
+
 Work = tuple[int, int]  # multiply-adds counted twice, and parameters
 _FOLDED = 5 / 9  # of a 3×3 convolution's products after upsampling by two, which are not needed
 
@@ -36,7 +38,7 @@ def work(folder: Path, batch: int, size: tuple[int, int]) -> dict[str, Work]:
             for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         ]
         tokens = texts[0].config.max_position_embeddings
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        factor = vae_scale_factor(vae.config)
         latents = torch.empty(batch, unet.config.in_channels, size[0] // factor, size[1] // factor)
         text = torch.empty(batch, tokens, unet.config.cross_attention_dim)
         pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models.conditioning import encode_prompts, truncated
-from ..models.config import SDXL
+from ..models.config import SDXL, vae_scale_factor
 from ..models.loading import load, resolve
 
 ENCODERS = ("text_encoder", "text_encoder_2", "vae")
@@ -34,7 +34,7 @@ def facts_of(model: str | Path | None) -> tuple[int, int]:
         unet, vae = (json.loads((path / name / "config.json").read_text()) for name in ("unet", "vae"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a diffusers pipeline folder ({error})") from None
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    factor = vae_scale_factor(vae)
     return unet["sample_size"] * factor, factor * 2 ** (len(unet["block_out_channels"]) - 1)
 
 

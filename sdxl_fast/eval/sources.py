@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from sdxl_fast.diffusion.prediction import PredictionType
 from sdxl_fast.errors import DataError
 from sdxl_fast.models import loading
 from sdxl_fast.models.conditioning import encode_prompts, time_ids
-from sdxl_fast.models.lora import read_lora
+from sdxl_fast.models.config import vae_scale_factor
 
 Generate = Callable[[Sequence[str], Sequence[int]], Tensor]
 """(prompts, one seed each) to pictures, float [N, 3, H, W] in 0..1."""
@@ -63,11 +63,9 @@ class Teacher:
         self.device = torch.device(device)
 
     def _declared_prediction_type(self) -> PredictionType:
-        declared: Any = self.parts.scheduler.get("prediction_type", "epsilon")
-        if self.unet is not self.parts.unet:
-            loras = [read_lora(path, self.unet).prediction_type for path in self.parts.few_step_loras.values()]
-            declared = next(filter(None, loras), "epsilon")
-        return cast(PredictionType, declared)
+        own = self.unet is self.parts.unet
+        declared = self.parts.scheduler.get("prediction_type") if own else self.parts.base_prediction_type
+        return cast(PredictionType, declared or "epsilon")
 
     @property
     def label(self) -> str:
@@ -83,7 +81,7 @@ class Teacher:
         condition = {"prompt_embeds": embeds, "pooled": pooled}
         config = self.unet.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
-        side = config.sample_size * vae_factor(parts.vae)
+        side = config.sample_size * vae_scale_factor(parts.vae.config)
 
         def network(x_t: Tensor, timesteps: Tensor, given: dict[str, Tensor]) -> Tensor:
             ids = time_ids(side, side, batch=len(x_t), device=x_t.device)
@@ -101,11 +99,6 @@ class Teacher:
             prediction_type=self.prediction_type,
         )
         return decode(parts.vae, latents)
-
-
-def vae_factor(vae: torch.nn.Module) -> int:
-    """Picture pixels per latent pixel along one side."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))  # type: ignore[union-attr, arg-type]
 
 
 def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:
@@ -133,7 +126,7 @@ def native_size(folder: str | Path) -> int:
     folder = Path(folder)
     unet = json.loads((folder / "unet" / "config.json").read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
-    return int(unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1))
+    return int(unet["sample_size"]) * vae_scale_factor(vae)
 
 
 def read_folder(folder: str | Path, prompts: Sequence[str]) -> Tensor:

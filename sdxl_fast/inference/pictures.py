@@ -46,13 +46,6 @@ def pixels_of(image: Any, factor: int, sides: tuple[int | None, int | None]) -> 
     return pixels.float()
 
 
-def scale_factor(vae: Any) -> int:
-    """Picture pixels per latent pixel of an AutoencoderKL or AutoencoderTiny."""
-    config = vae.config
-    levels = config.block_out_channels if "block_out_channels" in config else config.encoder_block_out_channels
-    return int(2 ** (len(levels) - 1))
-
-
 @torch.no_grad()
 def encode(vae: Any, pixels: Tensor) -> Tensor:
     """The clean latents [N, C, h, w], scaled as the UNet takes them, of pictures in -1..1: the posterior's mean."""

@@ -15,6 +15,7 @@ from ..diffusion.prediction import PredictionType
 from ..errors import ModelError
 from ..models import loading
 from ..models.conditioning import time_ids, truncated
+from ..models.config import vae_scale_factor
 from ..nn import FuseReport
 from . import pictures, presets
 from .accelerated import attach, packable
@@ -77,7 +78,7 @@ class OneStepPipeline(LoraVerbs):
         self.unet, self.vae = parts.unet, parts.vae
         self.preset = preset
         self.device, self.dtype = parts.unet.device, parts.unet.dtype
-        self.vae_scale_factor = pictures.scale_factor(parts.vae)
+        self.vae_scale_factor = vae_scale_factor(parts.vae.config)
         self.default_size: int = parts.unet.config.sample_size * self.vae_scale_factor
         self.fusion: dict[str, FuseReport] = {"unet": attach(self.unet).fusion}
         if packable(self.vae):

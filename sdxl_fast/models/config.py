@@ -7,6 +7,7 @@ settings. `SDXL` is the published model (Podell et al. 2023); smaller ones keep 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,12 @@ from ..diffusion import schedule
 
 TIME_IDS = 6
 """Numbers in SDXL's micro-conditioning: original height and width, crop top and left, target height and width."""
+
+
+def vae_scale_factor(config: Mapping[str, Any]) -> int:
+    """Picture pixels per latent pixel along one side, by diffusers' config of an AutoencoderKL or AutoencoderTiny."""
+    levels = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return int(2 ** (len(levels) - 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
-from .facts import NUM_STEPS_KEY, stated_prediction_type
-from .lora import find_loras, merge_lora, read_lora
+from .facts import NUM_STEPS_KEY
+from .lora import base_prediction_type, find_loras, merge_lora, read_lora
 from .networks import NETWORKS, filled
 from .safetensors_check import check_safetensors
 from .source import TOKENIZERS, Model, completed, form_of, open_model, read_json
@@ -54,8 +54,7 @@ class Components:
         """What the UNet under `unet_base` predicts, as its LoRA files say; None when there is no base UNet."""
         if not self.few_step_loras:
             return None
-        header = check_safetensors(next(iter(self.few_step_loras.values())))
-        return stated_prediction_type(header.get("__metadata__", {})) or "epsilon"
+        return base_prediction_type(self.few_step_loras.values())
 
     @property
     def title(self) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import ModelError
 from .facts import NUM_STEPS_KEY, PREDICTION_KEY, Facts, parse_file_name, stated_prediction_type
 from .lora_file import LoraFile, Pair, folded, read_lora_file, write_lora_file
+from .safetensors_check import check_safetensors
 from .weights import Lazy, listing
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "NUM_STEPS_KEY",
     "PREDICTION_KEY",
     "Lora",
+    "base_prediction_type",
     "find_loras",
     "is_target",
     "lora_file_name",
@@ -93,6 +96,13 @@ def find_loras(folder: str | Path) -> dict[int, Path]:
         if steps is not None:
             found[steps] = path
     return found
+
+
+def base_prediction_type(loras: Iterable[Path]) -> str:
+    """What the UNet under few-step LoRAs predicts, as the first file that says so has it; epsilon if none does."""
+    headers = (check_safetensors(path) for path in loras)
+    found = (stated_prediction_type(header.get("__metadata__", {})) for header in headers)
+    return next(filter(None, found), "epsilon")
 
 
 def write_lora(

@@ -17,7 +17,7 @@ import torch
 
 from ..errors import ModelError
 from . import facts as fact_names
-from .config import scheduler_arguments
+from .config import scheduler_arguments, vae_scale_factor
 from .facts import SDXL_ARCHITECTURE, Facts, scheduler_config, scheduler_text
 from .lora import check_pair, find_loras
 from .lora_file import LoraFile, read_lora_file
@@ -70,7 +70,7 @@ class Model:
         unet, vae = self.configs.get("unet", {}), self.configs.get("vae", {})
         if "sample_size" not in unet or "block_out_channels" not in vae:
             return None
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * vae_scale_factor(vae)
 
 
 def form_of(path: str | Path) -> Form:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -147,16 +148,8 @@ def bytes(
     return (x + weight) * itemsize(dtype) + y * (1 + residual) * itemsize(output_dtype(dtype))
 
 
-def _weight_transposed(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: MaybeTensor,
-    residual: MaybeTensor,
-    stride: int,
-    padding: int,
-    *scales: MaybeTensor,
-) -> torch.Tensor:
-    return fwd(x, weight.transpose(-1, -2), bias, residual, stride, padding, *scales)
+def _weight_transposed(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return fwd(x, weight.transpose(-1, -2), *rest)
 
 
 def _border_replicated(
@@ -173,15 +166,9 @@ def _border_replicated(
 
 
 def _residual_dropped(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: MaybeTensor,
-    residual: MaybeTensor,
-    stride: int,
-    padding: int,
-    *scales: MaybeTensor,
+    x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, residual: MaybeTensor, *rest: Any
 ) -> torch.Tensor:
-    return fwd(x, weight, bias, None, stride, padding, *scales)
+    return fwd(x, weight, bias, None, *rest)
 
 
 WRONG = wrong_variants(

@@ -10,10 +10,8 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 
 from ..errors import ModelError
 from ..models.config import scheduler_arguments
-from ..models.facts import stated_prediction_type
 from ..models.loading import EMBEDDED, resolve
-from ..models.lora import find_loras
-from ..models.safetensors_check import check_safetensors
+from ..models.lora import base_prediction_type, find_loras
 from ..models.weights import weight_files
 from .settings import cache_folder
 
@@ -89,17 +87,10 @@ def open_pipeline(name: str, vae: str | None = None) -> Any:
     folder = base_folder(name)
     parts: dict[str, Any] = {} if vae is None else {"vae": open_vae(vae)}
     if (folder / BASE).is_dir():
-        kind = _base_prediction_type(folder)
+        kind = base_prediction_type(find_loras(folder).values())
         parts |= {"unet": open_unet(folder), "scheduler": EulerDiscreteScheduler(**scheduler_arguments(kind))}
     variant = weight_files(folder / "unet")[1]
     pipe: Any = StableDiffusionXLPipeline.from_pretrained(
         folder, use_safetensors=True, variant=variant, torch_dtype=torch.float32, **parts
     )
     return pipe
-
-
-def _base_prediction_type(folder: Path) -> str:
-    """What the base beside a student predicts, as the LoRA files on it say."""
-    headers = (check_safetensors(path) for path in find_loras(folder).values())
-    found = (stated_prediction_type(header.get("__metadata__", {})) for header in headers)
-    return next(filter(None, found), "epsilon")

@@ -16,6 +16,7 @@ from ..data.shards import LatentShards
 from ..diffusion import sampling, schedule
 from ..diffusion.prediction import PredictionType
 from ..models.conditioning import encode_prompts, time_ids
+from ..models.config import vae_scale_factor
 from ..random import generator, image_seeds
 from . import distributed
 from .base import base_folder, open_pipeline, open_unet, run_folder
@@ -261,7 +262,7 @@ def _encode(pipe: Any, prompts: Sequence[str], config: DistillationConfig) -> Co
     embeds, pooled = encode_prompts(
         prompts, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
     )
-    size = pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    size = pipe.unet.config.sample_size * vae_scale_factor(pipe.vae.config)
     found = {"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids(size, size, batch=len(embeds))}
     return {name: rows.to(config.torch_device, config.dtype) for name, rows in found.items()}
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as recompute
 
 from ..models.conditioning import time_ids
+from ..models.config import vae_scale_factor
 from ..models.discriminators import AddDiscriminator, LightningDiscriminator
 from ..models.encoders import make_encoder
 from ..models.feature_nets import EfficientNetLite0
@@ -139,7 +140,7 @@ class Rehearsal:
     @property
     def factor(self) -> int:
         """Picture pixels per latent pixel."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return vae_scale_factor(self.vae.config)
 
     def discriminator(self, conditional: bool) -> Any:
         """Lightning's D, or with False D'."""
