@@ -25,13 +25,17 @@ inline double root(double x) {
     return __builtin_sqrt(x);
 }
 
+// The halves are added, then their halves; in registers, as there are three such sums to a row.
 inline float sum_of(VecF v) {
-    float parts[VecF::W];
-    store(parts, v);
-    for (int width = VecF::W / 2; width > 0; width /= 2) {
-        for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
-    }
-    return parts[0];
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps(v.v);
+#elif defined(__AVX2__)
+    const __m128 four = _mm256_castps256_ps128(v.v) + _mm256_extractf128_ps(v.v, 1);
+    const __m128 two = four + _mm_movehl_ps(four, four);
+    return two[0] + two[1];
+#else
+    return (v.v[0] + v.v[2]) + (v.v[1] + v.v[3]);
+#endif
 }
 inline double sum_of(VecD v) {
     return v.v;
