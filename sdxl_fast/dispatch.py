@@ -33,22 +33,28 @@ _recorder: ContextVar[Counter[tuple[str, str]] | None] = ContextVar("sdxl_fast_r
 
 
 class Kernels(NamedTuple):
-    """The two raw functions of one op on one backend."""
+    """The raw functions of one op on one backend.
+
+    ``alone``, where a backend has it, is the forward of a call that no backward follows: its outputs end with those
+    that carry gradients.
+    """
 
     backend: str
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
+    alone: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
 class Backend:
     """One backend of one op: how to load it, and what it asks of the arguments beyond the op's own rules.
 
-    ``load`` returns the raw forward and backward functions or raises :class:`UnavailableError` with the reason.
+    ``load`` returns the raw functions in the order of :class:`Kernels` or raises :class:`UnavailableError` with the
+    reason.
     """
 
     name: str
-    load: Callable[[], tuple[Callable[..., Any], Callable[..., Any]]]
+    load: Callable[[], tuple[Callable[..., Any], ...]]
     rules: tuple[Rule, ...] = ()
 
 

@@ -163,7 +163,7 @@ class FusedOp:
             for arg in args:
                 if isinstance(arg, torch.Tensor) and arg.requires_grad:
                     return _Fused.apply(self, kernels, *args)
-        return kernels.fwd(*args)
+        return (kernels.alone or kernels.fwd)(*args)
 
     def plan(self, args: Args) -> Kernels:
         """Checks the arguments and chooses the backend, once per signature.
@@ -173,15 +173,10 @@ class FusedOp:
             UnsupportedError: when no backend, or not the forced one, can run the call.
         """
         # What rules may look at: dtype, device, shape, requires_grad of tensors, and the scalars with their types.
-        key = (
-            dispatch.forced_backend(),
-            torch.is_grad_enabled(),
-            *[
-                (a.dtype, a.device, a.shape, a.requires_grad) if isinstance(a, torch.Tensor) else (type(a), a)
-                for a in args
-            ],
-        )
-        found = self._plans.get(key)
+        signature: list[Any] = [dispatch.forced_backend(), torch.is_grad_enabled()]
+        for a in args:
+            signature += (a.dtype, a.device, a.shape, a.requires_grad) if isinstance(a, torch.Tensor) else (type(a), a)
+        found = self._plans.get(key := tuple(signature))
         if found is None:
             values = dict(zip(self.parameters, args, strict=True))
             self.check(values)

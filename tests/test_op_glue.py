@@ -310,3 +310,18 @@ def test_reference_gradients_of_tied_inputs_are_not_counted_twice():
     assert all(t.requires_grad for t in found)
     partial = glue.reference_gradients(lambda a, b, c: a * b, (x, y, None), torch.tensor(1.0), (False, True, True))
     assert partial[0] is None and partial[1].item() == 3.0 and partial[2] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_norms_without_a_backward_give_the_same_and_keep_no_statistics(dtype):
+    x, w, b = torch.randn(3, 16, 5, 7).to(dtype), torch.randn(16).to(dtype), torch.randn(16).to(dtype)
+    rows, shift = x.permute(0, 2, 3, 1).contiguous(), torch.randn(3, 16).to(dtype)
+    calls = {
+        GROUP_NORM_SILU: (x, w, b, shift, 4, 1e-5, "silu", None),
+        LAYER_NORM: (rows, w, b, rows.flip(0), 1e-5, None),
+    }
+    for op, args in calls.items():
+        kernels = op.plan(args)
+        whole, alone = kernels.fwd(*args), (kernels.alone or kernels.fwd)(*args)
+        assert len(alone) == op.flowing(whole) == len(whole) - 2
+        assert all(torch.equal(y, again) for y, again in zip(whole, alone, strict=False))

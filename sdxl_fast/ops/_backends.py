@@ -20,7 +20,8 @@ from sdxl_fast.errors import UnavailableError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GPU_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-Pair = tuple[Callable[..., Any], Callable[..., Any]]
+Functions = tuple[Callable[..., Any], ...]
+"""A forward, a backward and, where there is one, the forward of a call that no backward follows."""
 
 
 def interpreting() -> bool:
@@ -57,7 +58,7 @@ def eager(reference: ModuleType) -> Backend:
 def triton(op: str, lead: str, *rules: Rule) -> Backend:
     """The Triton kernels of ``op``; ``rules`` are those beyond device and dtype of the lead tensor."""
 
-    def load() -> Pair:
+    def load() -> Functions:
         if not (torch.cuda.is_available() or interpreting()):
             raise UnavailableError("no CUDA GPU (set TRITON_INTERPRET=1 before the first use to interpret on the CPU)")
         try:
@@ -69,7 +70,7 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
 
-def native(device: str, lead: str, load: Callable[[str], Pair], *rules: Rule) -> Backend:
+def native(device: str, lead: str, load: Callable[[str], Functions], *rules: Rule) -> Backend:
     """The native library on ``device`` ("cpu" or "cuda"); ``load(device)`` returns the adapters of the op."""
     dtypes = FLOATS if device == "cpu" else GPU_FLOATS
     return Backend(device, functools.partial(load, device), (DeviceType(lead, device), Dtype(lead, dtypes), *rules))

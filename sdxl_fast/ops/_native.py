@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from sdxl_fast.errors import BuildMismatchError, KernelLaunchError, UnavailableError
+from sdxl_fast.reference._common import accumulation_dtype
 
 # Codes of csrc/include/sdxl_fast.h.
 DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3, torch.float8_e4m3fn: 4}
@@ -58,6 +60,33 @@ def scratch(size: int, like: torch.Tensor) -> torch.Tensor | None:
     """Returns ``size`` uninitialised bytes on the device of ``like``, or None for none."""
     # torch aligns CPU storage to 64 bytes and CUDA storage to 512; the kernels ask for 64.
     return torch.empty(size, dtype=torch.uint8, device=like.device) if size else None
+
+
+def statistics(
+    x: torch.Tensor, shape: Sequence[int], workspace: int, *, kept: bool
+) -> tuple[tuple[torch.Tensor, ...], tuple[int, int, int], torch.Tensor | None]:
+    """Returns what the forward of a norm writes beside y.
+
+    Args:
+        x: the map, whose device and accumulation dtype they have.
+        shape: of the mean and of rstd.
+        workspace: bytes of scratch memory.
+        kept: whether a backward follows. Without one the statistics are scratch memory too: one allocation, not three.
+
+    Returns:
+        (mean, rstd), or nothing if they are not kept; the addresses of mean, rstd and workspace; the memory behind
+        these, to be held until the call has been made.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    if kept:
+        mean = torch.empty(shape, dtype=dtype, device=x.device)
+        rstd = torch.empty_like(mean)
+        memory = scratch(workspace, x)
+        return (mean, rstd), (mean.data_ptr(), rstd.data_ptr(), pointer(memory)), memory
+    whole, each = (workspace + 63) // 64 * 64, math.prod(shape) * dtype.itemsize
+    memory = torch.empty(whole + 2 * each, dtype=torch.uint8, device=x.device)
+    start = memory.data_ptr()
+    return (), (start + whole, start + whole + each, start), memory
 
 
 def cpu_tail(x: torch.Tensor) -> int:

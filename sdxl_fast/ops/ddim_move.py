@@ -79,7 +79,7 @@ def ddim_move(
     return x_next if renoise_timesteps is None else (x_next, x_renoised)
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib = _native.binding(device)
     return _native.guard(device, _native_fwd(lib, device)), _native.guard(device, _native_bwd(lib, device))

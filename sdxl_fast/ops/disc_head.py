@@ -80,7 +80,7 @@ def disc_head(
 _LOSS = {"non_saturating": 0, "hinge": 1, "linear": 2}
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib = _native.binding(device)
     return _native.guard(device, _native_fwd(lib, device)), _native.guard(device, _native_bwd(lib, device))

@@ -66,7 +66,7 @@ def forward_diffusion(
     return x_t, drawn if noise is None else noise
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib, tail = _native.binding(device), _native.TAIL[device]
     fwd_name, bwd_name = f"forward_diffusion_fwd_{device}", f"forward_diffusion_bwd_{device}"

@@ -39,7 +39,7 @@ def geglu(x: torch.Tensor, *, approximate: str = "none", scale_y: torch.Tensor |
     return y
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib, tail = _native.binding(device), _native.TAIL[device]
     fwd_name, bwd_name = f"geglu_fwd_{device}", f"geglu_bwd_{device}"

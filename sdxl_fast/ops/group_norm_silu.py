@@ -66,17 +66,21 @@ def group_norm_silu(
     return y
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib = _native.binding(device)
     c_workspace = getattr(lib, f"group_norm_silu_workspace_{device}")
-    return (
-        _native.guard(device, _native_fwd(lib, device, c_workspace)),
-        _native.guard(device, _native_bwd(lib, device, c_workspace)),
+    functions = (
+        _native_fwd(lib, device, c_workspace),
+        _native_bwd(lib, device, c_workspace),
+        _native_fwd(lib, device, c_workspace, statistics=False),
     )
+    return tuple(_native.guard(device, function) for function in functions)
 
 
-def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Callable[..., Any]:
+def _native_fwd(
+    lib: Any, device: str, c_workspace: Callable[..., int], *, statistics: bool = True
+) -> Callable[..., Any]:
     name = f"group_norm_silu_fwd_{device}"
     function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
     e4m3_fwd = _float8.kernel(lib, "group_norm_silu", device)
@@ -90,18 +94,17 @@ def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
         eps: float,
         activation: str,
         scale_y: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         n, c, h, w = x.shape
         layout = _native.layout(x)
         fused = scale_y is not None and e4m3_fwd is not None
-        y = torch.empty_like(x, dtype=FLOAT8 if fused else x.dtype)
-        mean = x.new_empty((n, num_groups), dtype=accumulation_dtype(x.dtype))
-        rstd = torch.empty_like(mean)
-        workspace = _native.scratch(c_workspace(n, c, h * w, num_groups, layout, 0), x)
+        y = torch.empty_like(x, dtype=FLOAT8) if fused else torch.empty_like(x)
+        size = c_workspace(n, c, h * w, num_groups, layout, 0)
+        kept, at, _memory = _native.statistics(x, (n, num_groups), size, kept=statistics)
         dtype = _native.DTYPE[x.dtype]
         given = (x.data_ptr(), pointer(weight), pointer(bias), pointer(shift))
         rest = (
-            *(y.data_ptr(), mean.data_ptr(), rstd.data_ptr(), pointer(workspace)),
+            *(y.data_ptr(), *at),
             *(n, c, h * w, num_groups, eps, layout, _native.ACTIVATION[activation]),
             *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
         )
@@ -111,7 +114,7 @@ def _native_fwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
             status = function(*given, *rest)
         if status:
             _native.fail(lib, status, name, x, weight, bias, shift)
-        return y if fused else rounded(y, scale_y), mean, rstd
+        return (y if fused else rounded(y, scale_y), *kept)
 
     return fwd
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -62,13 +63,14 @@ def layer_norm(
     return found[0] if residual is None else (found[0], found[1])
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapters from the raw signature to the C functions of ``device``."""
     lib = _native.binding(device)
-    return _native.guard(device, _native_fwd(lib, device)), _native.guard(device, _native_bwd(lib, device))
+    functions = _native_fwd(lib, device), _native_bwd(lib, device), _native_fwd(lib, device, statistics=False)
+    return tuple(_native.guard(device, function) for function in functions)
 
 
-def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
+def _native_fwd(lib: Any, device: str, *, statistics: bool = True) -> Callable[..., Any]:
     name = f"layer_norm_fwd_{device}"
     function, tail, pointer = getattr(lib, name), _native.TAIL[device], _native.pointer
     e4m3_fwd = _float8.kernel(lib, "layer_norm", device)
@@ -82,14 +84,14 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
         scale_y: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         fused = scale_y is not None and e4m3_fwd is not None
-        y = torch.empty_like(x, dtype=FLOAT8 if fused else x.dtype)
+        y = torch.empty_like(x, dtype=FLOAT8) if fused else torch.empty_like(x)
         total = None if residual is None else torch.empty_like(x)
-        mean = x.new_empty(x.shape[:-1], dtype=accumulation_dtype(x.dtype))
-        rstd = torch.empty_like(mean)
+        *leading, cols = x.shape
+        kept, (mean, rstd, _), _memory = _native.statistics(x, leading, 0, kept=statistics)
         dtype = _native.DTYPE[x.dtype]
         given = (x.data_ptr(), pointer(residual), pointer(weight), pointer(bias))
         rest = (
-            *(y.data_ptr(), pointer(total), mean.data_ptr(), rstd.data_ptr(), mean.numel(), x.shape[-1], eps),
+            *(y.data_ptr(), pointer(total), mean, rstd, math.prod(leading), cols, eps),
             *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
         )
         if scale_y is not None and e4m3_fwd is not None:
@@ -99,7 +101,7 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., Any]:
         if status:
             _native.fail(lib, status, name, x, weight, bias, residual)
         y = y if fused else rounded(y, scale_y)
-        return (y, mean, rstd) if total is None else (y, total, mean, rstd)
+        return (y, *kept) if total is None else (y, total, *kept)
 
     return fwd
 

@@ -84,7 +84,7 @@ def _table(weights: Tensors, bases: Tensors, downs: Tensors, ups: Tensors, scale
     return torch.frombuffer(rows, dtype=torch.uint8)
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapter from the raw signature to the C function of ``device``."""
     lib, name, tail = _native.binding(device), f"lora_merge_fwd_{device}", _native.TAIL[device]
     function = getattr(lib, name)

@@ -35,7 +35,7 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _native_kernels(device: str) -> _backends.Pair:
+def _native_kernels(device: str) -> _backends.Functions:
     """Adapter from the raw signature to the C function of ``device``."""
     lib, name, tail = _native.binding(device), f"to_uint8_fwd_{device}", _native.TAIL[device]
     function = getattr(lib, name)

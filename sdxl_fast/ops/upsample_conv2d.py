@@ -50,7 +50,7 @@ def upsample_conv2d(
 def _with_phases(backend: Backend) -> Backend:
     """A backend that has but a forward, and asks for the phases: here it makes them, and the library goes back."""
 
-    def load() -> _backends.Pair:
+    def load() -> _backends.Functions:
         forward, _ = backend.load()
 
         def fwd(x: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, phases: MaybeTensor) -> Any:
