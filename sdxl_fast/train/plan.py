@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from .config import (
     LightningConfig,
     OptimizerConfig,
     TeacherConfig,
+    Trains,
     load_recipe,
 )
 from .optimizers import bytes_per_parameter
@@ -105,25 +107,34 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
     first = config.stages[0].name
     base = _count(rehearsal.unet) * config.frozen_dtype.itemsize
     width = config.trained_dtype.itemsize
+    activations = functools.cache(rehearsal.lightning)  # many units are alike, and networks take seconds to make
+
+    @functools.cache
+    def of_student(trains: Trains) -> int:
+        return _trainable(rehearsal.student(trains))
+
+    @functools.cache
+    def of_discriminator(condition: bool) -> int:
+        d = rehearsal.discriminator(condition)
+        d.encoder.requires_grad_(not config.discriminator.freeze_backbone)
+        return _trainable(d)
 
     def part(unit: Unit) -> Part:
         phase, place = unit.phase, unit.folder(folder)
-        student = rehearsal.student(unit.trains)
         optimizer = config.optimizer if phase is None else config.adversarial_optimizer
-        trained = [Trained(f"student ({unit.trains})", _trainable(student), optimizer, width, True)]
+        trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, width, True)]
         teacher = (phase.teacher if phase else None) or (BASE if unit.stage.name == first else "the stage before")
         what = f"{unit.stage.steps} steps, " + ("regression on its x0" if unit.convert else "regression")
         if phase is not None:
-            d = rehearsal.discriminator(phase.condition)
-            d.encoder.requires_grad_(not config.discriminator.freeze_backbone)
+            name = "D" if phase.condition else "D'"
             trained.append(
-                Trained("D" if phase.condition else "D'", _trainable(d), config.discriminator_optimizer, width, False)
+                Trained(name, of_discriminator(phase.condition), config.discriminator_optimizer, width, False)
             )
             what = f"{unit.stage.steps} steps, adversarial, teacher {teacher}"
         frozen = base if teacher == BASE else 2 * base  # a LoRA stands on the base, which teaches only the first stage
-        activations = rehearsal.lightning(unit.trains, adversarial=phase is not None)
+        held = activations(unit.trains, adversarial=phase is not None)
         left = _left(place, unit.images, done=place.name in done)
-        return Part(place.name, what, tuple(trained), frozen, activations, unit.images, left)
+        return Part(place.name, what, tuple(trained), frozen, held, unit.images, left)
 
     return map(part, units_of(config))
 
