@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from sdxl_fast.train import distributed
 from sdxl_fast.train.trainer import run
 
-RUN = "import sys, torch; torch.set_num_threads(1); from sdxl_fast.train import run; run(sys.argv[1], sys.argv[2:], {})"
 SEVERAL = """import sys, torch
 torch.set_num_threads(1)
 from sdxl_fast.train import run
@@ -26,23 +25,6 @@ for settings in sys.argv[2:]:
     run(sys.argv[1], [word for word in words if word != "resume"], resume="latest" if "resume" in words else None)
 """
 ADD_STEPS, ADD_BATCH = 20, 2
-
-
-def _losses(cache: Path, recipe: Path, name: str, *overrides: str, processes: int = 1, resume: bool = False) -> Any:
-    """The metric lines of a run by this many processes, by unit."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    script = cache / f"run-{resume}.py"
-    script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(RUN.format("resume='latest'" if resume else "resume=None"))
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), str(recipe), f"run={name}", *overrides],
-        env={**os.environ, "SDXL_FAST_CACHE": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return _metrics(cache / "runs" / name)
 
 
 def _metrics(folder: Path) -> Any:
@@ -107,18 +89,20 @@ def recipe(lightning_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return _losses(tmp_path_factory.mktemp("alone"), recipe, "alone")
+    return _alone(tmp_path_factory.mktemp("alone"), recipe, "alone")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_follow_one(recipe: Path, alone: Any, parallel: str, tmp_path: Path) -> None:
-    _assert_same(alone, _losses(tmp_path, recipe, "two", f"parallel={parallel}", processes=2))
+def test_two_processes_follow_one(recipe: Path, alone: Any, tmp_path: Path) -> None:
+    kinds = ("ddp", "fsdp")
+    _together(tmp_path, recipe, *(f"run={kind} parallel={kind}" for kind in kinds))
+    for kind in kinds:
+        _assert_same(alone, _metrics(tmp_path / "runs" / kind))
 
 
 @pytest.mark.slow
 def test_micro_batches_follow_the_batch(recipe: Path, alone: Any, tmp_path: Path) -> None:
-    _assert_same(alone, _losses(tmp_path, recipe, "micro", "accumulate=2", "gradient_checkpointing=true"))
+    _assert_same(alone, _alone(tmp_path, recipe, "micro", "accumulate=2", "gradient_checkpointing=true"))
 
 
 @pytest.fixture(scope="module")
@@ -138,28 +122,33 @@ def add_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pytest.Te
     return path
 
 
-@pytest.mark.slow
-def test_two_processes_of_add_follow_one(add_recipe: Path, tmp_path: Path) -> None:
-    one = {trains: _alone(tmp_path, add_recipe, f"one-{trains}", f"trains={trains}") for trains in ("full", "lora")}
-    assert all(len(lines["."]) == ADD_STEPS for lines in one.values())
-    kinds = [("ddp", "full"), ("fsdp", "full"), ("fsdp", "lora")]
-    _together(tmp_path, add_recipe, *(f"run={p}-{trains} parallel={p} trains={trains}" for p, trains in kinds))
-    for parallel, trains in kinds:
-        _assert_same(one[trains], _metrics(tmp_path / "runs" / f"{parallel}-{trains}"))
-
-
-@pytest.mark.slow
-def test_spread_networks_resume_bitwise(add_recipe: Path, tmp_path: Path) -> None:
-    """What FSDP2 has spread over two processes is saved and loaded as shards (DCP)."""
-    half = ADD_STEPS * ADD_BATCH // 2
+@pytest.fixture(scope="module")
+def add_runs(add_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of ADD's runs by two processes: of the LoRA by DDP, of all by FSDP2, in one go and in two halves."""
+    cache, half = tmp_path_factory.mktemp("add"), ADD_STEPS * ADD_BATCH // 2
     spread = f"parallel=fsdp trains=full checkpoint_every={half}"
     halves = f"run=halves {spread}"
-    _together(tmp_path, add_recipe, f"run=whole {spread}", f"{halves} images={half}", f"{halves} resume")
-    whole, again = (tmp_path / "runs" / name for name in ("whole", "halves"))
+    lora = "run=lora parallel=ddp trains=lora"
+    _together(cache, add_recipe, lora, f"run=full {spread}", f"{halves} images={half}", f"{halves} resume")
+    return cache / "runs"
+
+
+@pytest.mark.slow
+def test_two_processes_of_add_follow_one(add_recipe: Path, add_runs: Path, tmp_path: Path) -> None:
+    for trains in ("full", "lora"):
+        one = _alone(tmp_path, add_recipe, trains, f"trains={trains}")
+        assert len(one["."]) == ADD_STEPS
+        _assert_same(one, _metrics(add_runs / trains))
+
+
+@pytest.mark.slow
+def test_spread_networks_resume_bitwise(add_runs: Path) -> None:
+    """What FSDP2 has spread over two processes is saved and loaded as shards (DCP)."""
+    whole, again = add_runs / "full", add_runs / "halves"
     lines = [[{**line, "images_per_second": 0} for line in _metrics(folder)["."]] for folder in (whole, again)]
     assert len(lines[0]) == ADD_STEPS and lines[0] == lines[1]
     files = sorted(path.relative_to(whole) for path in whole.rglob("*.safetensors"))
-    shards = [file for file in files if f"checkpoint-{2 * half:09d}/shards" in file.as_posix()]
+    shards = [file for file in files if f"checkpoint-{ADD_STEPS * ADD_BATCH:09d}/shards" in file.as_posix()]
     assert len(shards) > 1, "each process writes its own"
     for file in [*shards, *(file for file in files if file.parts[0] == "export")]:
         one, other = load_file(whole / file), load_file(again / file)  # DCP writes headers in any order
