@@ -354,8 +354,9 @@ def test_all_can_start_from_what_is_committed(cache: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_all_claims_run(workshop: Workshop, tmp_path: Path) -> None:
+def test_all_claims_run(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    monkeypatch.setattr(trainer, "plot_losses", lambda *args, **kwargs: None)  # a third of the time, tested elsewhere
     claims = [claim for claim in CLAIMS if claim.name != "other-style"]  # which needs the pictures of two styles
     assert command.work_off(claims, workshop, [0]) == []
     found = page.by_side(page.read_results(tmp_path / "out" / "results"))
