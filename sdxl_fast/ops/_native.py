@@ -84,8 +84,8 @@ def statistics(
         memory = scratch(workspace, x)
         return (mean, rstd), (mean.data_ptr(), rstd.data_ptr(), pointer(memory)), memory
     whole, each = (workspace + 63) // 64 * 64, math.prod(shape) * dtype.itemsize
-    memory = torch.empty(whole + 2 * each, dtype=torch.uint8, device=x.device)
-    start = memory.data_ptr()
+    memory = scratch(whole + 2 * each, x)
+    start = pointer(memory)
     return (), (start + whole, start + whole + each, start), memory
 
 
