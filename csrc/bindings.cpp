@@ -85,7 +85,10 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(disc_head_workspace_cuda);
     EXPOSE(disc_head_fwd_cuda);
     EXPOSE(disc_head_bwd_cuda);
+    EXPOSE(token_head_workspace_cpu);
     EXPOSE(token_head_workspace_cuda);
+    EXPOSE(token_head_fwd_cpu);
     EXPOSE(token_head_fwd_cuda);
+    EXPOSE(token_head_bwd_cpu);
     EXPOSE(token_head_bwd_cuda);
 }

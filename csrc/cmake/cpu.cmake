@@ -8,7 +8,8 @@ set(kernel_sources
     cpu/group_norm_silu_backward.cpp
     cpu/layer_norm.cpp
     cpu/lora_merge.cpp
-    cpu/to_uint8.cpp)
+    cpu/to_uint8.cpp
+    cpu/token_head.cpp)
 
 # Multiply-adds are written as fma() where one is meant: contraction would make the numbers depend on the compiler.
 set(kernel_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)

@@ -20,6 +20,8 @@ namespace {
      isa::group_norm_silu_bwd,          \
      isa::layer_norm_fwd,               \
      isa::layer_norm_bwd,               \
+     isa::token_head_fwd,               \
+     isa::token_head_bwd,               \
      isa::geglu_fwd,                    \
      isa::geglu_bwd,                    \
      isa::forward_diffusion_fwd,        \

@@ -17,6 +17,8 @@ struct KernelTable {
     void (*group_norm_silu_bwd)(const GroupNormBackward&);
     void (*layer_norm_fwd)(const LayerNormForward&);
     void (*layer_norm_bwd)(const LayerNormBackward&);
+    void (*token_head_fwd)(const TokenHeadForward&);
+    void (*token_head_bwd)(const TokenHeadBackward&);
     void (*geglu_fwd)(const GegluCall&);
     void (*geglu_bwd)(const GegluCall&);
     void (*forward_diffusion_fwd)(const DiffusionForward&);

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU functions of the C ABI for the norms: they check the arguments and call the kernels.
+// The CPU functions of the C ABI for the norms and the head that begins with one: they check the arguments and call the
+// kernels.
 #include "dispatch.h"
 #include "group_norm_plan.h"
 #include "layer_norm_plan.h"
 #include "sdxl_fast.h"
+#include "token_head_plan.h"
 
 namespace sdxl_fast {
 namespace {
@@ -131,6 +133,45 @@ int32_t sdxl_fast_layer_norm_bwd_cpu(const void* dy, const void* dsum, const voi
     }
     kernels(dtype).layer_norm_bwd(
         {dy, dsum, s, weight, mean, rstd, dx, dweight, dbias, workspace, rows, cols, dtype, param_dtype, num_threads});
+    return SDXL_FAST_OK;
+}
+
+int64_t sdxl_fast_token_head_workspace_cpu(int64_t n, int64_t c, int64_t length, int64_t groups, int32_t backward) {
+    if (bad_shape(n, c, length, groups, SDXL_FAST_NCHW)) return 0;
+    const int64_t numbers = backward != 0 ? 2 * n * c : n * groups * token_head_padded(length);
+    return numbers * static_cast<int64_t>(sizeof(double));
+}
+
+int32_t sdxl_fast_token_head_fwd_cpu(const void* hidden, const void* residual, const void* weight, const void* bias,
+                                     const void* direction, const void* offset, void* logits, void* mean, void* rstd,
+                                     void* workspace, int64_t n, int64_t c, int64_t length, int64_t groups, double eps,
+                                     int32_t dtype, int32_t param_dtype, int32_t num_threads) {
+    if (!known_dtypes(dtype, param_dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    if (bad_shape(n, c, length, groups, SDXL_FAST_NCHW) || c == 0 || length == 0 || !(eps >= 0)) {
+        return SDXL_FAST_INVALID_ARGUMENT;
+    }
+    if (n == 0) return SDXL_FAST_OK;
+    if (any_null({hidden, residual, weight, bias, direction, offset, logits, mean, rstd, workspace})) {
+        return SDXL_FAST_INVALID_ARGUMENT;
+    }
+    kernels(dtype).token_head_fwd({hidden, residual, weight, bias, direction, offset, logits, mean, rstd, workspace, n,
+                                   c, length, groups, eps, dtype, param_dtype, num_threads});
+    return SDXL_FAST_OK;
+}
+
+int32_t sdxl_fast_token_head_bwd_cpu(const void* hidden, const void* residual, const void* weight, const void* bias,
+                                     const void* direction, const void* dlogits, const void* mean, const void* rstd,
+                                     void* dhidden, void* dresidual, void* dweight, void* dbias, void* ddirection,
+                                     void* doffset, void* workspace, int64_t n, int64_t c, int64_t length,
+                                     int64_t groups, int32_t dtype, int32_t param_dtype, int32_t num_threads) {
+    if (!known_dtypes(dtype, param_dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    if (bad_shape(n, c, length, groups, SDXL_FAST_NCHW) || c == 0 || length == 0) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n != 0 && any_null({hidden, residual, weight, bias, direction, dlogits, mean, rstd, workspace})) {
+        return SDXL_FAST_INVALID_ARGUMENT;
+    }
+    kernels(dtype).token_head_bwd({hidden,  residual,  weight,  bias,  direction,   dlogits,    mean,      rstd,
+                                   dhidden, dresidual, dweight, dbias, ddirection,  doffset,    workspace, n,
+                                   c,       length,    groups,  dtype, param_dtype, num_threads});
     return SDXL_FAST_OK;
 }
 

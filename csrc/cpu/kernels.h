@@ -91,6 +91,21 @@ struct LayerNormBackward {
     int32_t dtype, param_dtype, num_threads;
 };
 
+struct TokenHeadForward {
+    const void *hidden, *residual, *weight, *bias, *direction, *offset;
+    void *logits, *mean, *rstd, *workspace;
+    int64_t n, c, length, groups;
+    double eps;
+    int32_t dtype, param_dtype, num_threads;
+};
+
+struct TokenHeadBackward {
+    const void *hidden, *residual, *weight, *bias, *direction, *dlogits, *mean, *rstd;
+    void *dhidden, *dresidual, *dweight, *dbias, *ddirection, *doffset, *workspace;
+    int64_t n, c, length, groups;
+    int32_t dtype, param_dtype, num_threads;
+};
+
 struct ToUint8Call {
     const void* x;
     void* out;
@@ -118,6 +133,8 @@ struct LoraMergeCall {
     void ddim_move_bwd(const MoveBackward& call);              \
     void layer_norm_fwd(const LayerNormForward& call);         \
     void layer_norm_bwd(const LayerNormBackward& call);        \
+    void token_head_fwd(const TokenHeadForward& call);         \
+    void token_head_bwd(const TokenHeadBackward& call);        \
     void to_uint8_fwd(const ToUint8Call& call);                \
     void lora_merge_fwd(const LoraMergeCall& call);            \
     }

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 7
+#define SDXL_FAST_ABI 8
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -266,15 +266,16 @@ SDXL_FAST_API int32_t sdxl_fast_lora_merge_fwd_cuda(const sdxl_fast_lora_module*
 /* ---- products: linear, linear_geglu, conv2d, upsample_conv2d ----
  * For sm_90a, built where CUTLASS's headers are; else SDXL_FAST_NOT_BUILT. x and weight of `dtype` bf16, or but in
  * upsample_conv2d of e4m3; then scale_x and scale_w are their factors, f32 of one element on the device, else null. The
- * others of bf16. All pointers but the scales are multiples of 16 bytes; c_in is a multiple of 8 (of 16 for e4m3), c_out
- * of 8. Sums in f32, rounded once. Their derivatives are products too, which the caller takes from a library.
+ * others of bf16. All pointers but the scales are multiples of 16 bytes; c_in is a multiple of 8 (of 16 for e4m3),
+ * c_out of 8. Sums in f32, rounded once. Their derivatives are products too, which the caller takes from a library.
  *
  * linear: y = x W^T + bias + residual; x: [rows, c_in], weight: [c_out, c_in]; bias: [c_out], residual and y:
  * [rows, c_out]. linear_geglu: y = value * GELU(gate), value = x V^T + a, gate = x G^T + b; weight: V above G,
  * [2 * c_out, c_in]; bias: a before b, [2 * c_out]; y: [rows, c_out], of e4m3 where there is a scale_y, as in geglu.
  * conv2d: stride 1; x: [n, h, w, c_in], weight: [c_out, k, k, c_in] with k = kernel_size 1 or 3, padding 0 or 1; y and
- * residual: [n, h + 2 padding - k + 1, w + 2 padding - k + 1, c_out]. upsample_conv2d: x twice as large by nearest neighbours, convolved 3x3 with padding 1, as the transposed
- * convolution of stride 2 with the kernel `phases`: [c_out, 4, 4, c_in]; y: [n, 2h, 2w, c_out]. */
+ * residual: [n, h + 2 padding - k + 1, w + 2 padding - k + 1, c_out]. upsample_conv2d: x twice as large by nearest
+ * neighbours, convolved 3x3 with padding 1, as the transposed convolution of stride 2 with the kernel `phases`: [c_out,
+ * 4, 4, c_in]; y: [n, 2h, 2w, c_out]. */
 
 SDXL_FAST_API int32_t sdxl_fast_linear_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
                                                 const void* residual_or_null, const float* scale_x_or_null,
@@ -282,9 +283,8 @@ SDXL_FAST_API int32_t sdxl_fast_linear_fwd_cuda(const void* x, const void* weigh
                                                 int64_t c_out, int32_t dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_linear_geglu_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
                                                       const float* scale_x_or_null, const float* scale_w_or_null,
-                                                      const float* scale_y_or_null, void* y, int64_t rows,
-                                                      int64_t c_in, int64_t c_out, int32_t approximate, int32_t dtype,
-                                                      void* stream);
+                                                      const float* scale_y_or_null, void* y, int64_t rows, int64_t c_in,
+                                                      int64_t c_out, int32_t approximate, int32_t dtype, void* stream);
 SDXL_FAST_API int32_t sdxl_fast_conv2d_fwd_cuda(const void* x, const void* weight, const void* bias_or_null,
                                                 const void* residual_or_null, const float* scale_x_or_null,
                                                 const float* scale_w_or_null, void* y, int64_t n, int64_t c_in,
@@ -318,9 +318,24 @@ SDXL_FAST_API int32_t sdxl_fast_disc_head_bwd_cuda(
 /* ---- token_head: logit[l] = sum over c of direction (residual + LeakyReLU(GroupNorm(hidden))) + offset ----
  * hidden, residual, dhidden, dresidual: [n, c, length] of `dtype`, length at least 1; weight, bias: [c], direction:
  * [n, c], offset: [n] and their gradients of `param_dtype`, which is `dtype` or f32; logits, dlogits: [n, length],
- * mean, rstd: [n, groups], all of f32. The ReLU's slope: 0.2. bwd: mean and rstd are those of fwd; a null gradient is
- * not computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+ * mean, rstd: [n, groups], all of f32 (f64 for f64). The ReLU's slope: 0.2. bwd: mean and rstd are those of fwd; a null
+ * gradient is not computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned
+ * to 64. */
 
+SDXL_FAST_API int64_t sdxl_fast_token_head_workspace_cpu(int64_t n, int64_t c, int64_t length, int64_t groups,
+                                                         int32_t backward);
+SDXL_FAST_API int32_t sdxl_fast_token_head_fwd_cpu(const void* hidden, const void* residual, const void* weight,
+                                                   const void* bias, const void* direction, const void* offset,
+                                                   void* logits, void* mean, void* rstd, void* workspace, int64_t n,
+                                                   int64_t c, int64_t length, int64_t groups, double eps, int32_t dtype,
+                                                   int32_t param_dtype, int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_token_head_bwd_cpu(const void* hidden, const void* residual, const void* weight,
+                                                   const void* bias, const void* direction, const void* dlogits,
+                                                   const void* mean, const void* rstd, void* dhidden_or_null,
+                                                   void* dresidual_or_null, void* dweight_or_null, void* dbias_or_null,
+                                                   void* ddirection_or_null, void* doffset_or_null, void* workspace,
+                                                   int64_t n, int64_t c, int64_t length, int64_t groups, int32_t dtype,
+                                                   int32_t param_dtype, int32_t num_threads);
 SDXL_FAST_API int64_t sdxl_fast_token_head_workspace_cuda(int64_t n, int64_t c, int64_t length, int64_t groups,
                                                           int32_t backward);
 SDXL_FAST_API int32_t sdxl_fast_token_head_fwd_cuda(const void* hidden, const void* residual, const void* weight,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sdxl_fast.constraints import (
     Condition,
@@ -24,12 +23,10 @@ from sdxl_fast.constraints import (
     ShapeFrom,
     Values,
 )
-from sdxl_fast.dispatch import Backend, any_backend
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, reference_gradients
 from sdxl_fast.ops import _backends, _native
-from sdxl_fast.ops.group_norm_silu import _OP as GROUP_NORM_SILU
 from sdxl_fast.reference import token_head as reference
-from sdxl_fast.reference._common import accumulation_dtype, without_autocast
+from sdxl_fast.reference._common import accumulation_dtype
 
 _TENSORS = ("hidden", "residual", "weight", "bias", "direction", "offset")
 
@@ -96,7 +93,8 @@ def _native_fwd(lib: Any, device: str) -> Callable[..., reference.Outputs]:
     ) -> reference.Outputs:
         n, c, length = hidden.shape
         parameters = _native.alike(weight, bias, direction, offset)
-        logits, mean = (hidden.new_empty((n, size), dtype=torch.float32) for size in (length, num_groups))
+        acc = accumulation_dtype(hidden.dtype)
+        logits, mean = (hidden.new_empty((n, size), dtype=acc) for size in (length, num_groups))
         rstd = torch.empty_like(mean)
         workspace = _native.scratch(workspace_size(n, c, length, num_groups, 0), hidden)
         tensors = (hidden, residual, *parameters, logits, mean, rstd, workspace)
@@ -143,72 +141,6 @@ def _native_bwd(lib: Any, device: str) -> Callable[..., reference.Gradients]:
     return bwd
 
 
-def _norm(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, num_groups: int, eps: float
-) -> tuple[Any, tuple[Any, ...]]:
-    """The kernels of group_norm_silu and their arguments, in the dtype of the statistics: nothing is rounded twice."""
-    acc = accumulation_dtype(hidden.dtype)
-    args = (hidden.to(acc).unsqueeze(-1), weight.to(acc), bias.to(acc), None, num_groups, eps, "none", None)
-    with any_backend():
-        return GROUP_NORM_SILU.plan(args), args
-
-
-def _composed_fwd(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    direction: torch.Tensor,
-    offset: torch.Tensor,
-    num_groups: int,
-    eps: float,
-) -> reference.Outputs:
-    kernels, args = _norm(hidden, weight, bias, num_groups, eps)
-    z, mean, rstd = kernels.fwd(*args)
-    total = F.leaky_relu_(z.squeeze(-1), reference.SLOPE).add_(residual)
-    with without_autocast(hidden):
-        logits = torch.baddbmm(offset.to(z.dtype)[:, None, None], direction.to(z.dtype).unsqueeze(1), total)
-    return logits.squeeze(1), mean, rstd
-
-
-def _composed_bwd(
-    hidden: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    direction: torch.Tensor,
-    offset: torch.Tensor,
-    dlogits: torch.Tensor,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
-    num_groups: int,
-    needs: Sequence[bool],
-) -> reference.Gradients:
-    # The activation is made again, as the backward of a memory-bound op does; eps is in rstd.
-    kernels, args = _norm(hidden, weight, bias, num_groups, 0.0)
-    acc = mean.dtype
-    group_channels = hidden.shape[1] // num_groups
-    centre, scale = (t.repeat_interleave(group_channels, 1).unsqueeze(2) for t in (mean, rstd))
-    # The mean by itself: folded into the bias it would cost |mean| / std digits.
-    z = torch.addcmul(args[2][:, None], args[0].squeeze(-1) - centre, scale * args[1][:, None])
-    dtotal = direction.to(acc).unsqueeze(2) * dlogits.unsqueeze(1)
-    ddirection = None
-    if needs[4]:
-        total = F.leaky_relu(z, reference.SLOPE).add_(residual)
-        with without_autocast(hidden):
-            ddirection = torch.bmm(total, dlogits.unsqueeze(2)).squeeze(2).to(direction.dtype)
-    found: tuple[MaybeTensor, ...] = (None, None, None)
-    if needs[0] or needs[2] or needs[3]:
-        dz = torch.where(z > 0, dtotal, reference.SLOPE * dtotal).unsqueeze(-1)
-        wanted = (needs[0], needs[2], needs[3], False)
-        found = kernels.bwd(dz, *args[:4], mean, rstd, num_groups, "none", wanted)
-    dhidden = None if found[0] is None else found[0].squeeze(-1).to(hidden.dtype)
-    dweight, dbias = (None if t is None else t.to(p.dtype) for t, p in zip(found[1:], (weight, bias), strict=False))
-    dresidual = dtotal.to(residual.dtype) if needs[1] else None
-    doffset = dlogits.sum(1).to(offset.dtype) if needs[5] else None
-    return dhidden, dresidual, dweight, dbias, ddirection, doffset
-
-
 def _narrow_groups(values: Values) -> bool:
     return values["hidden"].shape[1] // values["num_groups"] <= 1024
 
@@ -245,7 +177,7 @@ class _TokenHead(FusedOp):
     backends = (
         _backends.native("cuda", "hidden", _native_kernels),
         _backends.triton("token_head", "hidden", Condition("a group must have at most 1024 channels", _narrow_groups)),
-        Backend("library", lambda: (_composed_fwd, _composed_bwd)),
+        _backends.native("cpu", "hidden", _native_kernels),
         _backends.eager(reference),
     )
 
