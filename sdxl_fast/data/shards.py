@@ -86,6 +86,11 @@ def scan(path: Path) -> list[tuple[str, int, int]]:
     return samples
 
 
+# NumPy reads a header through `ast`, which in CPython 3.11 counts its depth for all threads together and fails,
+# rarely, with SystemError when several are at it (gh-106905, mended in 3.11.8).
+_LOADING = threading.Lock()
+
+
 def parse(content: bytes, where: str) -> Sample:
     """The sample in this piece of a tar.
 
@@ -101,7 +106,8 @@ def parse(content: bytes, where: str) -> Sample:
                 keys.add(key)
         if len(keys) != 1 or files.keys() != _MEMBERS:
             raise ValueError(f"holds {sorted(files)} of {sorted(keys)}")
-        arrays = [np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for name in TENSORS]
+        with _LOADING:
+            arrays = [np.load(io.BytesIO(files[f"{name}.npy"]), allow_pickle=False) for name in TENSORS]
         latents, prompt_embeds, pooled = (torch.from_numpy(array) for array in arrays)
         facts = json.loads(files["json"])
         return Sample(keys.pop(), latents, prompt_embeds, pooled, files["txt"].decode(), facts)
