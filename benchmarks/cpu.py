@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CPU benchmark in one run, under 5 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
+"""Every CPU benchmark in one run, 10 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
 
 The machine should have nothing else to do: another process on the same cores slows both by up to a hundred times.
 """
