@@ -51,26 +51,6 @@ inline void each_vector(int64_t lanes, F&& f) {
     if (l < lanes) f(l, Bool<false>{});
 }
 
-template <bool full, class T>
-inline typename VecOf<T>::Type fetch(const T* p, int64_t left) {
-    if constexpr (full) {
-        (void)left;
-        return load(p);
-    } else {
-        return load_some(p, left);
-    }
-}
-
-template <bool full, bool streaming, class T>
-inline void write(T* p, typename VecOf<T>::Type value, int64_t left) {
-    if constexpr (full) {
-        (void)left;
-        emit<streaming>(p, value);
-    } else {
-        store_some(p, value, left);
-    }
-}
-
 // ---- forward ----
 
 // Rounded to T: what is then subtracted leaves differences on the grid of T, and their sums are nearly exact.

@@ -93,6 +93,27 @@ inline void emit(T* p, typename VecOf<T>::Type value) {
     }
 }
 
+// A whole vector, or the `left` < W elements that are left of a row.
+template <bool full, class T>
+inline typename VecOf<T>::Type fetch(const T* p, int64_t left) {
+    if constexpr (full) {
+        (void)left;
+        return load(p);
+    } else {
+        return load_some(p, left);
+    }
+}
+
+template <bool full, bool streaming, class T>
+inline void write(T* p, typename VecOf<T>::Type value, int64_t left) {
+    if constexpr (full) {
+        (void)left;
+        emit<streaming>(p, value);
+    } else {
+        store_some(p, value, left);
+    }
+}
+
 }  // namespace
 }  // namespace SDXL_FAST_ISA
 }  // namespace sdxl_fast

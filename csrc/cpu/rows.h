@@ -61,26 +61,6 @@ struct Sums {
     typename V::Scalar total() const { return sum_of((part[0] + part[1]) + (part[2] + part[3])); }
 };
 
-template <bool full, class T>
-inline typename VecOf<T>::Type fetch(const T* p, int64_t left) {
-    if constexpr (full) {
-        (void)left;
-        return load(p);
-    } else {
-        return load_some(p, left);
-    }
-}
-
-template <bool full, bool streaming, class T>
-inline void write(T* p, typename VecOf<T>::Type value, int64_t left) {
-    if constexpr (full) {
-        (void)left;
-        emit<streaming>(p, value);
-    } else {
-        store_some(p, value, left);
-    }
-}
-
 // Keeps the lanes below `left` and zeroes the others, which must not count in a sum.
 template <bool full, class V>
 inline V only(V v, int64_t left) {
