@@ -46,7 +46,8 @@ def parser(module: str, description: str, *, compile: bool = True) -> argparse.A
 
 def options_of(arguments: argparse.Namespace, device: str) -> Options:
     """Returns how to measure, from the command line."""
-    options = Options(device, arguments.compile, arguments.rounds, 5.0, arguments.sets)
+    copy = roofline.fastest_copy(device, quick=arguments.quick)
+    options = Options(device, arguments.compile, arguments.rounds, 5.0, arguments.sets, copy=copy)
     return dataclasses.replace(options, rounds=3, budget_s=0.5, sets=1) if arguments.quick else options
 
 
@@ -139,7 +140,7 @@ def summary(results: ResultsFile) -> str:
     for (op, dtype, name), values in groups.items():
         mean = report.geometric_mean(values)
         lines.append(f"{op} {dtype} on {name}: {mean:.2f}x eager (geometric mean of {len(values)} rows)")
-    checked = [v for row in results.data["rows"] if "targets" in row for v in verdicts(row, results.data["ceilings"])]
+    checked = [v for row in results.data["rows"] if "targets" in row for v in verdicts(row)]
     checked += [v for row in results.data["end_to_end"] for v in stage_verdicts(row)]
     if checked:
         lines.append(f"targets reached: {sum(reached for _, _, reached in checked)} of {len(checked)}")
@@ -154,14 +155,6 @@ def failures(results: ResultsFile) -> list[str]:
         for name, found in row.get("contestants", {}).items()
         if GATE_FAILED in found.get("refused", "")
     ]
-
-
-def measure_ceilings_again(results: ResultsFile, clock: Clock, *, quick: bool) -> None:
-    """Raises the ceilings to what they are now, if that is more: a neighbour may have held them down at the start."""
-    device = results.data["machine"]["device_type"]
-    now = roofline.measure(device, clock, quick=quick)
-    results.set("ceilings", roofline.higher(results.data["ceilings"], now))
-    say(ceilings_text(results.data["ceilings"]))
 
 
 def finish(results: ResultsFile, *, complete: bool = True, tell: Say = say) -> int:

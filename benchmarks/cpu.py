@@ -35,7 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = command.start(out, "cpu", clock, quick=arguments.quick)
     for bench in benches():
         command.run_rows(works(bench, bench.cases("cpu", quick=arguments.quick)), options, clock, results)
-        command.measure_ceilings_again(results, clock, quick=arguments.quick)
     request = Request(arguments.model, "float32", rounds=options.rounds, budget_s=4 * options.budget_s)
     run([request], "cpu", clock, results)
     bench_fuse.run([bench_fuse.Request(arguments.model, n, options.rounds) for n in bench_fuse.BATCHES], results)

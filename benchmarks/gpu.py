@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, machine, report
+from benchmarks import command, machine, report, roofline
 from benchmarks.measure import ContextLostError
 from benchmarks.ops import benches
 from benchmarks.results import ResultsFile
@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         budget_s=0.3 if rehearse else 2.0,
         sets=1 if rehearse else None,
         faults=tuple(results.data["faults"]),
+        copy=roofline.fastest_copy(device, quick=rehearse),
     )
     session = Session(device, clock, results, options, arguments.model, rehearse, deadline)
     try:
@@ -239,7 +240,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         command.say(f"interrupted; what was measured is in {results.path}")
         raise SystemExit(130) from None
-    command.measure_ceilings_again(results, clock, quick=rehearse)
     status = command.finish(results, complete=finished)
     raise SystemExit(status if good and not problem else 1)
 

@@ -27,6 +27,8 @@ from benchmarks.suite import (
 from benchmarks.timing import Call, Clock, Timed, interleave, sets_to_exceed, summarise, tensor_bytes
 from sdxl_fast.dispatch import available_backends, explain
 
+_COPY = "copy"  # beside the contestants' names, none of which it is
+
 
 class ContextLostError(RuntimeError):
     """The GPU refuses everything after a fault; only a new process can go on.
@@ -191,7 +193,10 @@ def measure(
             if "gate" in judged[contestant.name]:
                 with _refusing(row["contestants"], contestant.name, work, options):
                     timed[contestant.name] = clock.prepare(prepared.calls(contestant, mode))
-        samples = interleave(timed, rounds=options.rounds, budget_s=options.budget_s)
+        copying = {_COPY: options.copy.timed} if options.copy else {}
+        samples = interleave({**timed, **copying}, rounds=options.rounds, budget_s=options.budget_s)
+        if options.copy:
+            row["copy"] = {"bytes": options.copy.bytes, "samples": samples.pop(_COPY)}
         for name, found in samples.items():
             row["contestants"][name] |= {"seconds": summarise(found).as_dict(), "samples": found}
         yield with_ratios(row, bench.targets)

@@ -7,7 +7,7 @@ import argparse
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from benchmarks import stage_plot
 from benchmarks.results import ResultsFile
@@ -61,12 +61,13 @@ def cells(row: Row, name: str, ceilings: Row) -> list[str]:
     if "seconds" not in found:
         return [f"not timed: {found.get('refused', 'cut off')}", *[""] * 7]
     median, rate = found["seconds"]["median"], ceilings["matrix_flops_per_s"].get(row["dtype"])
+    share = copy_share(row, name)
     speedups = (f"{found[s]['median']:.2f}x" if s in found else "" for s in ("speedup", "same_layout"))
     return [
         seconds_text(median),
         f"{found['seconds']['spread']:.0%}",
         rate_text(row["bytes"] / median, "B"),
-        f"{copy_share(row, name, ceilings):.0%}",
+        "" if share is None else f"{share:.0%}",
         f"{row['flops'] / median / rate:.1%}" if rate else "",
         *speedups,
         found["gate"],
@@ -83,7 +84,7 @@ def text(row: Row, ceilings: Row) -> str:
             continue
         numbers = f"{time:>9s} ±{spread:>4s}  {bandwidth:>10s}  {share:>5s} of copy  {speedup:>7s} eager"
         lines.append(f"  {name:22s} {numbers}  gate {gate}")
-    return "\n".join([*lines, *_target_lines(verdicts(row, ceilings))])
+    return "\n".join([*lines, *_target_lines(verdicts(row))])
 
 
 def model_text(row: Row) -> str:
@@ -188,7 +189,7 @@ def _ops(data: Row) -> list[str]:
 
 
 def _targets(data: Row) -> list[str]:
-    listed = [(row, verdicts(row, data["ceilings"])) for row in data["rows"] if "contestants" in row]
+    listed = [(row, verdicts(row)) for row in data["rows"] if "contestants" in row]
     listed += [(row, stage_verdicts(row)) for row in data["end_to_end"]]
     rows = [
         [title(row), what, "not timed" if value is None else f"{value:.2f}", "yes" if reached else "**no**"]
@@ -237,7 +238,7 @@ def markdown(data: Row, *, plot: str | None = None, stages: str | None = None) -
 
 
 def _timed(data: Row) -> list[Row]:
-    return [r for r in data["rows"] if any("seconds" in c for c in r.get("contestants", {}).values())]
+    return [r for r in data["rows"] if "copy" in r and any("seconds" in c for c in r["contestants"].values())]
 
 
 def _series(rows: Sequence[Row]) -> dict[str, list[tuple[Row, str]]]:
@@ -251,11 +252,11 @@ def _series(rows: Sequence[Row]) -> dict[str, list[tuple[Row, str]]]:
     return found
 
 
-def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: Sequence[Row], ceilings: Row) -> None:
+def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: Sequence[Row]) -> None:
     height = 0.8 / len(series)
     for i, (family, listed) in enumerate(series.items()):
         at = [rows.index(row) + (i + 0.5) * height - 0.4 for row, _ in listed]
-        shares = [100 * copy_share(row, name, ceilings) for row, name in listed]
+        shares = [100 * cast(float, copy_share(row, name)) for row, name in listed]
         bars = axes.barh(at, shares, height, color=_COLOURS[i % len(_COLOURS)], label=family)
         axes.bar_label(bars, [f"{share:.0f}" for share in shares], padding=3, fontsize=7)
     axes.axvline(100, color="#444444", linewidth=1)
@@ -269,14 +270,14 @@ def _draw_shares(axes: Any, series: Mapping[str, list[tuple[Row, str]]], rows: S
 def plot(data: Row, path: Path, *, most: int = 24) -> bool:
     """Draws the bandwidth shares of the first ``most`` rows; False when there is nothing to draw."""
     rows = _timed(data)
-    if not rows or not data["ceilings"]:
+    if not rows:
         return False
     from matplotlib.figure import Figure
 
     listed = rows[:most]
     figure = Figure(figsize=(9, max(4.0, 1.2 + 0.4 * len(listed))), layout="constrained")
     axes = figure.subplots()
-    _draw_shares(axes, _series(listed), listed, data["ceilings"])
+    _draw_shares(axes, _series(listed), listed)
     axes.set_title(f"{data['machine']['device']}, {data['machine']['date'][:10]}", fontsize=10)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sdxl_fast.files import replacing
 
-FORMAT = 1
+FORMAT = 2
 
 
 def empty(machine: dict[str, Any]) -> dict[str, Any]:

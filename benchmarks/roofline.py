@@ -6,13 +6,43 @@ from __future__ import annotations
 import ctypes
 import functools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.timing import Call, Clock, interleave
+from benchmarks.timing import Call, Clock, Timed, clock_for, interleave
 
 MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The machine's fastest way to copy, which takes its turn beside the contestants of every row.
+
+    Attributes:
+        bytes: read plus written by a call.
+        timed: the call.
+    """
+
+    bytes: int
+    timed: Timed
+
+
+def fastest_copy(device: str, *, quick: bool = False) -> Copy:
+    """Returns the way of copying that is fastest now; ``quick`` copies little, to try the code out."""
+    size, clock = _copy_size(device, quick), clock_for(device, quick=True)  # one copy is a sample long enough
+    timed = {name: clock.prepare([call]) for name, call in _copies(device, size).items()}
+    samples = interleave(timed, rounds=3)
+    return Copy(2 * size, timed[min(samples, key=lambda name: min(samples[name]))])
+
+
+def _copy_size(device: str, quick: bool) -> int:
+    size = (4 if quick else 256) * MIB
+    if device == "cuda" and not quick:
+        free, _ = torch.cuda.mem_get_info()
+        size = min(1024 * MIB, free // 8)
+    return size
 
 
 def _copies(device: str, size: int) -> dict[str, Call]:
@@ -65,10 +95,7 @@ def measure(device: str, clock: Clock, *, quick: bool = False) -> dict[str, Any]
         ``copy_size`` (bytes), ``matrix_flops_per_s`` by dtype. Each is the best of its samples: what disturbs a
         ceiling lowers it, and would flatter whatever is compared with it.
     """
-    size = (4 if quick else 256) * MIB
-    if device == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        size = min(1024 * MIB if not quick else size, free // 8)
+    size = _copy_size(device, quick)
     rounds = 3 if quick else 9
     timed = {name: clock.prepare([call]) for name, call in _copies(device, size).items()}
     copies = {name: 2 * size / min(s) for name, s in interleave(timed, rounds=rounds).items()}
@@ -83,9 +110,3 @@ def measure(device: str, clock: Clock, *, quick: bool = False) -> dict[str, Any]
         "copy_size": size,
         "matrix_flops_per_s": rates,
     }
-
-
-def higher(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Returns the higher of two measurements of each ceiling."""
-    parts = {part: {k: max(v, b[part][k]) for k, v in a[part].items()} for part in ("copies", "matrix_flops_per_s")}
-    return {**a, **parts, "copy_bytes_per_s": max(parts["copies"].values())}

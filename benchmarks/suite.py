@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.gate import Subject, Values
+from benchmarks.roofline import Copy
 from benchmarks.timing import quotient
 from sdxl_fast.dispatch import registry, use_backend
 from sdxl_fast.testing.cases import Case
@@ -127,6 +128,7 @@ class Options:
         budget_s: seconds after which no further round of a row starts.
         sets: input sets to rotate; None for as many as exceed the cache twice.
         faults: contestants that crashed the GPU in an earlier process, as ``ContextLostError`` has them.
+        copy: takes a turn in every round; without it rows say nothing of the copy bandwidth.
     """
 
     device: str
@@ -135,6 +137,7 @@ class Options:
     budget_s: float = 5.0
     sets: int | None = None
     faults: tuple[dict[str, Any], ...] = ()
+    copy: Copy | None = None
 
 
 @dataclass(frozen=True)
@@ -214,13 +217,15 @@ def _eager_in(row: Mapping[str, Any], layout: str) -> str | None:
     return next((n for n in ("eager", f"eager {layout}") if "samples" in found.get(n, {})), None)
 
 
-def copy_share(row: Mapping[str, Any], name: str, ceilings: Mapping[str, Any]) -> float:
-    """Returns the bandwidth of a timed contestant, by the op's least traffic, relative to the machine's copy."""
-    seconds: float = row["contestants"][name]["seconds"]["median"]
-    return row["bytes"] / seconds / float(ceilings["copy_bytes_per_s"])
+def copy_share(row: Mapping[str, Any], name: str) -> float | None:
+    """Returns a timed contestant's bandwidth, by the op's least traffic, over the copy's, round by round."""
+    if "copy" not in row:
+        return None
+    copy = row["copy"]
+    return row["bytes"] / copy["bytes"] * quotient(copy["samples"], row["contestants"][name]["samples"]).median
 
 
-def verdicts(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[tuple[str, float | None, bool]]:
+def verdicts(row: Mapping[str, Any]) -> list[tuple[str, float | None, bool]]:
     """Returns for every target of a row what it asks, what was reached (None when not timed), and whether it was."""
     found: list[tuple[str, float | None, bool]] = []
     for target in row["targets"]:
@@ -230,7 +235,7 @@ def verdicts(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[tuple[
         what = f"{target['backend']} at least {target['speedup']:g} times eager in the same layout"
         found.append((what, speedup, speedup is not None and speedup >= target["speedup"]))
         if target["copy_share"] is not None:
-            share = copy_share(row, target["backend"], ceilings) if timed else None
+            share = copy_share(row, target["backend"]) if timed else None
             what = f"{target['backend']} at least {target['copy_share']:.0%} of copy bandwidth"
             found.append((what, share, share is not None and share >= target["copy_share"]))
     chosen = row.get("chosen")
