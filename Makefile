@@ -50,8 +50,9 @@ PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 test: $(READY)
 	@$(PY) -m pytest -q $(PARALLEL)
 
+# The longest first, as tests/conftest.py sorts them; those that share a costly fixture by one process.
 test-slow: $(READY)
-	@$(PY) -m pytest -q $(PARALLEL) -m 'slow and not gpu and not large'
+	@$(PY) -m pytest -q $(PARALLEL) --dist loadgroup --no-loadscope-reorder -m 'slow and not gpu and not large'
 
 lint: $(READY)
 	@$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && $(VENV)/bin/mypy

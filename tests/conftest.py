@@ -33,7 +33,7 @@ CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests that take longer than the default run has."""
     parser.addoption("--soak-calls", type=int, default=500, help="random calls of the slow test of test_soak.py")
-    parser.addoption("--every-architecture", action="store_true", help="compile each CUDA source for all, not for two")
+    parser.addoption("--every-architecture", action="store_true", help="compile each CUDA source for all, not for one")
     parser.addoption(
         "--diffusers-tests", metavar="DIR", help="a checkout of diffusers, whose SDXL tests are to pass too"
     )
@@ -87,8 +87,15 @@ def kernels(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[C
         assert bool((guard == emulation.GUARD).all()), "a kernel wrote past its workspace"
 
 
+def _minutes(item: pytest.Item) -> float:
+    """What a slow test takes on one core, as its marker says."""
+    marker = item.get_closest_marker("slow")
+    return 0.0 if marker is None else float(marker.kwargs.get("minutes", 1))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked ``gpu`` skip without one, whatever ``-m`` selected."""
+    """The longest tests begin first, or the last core ends late; tests marked ``gpu`` skip without one."""
+    items.sort(key=_minutes, reverse=True)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA GPU")

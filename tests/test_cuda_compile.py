@@ -86,21 +86,15 @@ def test_a_sample_compiles_as_in_the_table() -> None:
     _assert_as_committed(CUDA / name, arch)
 
 
-def _two_of(archs: tuple[str, ...], index: int) -> list[str]:
-    """An older architecture and a newer one, other ones for the next source; all where there are no more."""
-    half = (len(archs) + 1) // 2
-    first = (_draw(half) + index) % half
-    return list(dict.fromkeys((archs[first], archs[(first + half) % len(archs)])))
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every source with two of its architectures, or with --every-architecture all of them."""
+    """Every source for one of its architectures, another one for the next, or with --every-architecture for all."""
     if "arch" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_architecture")
-        sources = [path for path in tool.sources() if path.parent == CUDA]
-        archs = [tool.archs_of(path) for path in sources]
-        drawn = archs if every else [_two_of(a, index) for index, a in enumerate(archs)]
-        pairs = [(path.name, arch) for path, chosen in zip(sources, drawn, strict=True) for arch in chosen]
+        pairs = []
+        for index, path in enumerate(path for path in tool.sources() if path.parent == CUDA):
+            archs = tool.archs_of(path)
+            drawn = archs if every else [archs[(_draw(len(archs)) + index) % len(archs)]]
+            pairs += [(path.name, arch) for arch in drawn]
         metafunc.parametrize(("name", "arch"), pairs)
 
 

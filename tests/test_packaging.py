@@ -24,8 +24,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 VERSION = re.search(r'^version = "(.+)"', PROJECT, re.MULTILINE).group(1)
 
-# A cold native build takes a minute and more on two cores.
-pytestmark = pytest.mark.slow
+# One cold native build serves all of them.
+pytestmark = [pytest.mark.slow(minutes=4), pytest.mark.xdist_group("packaging")]
 
 
 def _build(kind: str, source: Path, out: Path) -> Path:

@@ -353,7 +353,7 @@ def test_all_can_start_from_what_is_committed(cache: Path, monkeypatch: pytest.M
         assert shop.pipeline(VARIANTS[f"start-{name}-step"], 0)[1] == kind
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=2)
 def test_all_claims_run(workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
     monkeypatch.setattr(trainer, "plot_losses", lambda *args, **kwargs: None)  # a third of the time, tested elsewhere

@@ -92,7 +92,8 @@ def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return _alone(tmp_path_factory.mktemp("alone"), recipe, "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
+@pytest.mark.xdist_group("distributed-lightning")
 def test_two_processes_follow_one(recipe: Path, alone: Any, tmp_path: Path) -> None:
     kinds = ("ddp", "fsdp")
     _together(tmp_path, recipe, *(f"run={kind} parallel={kind}" for kind in kinds))
@@ -100,7 +101,8 @@ def test_two_processes_follow_one(recipe: Path, alone: Any, tmp_path: Path) -> N
         _assert_same(alone, _metrics(tmp_path / "runs" / kind))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=4)
+@pytest.mark.xdist_group("distributed-lightning")
 def test_micro_batches_follow_the_batch(recipe: Path, alone: Any, tmp_path: Path) -> None:
     _assert_same(alone, _alone(tmp_path, recipe, "micro", "accumulate=2", "gradient_checkpointing=true"))
 
@@ -133,7 +135,8 @@ def add_runs(add_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return cache / "runs"
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
+@pytest.mark.xdist_group("distributed-add")
 def test_two_processes_of_add_follow_one(add_recipe: Path, add_runs: Path, tmp_path: Path) -> None:
     for trains in ("full", "lora"):
         one = _alone(tmp_path, add_recipe, trains, f"trains={trains}")
@@ -141,7 +144,8 @@ def test_two_processes_of_add_follow_one(add_recipe: Path, add_runs: Path, tmp_p
         _assert_same(one, _metrics(add_runs / trains))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
+@pytest.mark.xdist_group("distributed-add")
 def test_spread_networks_resume_bitwise(add_runs: Path) -> None:
     """What FSDP2 has spread over two processes is saved and loaded as shards (DCP)."""
     whole, again = add_runs / "full", add_runs / "halves"

@@ -112,7 +112,7 @@ def _newest_loads(unit: Path) -> int | None:
     return int(state["images"])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_killed_at_random_moments(runs: Runs) -> None:
     started = time.perf_counter()
     whole = runs.finish("whole")
