@@ -91,4 +91,6 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(token_head_fwd_cuda);
     EXPOSE(token_head_bwd_cpu);
     EXPOSE(token_head_bwd_cuda);
+    EXPOSE(attention_fwd_cpu);
+    EXPOSE(attention_bwd_cpu);
 }

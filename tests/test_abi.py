@@ -80,11 +80,12 @@ def test_library_needs_neither_python_nor_torch():
 
 @pytest.mark.parametrize("op", sorted(registry()))
 def test_every_op_has_its_functions(op):
-    """On every device where the registry says the op is native."""
+    """On every device where the registry says the op is native; attention is one function for the three."""
+    symbol = "attention" if op.endswith("_attention") else op
     for device, direction in itertools.product(("cpu", "cuda"), ("fwd", "bwd")):
         wanted = registry()[op].backend(device) is not None and (direction == "fwd" or op not in WITHOUT_DERIVATIVE)
-        assert (f"sdxl_fast_{op}_{direction}_{device}" in PROTOTYPES) == wanted
-        assert hasattr(native.load(), f"{op}_{direction}_{device}") == wanted
+        assert (f"sdxl_fast_{symbol}_{direction}_{device}" in PROTOTYPES) == wanted
+        assert hasattr(native.load(), f"{symbol}_{direction}_{device}") == wanted
 
 
 def test_the_binding_has_every_function_with_its_arguments():
@@ -233,6 +234,14 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.ddim_move_fwd_cpu(*move[:6], p, *move[7:], 0, 0, 0, 0, 1) == 1, "seeds without timesteps"
     assert binding.ddim_move_bwd_cpu(0, 0, p, p, p, 0, p, p, 1, 1, 1, 0, 0, 0, 1) == 1, "no gradient comes in"
 
+    attention = (p, p, p, p, 0, 1, 2, 2, 1, 8, *(16, 8, 8) * 3)
+    assert binding.attention_fwd_cpu(*attention, 0.5, 0, 1) == 0
+    assert binding.attention_fwd_cpu(*attention, math.nan, 0, 1) == 1
+    assert binding.attention_fwd_cpu(*attention[:7], 257, *attention[8:], 0.5, 0, 1) == 1, "too many keys"
+    assert binding.attention_fwd_cpu(*attention, 0.5, 4, 1) == 2
+    gradient = (p, p, p, p, 0, 0, 0, 0, 1, 2, 2, 1, 8, *(16, 8, 8) * 4)
+    assert binding.attention_bwd_cpu(*gradient, 0.5, 0, 1) == 1, "no log-sum-exp"
+
     def merge(*module: int, dtypes: tuple[int, int] = (0, 0), count: int = 1) -> int:
         table = torch.tensor([*module, 0, 0], dtype=torch.int64)
         return binding.lora_merge_fwd_cpu(table.data_ptr(), count, *dtypes, 1)
@@ -295,6 +304,12 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
                 [merged], [torch.randn(rank, cols).to(dtype)], [torch.randn(rows, rank).to(dtype)], scales=0.1
             )
             found.append(merged)
+        for tokens, keys, heads, channels in ((150, 77, 2, 64), (7, 19, 3, 24), (40, 3, 1, 33)):
+            q, k, v = (
+                torch.randn(n, count, heads, channels).to(dtype).requires_grad_() for count in (tokens, keys, keys)
+            )
+            y = ops.cross_attention(q, k, v)
+            found += [y, *torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).to(dtype))]
         for approximate in ("none", "tanh"):
             x = (torch.randn(13, 2 * 1009) * 3).to(dtype).requires_grad_()
             y = ops.geglu(x, approximate=approximate)

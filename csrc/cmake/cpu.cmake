@@ -1,6 +1,7 @@
 # The C++ backend: the kernel files once per instruction set, each time in a namespace of its own, and dispatch.cpp,
 # which picks at run time. Only kernel files get the flags; everything else runs on any CPU of the architecture.
 set(kernel_sources
+    cpu/attention.cpp
     cpu/ddim_move.cpp
     cpu/forward_diffusion.cpp
     cpu/geglu.cpp
@@ -31,8 +32,8 @@ endfunction()
 
 sdxl_fast_add_isa(baseline)
 target_compile_definitions(sdxl_fast_baseline PRIVATE SDXL_FAST_WITH_F64)
-target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/entries_map.cpp cpu/entries_norm.cpp cpu/isa.cpp
-  cpu/parallel.cpp)
+target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/entries_attention.cpp cpu/entries_map.cpp
+  cpu/entries_norm.cpp cpu/isa.cpp cpu/parallel.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)
   set(avx512 ${avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512)

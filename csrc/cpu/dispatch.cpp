@@ -22,6 +22,8 @@ namespace {
      isa::layer_norm_bwd,               \
      isa::token_head_fwd,               \
      isa::token_head_bwd,               \
+     isa::attention_fwd,                \
+     isa::attention_bwd,                \
      isa::geglu_fwd,                    \
      isa::geglu_bwd,                    \
      isa::forward_diffusion_fwd,        \

@@ -19,6 +19,8 @@ struct KernelTable {
     void (*layer_norm_bwd)(const LayerNormBackward&);
     void (*token_head_fwd)(const TokenHeadForward&);
     void (*token_head_bwd)(const TokenHeadBackward&);
+    void (*attention_fwd)(const AttentionForward&);
+    void (*attention_bwd)(const AttentionBackward&);
     void (*geglu_fwd)(const GegluCall&);
     void (*geglu_bwd)(const GegluCall&);
     void (*forward_diffusion_fwd)(const DiffusionForward&);

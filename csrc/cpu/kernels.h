@@ -106,6 +106,33 @@ struct TokenHeadBackward {
     int32_t dtype, param_dtype, num_threads;
 };
 
+struct AttentionShape {
+    int64_t n, s, t, h, d;
+};
+
+// [n, tokens, h, d] of any strides but the last, which is 1.
+struct AttentionTokens {
+    const void* data;
+    int64_t sample, token, head;
+};
+
+struct AttentionForward {
+    AttentionTokens q, k, v;
+    void *out, *lse;
+    AttentionShape shape;
+    double scale;
+    int32_t dtype, num_threads;
+};
+
+struct AttentionBackward {
+    AttentionTokens dout, q, k, v;
+    const void* lse;
+    void *dq, *dk, *dv;
+    AttentionShape shape;
+    double scale;
+    int32_t dtype, num_threads;
+};
+
 struct ToUint8Call {
     const void* x;
     void* out;
@@ -135,6 +162,8 @@ struct LoraMergeCall {
     void layer_norm_bwd(const LayerNormBackward& call);        \
     void token_head_fwd(const TokenHeadForward& call);         \
     void token_head_bwd(const TokenHeadBackward& call);        \
+    void attention_fwd(const AttentionForward& call);          \
+    void attention_bwd(const AttentionBackward& call);         \
     void to_uint8_fwd(const ToUint8Call& call);                \
     void lora_merge_fwd(const LoraMergeCall& call);            \
     }

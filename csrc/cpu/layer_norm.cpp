@@ -96,8 +96,8 @@ struct Forward {
     }
 
     void run() const {
-        const int64_t bytes = call.cols * int64_t{sizeof(T)};
-        const bool streaming = call.rows * bytes >= streaming_threshold() && bytes % 64 == 0 &&
+        const int64_t bytes = call.cols * int64_t{sizeof(T)}, maps = call.residual == nullptr ? 1 : 2;
+        const bool streaming = maps * call.rows * bytes >= streaming_threshold() && bytes % 64 == 0 &&
                                aligned_to_line(call.y) && aligned_to_line(call.sum);
         const int64_t size = layer_norm_chunk_rows(call.rows, call.cols);
         with_bool(streaming, [&](auto past_the_cache) {

@@ -93,6 +93,46 @@ inline void emit(T* p, typename VecOf<T>::Type value) {
     }
 }
 
+// The first `count` < W elements; the rest reads as zero and is not written.
+template <class T>
+inline typename VecOf<T>::Type load_some(const T* p, int64_t count) {
+    T buffer[VecOf<T>::Type::W] = {};
+    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
+    return load(buffer);
+}
+template <class T>
+inline void store_some(T* p, typename VecOf<T>::Type a, int64_t count) {
+    T buffer[VecOf<T>::Type::W];
+    store(buffer, a);
+    for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+#if defined(__AVX512F__)
+// By masks where the CPU has them: lanes that are masked touch no memory.
+inline __mmask16 first_lanes(int64_t count) {
+    return static_cast<__mmask16>((1u << count) - 1u);
+}
+inline VecF load_some(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(first_lanes(count), p);
+}
+inline VecF load_some(const BF16* p, int64_t count) {
+    const __m256i h = _mm256_maskz_loadu_epi16(first_lanes(count), p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+inline VecF load_some(const F16* p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+inline void store_some(float* p, VecF a, int64_t count) {
+    _mm512_mask_storeu_ps(p, first_lanes(count), a.v);
+}
+inline void store_some(BF16* p, VecF a, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), to_bf16(a));
+}
+inline void store_some(F16* p, VecF a, int64_t count) {
+    _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(a.v, 0));
+}
+#endif
+
 // A whole vector, or the `left` < W elements that are left of a row.
 template <bool full, class T>
 inline typename VecOf<T>::Type fetch(const T* p, int64_t left) {

@@ -337,20 +337,6 @@ inline void prefetch(const void* p) {
     __builtin_prefetch(p);
 }
 
-// The first `count` < W elements; the rest reads as zero and is not written.
-template <class T>
-inline typename VecOf<T>::Type load_some(const T* p, int64_t count) {
-    T buffer[VecOf<T>::Type::W] = {};
-    for (int64_t i = 0; i < count; ++i) buffer[i] = p[i];
-    return load(buffer);
-}
-template <class T>
-inline void store_some(T* p, typename VecOf<T>::Type a, int64_t count) {
-    T buffer[VecOf<T>::Type::W];
-    store(buffer, a);
-    for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
-}
-
 inline void put(float* p, float value) {
     *p = value;
 }

@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 8
+#define SDXL_FAST_ABI 9
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -350,6 +350,26 @@ SDXL_FAST_API int32_t sdxl_fast_token_head_bwd_cuda(const void* hidden, const vo
                                                     void* ddirection_or_null, void* doffset_or_null, void* workspace,
                                                     int64_t n, int64_t c, int64_t length, int64_t groups, int32_t dtype,
                                                     int32_t param_dtype, void* stream);
+
+/* ---- attention: out = softmax(scale q k^T) v per sample and head; self_attention, cross_attention, vae_attention ----
+ * q, dout: [n, s, h, d], k, v: [n, t, h, d] of `dtype`, each with its strides in elements of samples, tokens and heads;
+ * the channels of a head lie side by side. out, dq: [n, s, h, d], dk, dv: [n, t, h, d], contiguous. lse: [n, h, s] of
+ * f32 (f64 for f64), the log-sum-exp of each query's scaled scores. 1 <= t <= 256, d <= 128, t d <= 16384, or the
+ * status is SDXL_FAST_INVALID_ARGUMENT. bwd: a null gradient is not computed. */
+
+SDXL_FAST_API int32_t sdxl_fast_attention_fwd_cpu(const void* q, const void* k, const void* v, void* out,
+                                                  void* lse_or_null, int64_t n, int64_t s, int64_t t, int64_t h,
+                                                  int64_t d, int64_t q_sample, int64_t q_token, int64_t q_head,
+                                                  int64_t k_sample, int64_t k_token, int64_t k_head, int64_t v_sample,
+                                                  int64_t v_token, int64_t v_head, double scale, int32_t dtype,
+                                                  int32_t num_threads);
+SDXL_FAST_API int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* q, const void* k, const void* v,
+                                                  const void* lse, void* dq_or_null, void* dk_or_null, void* dv_or_null,
+                                                  int64_t n, int64_t s, int64_t t, int64_t h, int64_t d,
+                                                  int64_t dout_sample, int64_t dout_token, int64_t dout_head,
+                                                  int64_t q_sample, int64_t q_token, int64_t q_head, int64_t k_sample,
+                                                  int64_t k_token, int64_t k_head, int64_t v_sample, int64_t v_token,
+                                                  int64_t v_head, double scale, int32_t dtype, int32_t num_threads);
 
 #ifdef __cplusplus
 }

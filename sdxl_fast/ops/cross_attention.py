@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from sdxl_fast.constraints import DimBetween, LastAtMost, LastMultiple
-from sdxl_fast.ops import _attention, _backends, _sdpa
+from sdxl_fast.ops import _attention, _attention_cpu, _backends, _sdpa
 from sdxl_fast.reference import cross_attention as reference
 
 
@@ -46,6 +46,7 @@ class _CrossAttention(_attention.Attention):
         _backends.triton(
             "cross_attention", "q", LastMultiple("q", 8), LastAtMost("q", 128), DimBetween("k", 1, "keys", most=256)
         ),
+        _attention_cpu.backend(),
         _sdpa.backend(),
         _backends.eager(reference),
     )

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from sdxl_fast.constraints import LastAtMost, LastMultiple
-from sdxl_fast.ops import _attention, _backends, _sdpa
+from sdxl_fast.ops import _attention, _attention_cpu, _backends, _sdpa
 from sdxl_fast.reference import self_attention as reference
 
 
@@ -42,6 +42,7 @@ class _SelfAttention(_attention.Attention):
     rules = _attention.rules("[N,S,H,D]")
     backends = (
         _backends.triton("self_attention", "q", LastMultiple("q", 8), LastAtMost("q", 128)),
+        _attention_cpu.backend(),
         _sdpa.backend(),
         _backends.eager(reference),
     )

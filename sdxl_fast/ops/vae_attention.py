@@ -11,7 +11,7 @@ import torch
 
 from sdxl_fast.constraints import LastAtMost, LastMultiple
 from sdxl_fast.dispatch import Backend
-from sdxl_fast.ops import _attention, _backends, _sdpa
+from sdxl_fast.ops import _attention, _attention_cpu, _backends, _sdpa
 from sdxl_fast.reference import vae_attention as reference
 from sdxl_fast.reference._attention import Gradients, Pair
 
@@ -73,7 +73,12 @@ class _VaeAttention(_attention.Attention):
     name = "vae_attention"
     reference: ClassVar[ModuleType] = reference
     rules = _attention.rules("[N,S,D]")
-    backends = (_triton(), _sdpa.backend((_library_fwd, _library_bwd)), _backends.eager(reference))
+    backends = (
+        _triton(),
+        _attention_cpu.backend(),
+        _sdpa.backend((_library_fwd, _library_bwd)),
+        _backends.eager(reference),
+    )
 
 
 _OP = _VaeAttention(vae_attention)

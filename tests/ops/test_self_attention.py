@@ -83,10 +83,13 @@ def test_triton_says_which_heads_it_takes(shape, message):
     assert message in explain("self_attention", q, q, q).reasons["triton"]
 
 
-def test_a_cpu_takes_the_library():
-    found = explain(ops.self_attention, Q, Q, Q)
-    assert found.backend == "library"
+def test_a_cpu_takes_the_native_kernel_and_with_many_keys_the_library():
+    assert explain(ops.self_attention, Q, Q, Q).backend == "cpu"
+    many, wide = torch.zeros(1, 257, 1, 8), torch.zeros(1, 200, 1, 96)
+    found = explain(ops.self_attention, many, many, many)
+    assert found.backend == "library" and "there must be at most 256 keys" in found.reasons["cpu"]
     assert "would run, but library is preferred" in found.reasons["eager"]
+    assert explain(ops.self_attention, wide, wide, wide).backend == "library"
     assert explain(ops.self_attention, *[Q.to("meta")] * 3).reasons["library"] == "q must be a cpu or cuda tensor"
 
 

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The CPU functions of the C ABI for attention: they check the arguments and call the kernels.
+#include "attention_plan.h"
+#include "dispatch.h"
+#include "sdxl_fast.h"
+
+namespace sdxl_fast {
+namespace {
+
+bool bad_shape(const AttentionShape& shape, double scale) {
+    return any_negative({shape.n, shape.s, shape.h}) || shape.t < 1 || shape.d < 1 ||
+           !attention_fits(shape.t, shape.d) || !(scale >= 0);
+}
+
+}  // namespace
+}  // namespace sdxl_fast
+
+using namespace sdxl_fast;
+
+extern "C" {
+
+int32_t sdxl_fast_attention_fwd_cpu(const void* q, const void* k, const void* v, void* out, void* lse, int64_t n,
+                                    int64_t s, int64_t t, int64_t h, int64_t d, int64_t q_sample, int64_t q_token,
+                                    int64_t q_head, int64_t k_sample, int64_t k_token, int64_t k_head, int64_t v_sample,
+                                    int64_t v_token, int64_t v_head, double scale, int32_t dtype, int32_t num_threads) {
+    if (!known_dtype(dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    const AttentionShape shape{n, s, t, h, d};
+    if (bad_shape(shape, scale)) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n * s * h == 0) return SDXL_FAST_OK;
+    if (any_null({q, k, v, out})) return SDXL_FAST_INVALID_ARGUMENT;
+    kernels(dtype).attention_fwd({{q, q_sample, q_token, q_head},
+                                  {k, k_sample, k_token, k_head},
+                                  {v, v_sample, v_token, v_head},
+                                  out,
+                                  lse,
+                                  shape,
+                                  scale,
+                                  dtype,
+                                  num_threads});
+    return SDXL_FAST_OK;
+}
+
+int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* q, const void* k, const void* v, const void* lse,
+                                    void* dq, void* dk, void* dv, int64_t n, int64_t s, int64_t t, int64_t h, int64_t d,
+                                    int64_t dout_sample, int64_t dout_token, int64_t dout_head, int64_t q_sample,
+                                    int64_t q_token, int64_t q_head, int64_t k_sample, int64_t k_token, int64_t k_head,
+                                    int64_t v_sample, int64_t v_token, int64_t v_head, double scale, int32_t dtype,
+                                    int32_t num_threads) {
+    if (!known_dtype(dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    const AttentionShape shape{n, s, t, h, d};
+    if (bad_shape(shape, scale)) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n * h == 0) return SDXL_FAST_OK;
+    if (any_null({k, v}) || (s != 0 && any_null({dout, q, lse}))) return SDXL_FAST_INVALID_ARGUMENT;
+    kernels(dtype).attention_bwd({{dout, dout_sample, dout_token, dout_head},
+                                  {q, q_sample, q_token, q_head},
+                                  {k, k_sample, k_token, k_head},
+                                  {v, v_sample, v_token, v_head},
+                                  lse,
+                                  dq,
+                                  dk,
+                                  dv,
+                                  shape,
+                                  scale,
+                                  dtype,
+                                  num_threads});
+    return SDXL_FAST_OK;
+}
+
+}  // extern "C"
