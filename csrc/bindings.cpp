@@ -93,4 +93,5 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(token_head_bwd_cuda);
     EXPOSE(attention_fwd_cpu);
     EXPOSE(attention_bwd_cpu);
+    EXPOSE(packed_conv2d_fwd_cpu);
 }

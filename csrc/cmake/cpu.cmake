@@ -9,6 +9,7 @@ set(kernel_sources
     cpu/group_norm_silu_backward.cpp
     cpu/layer_norm.cpp
     cpu/lora_merge.cpp
+    cpu/packed_conv2d.cpp
     cpu/to_uint8.cpp
     cpu/token_head.cpp)
 
@@ -32,7 +33,7 @@ endfunction()
 
 sdxl_fast_add_isa(baseline)
 target_compile_definitions(sdxl_fast_baseline PRIVATE SDXL_FAST_WITH_F64)
-target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/entries_attention.cpp cpu/entries_map.cpp
+target_sources(sdxl_fast PRIVATE cpu/dispatch.cpp cpu/entries_map.cpp cpu/entries_matrix.cpp
   cpu/entries_norm.cpp cpu/isa.cpp cpu/parallel.cpp)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   set(avx2 -mavx2 -mfma -mf16c)

@@ -10,18 +10,13 @@
 // depend neither on threads nor on the batch.
 #include "attention_plan.h"
 #include "kernels.h"
-#include "loops.h"
+#include "tiles.h"
 #include "vec_math.h"
 
 namespace sdxl_fast {
 namespace SDXL_FAST_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kTileRows = 8;
-#else
-constexpr int kTileRows = 4;
-#endif
 static_assert(kPadding % kTileRows == 0 && kQueryBlock % kPadding == 0);
 
 inline VecF exponential(VecF x) {
@@ -50,24 +45,18 @@ struct Matrix {
     A* at(int64_t r) const { return data + r * row; }
 };
 
-// c (+)= a b for kTileRows rows and U vectors of columns.
+// c (+)= a b for kTileRows rows from `first` on and U vectors of columns from `column` on.
 template <bool add, int U, class V, class A = typename V::Scalar>
-inline void tile(const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_row, int64_t depth, A* c,
-                 int64_t c_row) {
-    V sum[kTileRows][U];
+inline void tile(Matrix<A> a, Matrix<A> b, Matrix<A> c, int64_t first, int64_t column, int64_t depth) {
+    const A* rows[kTileRows];
+    Tile<V, U> sum;
     for (int r = 0; r < kTileRows; ++r) {
-        for (int u = 0; u < U; ++u) sum[r][u] = add ? load(c + r * c_row + u * V::W) : V(A(0));
+        rows[r] = a.at(first + r);
+        for (int u = 0; u < U; ++u) sum[r][u] = add ? load(c.at(first + r) + column + u * V::W) : V(A(0));
     }
-    for (int64_t k = 0; k < depth; ++k) {
-        V line[U];
-        for (int u = 0; u < U; ++u) line[u] = load(b + k * b_row + u * V::W);
-        for (int r = 0; r < kTileRows; ++r) {
-            const V factor(a[r * a_row + k * a_step]);
-            for (int u = 0; u < U; ++u) sum[r][u] = fma(factor, line[u], sum[r][u]);
-        }
-    }
+    accumulate<V, U>(sum, rows, a.step, b.data + column, b.row, depth);
     for (int r = 0; r < kTileRows; ++r) {
-        for (int u = 0; u < U; ++u) store(c + r * c_row + u * V::W, sum[r][u]);
+        for (int u = 0; u < U; ++u) store(c.at(first + r) + column + u * V::W, sum[r][u]);
     }
 }
 
@@ -76,10 +65,8 @@ template <bool add, class V, class A = typename V::Scalar>
 void product(Matrix<A> a, Matrix<A> b, Matrix<A> c, int64_t rows, int64_t depth, int64_t cols) {
     for (int64_t r = 0; r < rows; r += kTileRows) {
         int64_t at = 0;
-        for (; at + V::W < cols; at += 2 * V::W) {
-            tile<add, 2, V>(a.at(r), a.row, a.step, b.data + at, b.row, depth, c.at(r) + at, c.row);
-        }
-        if (at < cols) tile<add, 1, V>(a.at(r), a.row, a.step, b.data + at, b.row, depth, c.at(r) + at, c.row);
+        for (; at + V::W < cols; at += 2 * V::W) tile<add, 2, V>(a, b, c, r, at, depth);
+        if (at < cols) tile<add, 1, V>(a, b, c, r, at, depth);
     }
 }
 

@@ -24,6 +24,7 @@ namespace {
      isa::token_head_bwd,               \
      isa::attention_fwd,                \
      isa::attention_bwd,                \
+     isa::packed_conv2d_fwd,            \
      isa::geglu_fwd,                    \
      isa::geglu_bwd,                    \
      isa::forward_diffusion_fwd,        \

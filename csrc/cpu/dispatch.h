@@ -21,6 +21,7 @@ struct KernelTable {
     void (*token_head_bwd)(const TokenHeadBackward&);
     void (*attention_fwd)(const AttentionForward&);
     void (*attention_bwd)(const AttentionBackward&);
+    void (*packed_conv2d_fwd)(const PackedConv2dCall&);
     void (*geglu_fwd)(const GegluCall&);
     void (*geglu_bwd)(const GegluCall&);
     void (*forward_diffusion_fwd)(const DiffusionForward&);

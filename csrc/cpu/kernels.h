@@ -133,6 +133,19 @@ struct AttentionBackward {
     int32_t dtype, num_threads;
 };
 
+// With `upsample` the map is first doubled, and the kernel that of a phase, 2; stride and padding are then 1.
+struct PackedConv2dShape {
+    int64_t n, h, w, c_in, c_out, kernel, stride, padding;
+    bool upsample;
+};
+
+struct PackedConv2dCall {
+    const float *x, *weight, *zeros, *bias;
+    float* y;
+    PackedConv2dShape shape;
+    int32_t num_threads;
+};
+
 struct ToUint8Call {
     const void* x;
     void* out;
@@ -164,6 +177,7 @@ struct LoraMergeCall {
     void token_head_bwd(const TokenHeadBackward& call);        \
     void attention_fwd(const AttentionForward& call);          \
     void attention_bwd(const AttentionBackward& call);         \
+    void packed_conv2d_fwd(const PackedConv2dCall& call);      \
     void to_uint8_fwd(const ToUint8Call& call);                \
     void lora_merge_fwd(const LoraMergeCall& call);            \
     }

@@ -371,6 +371,18 @@ SDXL_FAST_API int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* 
                                                   int64_t k_token, int64_t k_head, int64_t v_sample, int64_t v_token,
                                                   int64_t v_head, double scale, int32_t dtype, int32_t num_threads);
 
+/* ---- packed_conv2d: y = conv2d(x, weight) + bias, its weight in the order of the kernel; for small maps ----
+ * x: [n, h, w, c_in], y: [n, p, q, c_out] in memory, bias: [c_out], all of f32. kernel is 1 or 3, stride 1 or 2, padding
+ * 0 or 1. The weight: output channels padded to a multiple of 32, or 16 if that is enough, then cut to panels of 32 (the
+ * last 16 or 32), each [kernel * kernel, c_in, channels of the panel], and behind the last panel c_in zeros.
+ * With upsample, y is conv2d of the map doubled in both directions, kernel is 2, stride and padding are 1, and the
+ * weight is four such weights, of the outputs at (even, even), (even, odd), (odd, even), (odd, odd), and then zeros. */
+
+SDXL_FAST_API int32_t sdxl_fast_packed_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias_or_null,
+                                                      float* y, int64_t n, int64_t h, int64_t w, int64_t c_in,
+                                                      int64_t c_out, int64_t kernel, int64_t stride, int64_t padding,
+                                                      int32_t upsample, int32_t num_threads);
+
 #ifdef __cplusplus
 }
 #endif

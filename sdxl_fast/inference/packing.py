@@ -7,7 +7,7 @@ dicts stay, a LoRA merged in place reaches both, and the memory is the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import dispatch, ops
-from ..ops._convolution import KeptWeight
+from ..ops._kept import KeptWeight
 from ..reference.upsample_conv2d import phase_weights
 from .float8 import Float8Convolution, Float8Product
 
@@ -102,11 +102,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return y if residual is None else y.add_(residual)
 
 
-def linear_geglu(x: Tensor, weight: Tensor, bias: Tensor | None, scale_y: Tensor | None = None) -> Tensor:
-    """`ops.linear_geglu`."""
-    if not _by_library(x):
-        return ops.linear_geglu(x, weight, bias, scale_y=scale_y)
-    return ops.geglu(F.linear(x, weight, bias), scale_y=scale_y)
+def refresh_parts(program: Any) -> None:
+    """Calls `refresh` of every part of a program, at any depth, once: those that make something of their weights."""
+    done = {id(program)}
+
+    def go_through(values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, (list, tuple)):
+                go_through(value)
+            elif type(value).__module__.startswith(f"{__package__}.") and id(value) not in done:
+                done.add(id(value))
+                if hasattr(value, "refresh"):
+                    value.refresh()
+                go_through(getattr(value, "__dict__", {}).values())
+
+    go_through(vars(program).values())
 
 
 class Product:
@@ -116,6 +126,11 @@ class Product:
         self.weight, self.bias, self.name = weight, bias, name
         self.float8: Float8Product | None = None
         self.observer: Callable[[Product, Tensor], None] | None = None  # of calibration
+        self._kept = KeptWeight()
+
+    def refresh(self) -> None:
+        """Have what was made of the weight made again."""
+        self._kept.forget()
 
     def _observe(self, x: Tensor) -> None:
         if self.observer is not None:
@@ -156,14 +171,23 @@ class Linear(Product):
         self._observe(x)
         if self.float8 is not None:
             return self.float8(x, self.bias, residual)
-        return linear(x, self.matrix, self.bias, residual)
+        if not _by_library(x):
+            return ops.linear(x, self.matrix, self.bias, residual=residual)
+        y = self._product(x)
+        return y if residual is None else y.add_(residual)
+
+    def _product(self, x: Tensor) -> Tensor:
+        y = self._kept.linear(x, self.matrix, self.bias)
+        return F.linear(x, self.matrix, self.bias) if y is None else y
 
     def geglu(self, x: Tensor, scale_y: Tensor | None = None) -> Tensor:
         """value·GELU(gate) of the product's two halves; in float8 where there is a `scale_y`."""
         self._observe(x)
         if self.float8 is not None:
             return self.float8.geglu(x, self.bias, scale_y)
-        return linear_geglu(x, self.matrix, self.bias, scale_y)
+        if not _by_library(x):
+            return ops.linear_geglu(x, self.matrix, self.bias, scale_y=scale_y)
+        return ops.geglu(self._product(x), scale_y=scale_y)
 
     @property
     def matrix(self) -> Tensor:
@@ -201,11 +225,6 @@ class Conv(Product):
             raise NotPackableError(f"{name} is no 1×1 or 3×3 convolution of stride 1 or 2")
         self._take(module.weight, module.bias, name)
         self.stride, self.padding = module.stride[0], module.padding[0]
-        self._kept = KeptWeight()
-
-    def refresh(self) -> None:
-        """Have what was made of the weight made again."""
-        self._kept.forget()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         self._observe(x)
@@ -242,13 +261,16 @@ class UpsampledConv:
             raise NotPackableError(f"{name}.conv is not 3×3 with padding 1")
         self.weight, self.bias = conv.weight, conv.bias
         self.phases = phase_weights(conv.weight.data)
+        self._kept = KeptWeight()
 
     def refresh(self) -> None:
         """Sum the weights again, in place: a CUDA graph reads them where they are."""
         self.phases.copy_(phase_weights(self.weight.data))
+        self._kept.forget()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.upsample_conv2d(x, self.weight, self.bias, phases=self.phases)
+        y = self._kept.upsample_conv2d(x, self.phases, self.bias) if _by_library(x) else None
+        return ops.upsample_conv2d(x, self.weight, self.bias, phases=self.phases) if y is None else y
 
 
 class Norm:

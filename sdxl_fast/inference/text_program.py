@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
 from .. import ops
-from .packing import Linear, NotPackableError, linear, pack, plain
+from .packing import Joined, Linear, NotPackableError, plain, refresh_parts
 from .runner import refusal, runner_of
 
 _OLD_EOS = 2
@@ -41,11 +41,11 @@ class _Layer:
     def __init__(self, module: Any, name: str) -> None:
         _unhooked(module, name)
         attention, mlp = module.self_attn, module.mlp
-        parts = [plain(getattr(attention, f"{x}_proj"), nn.Linear, f"{name}.self_attn.{x}_proj") for x in "qkv"]
+        parts = [Linear(getattr(attention, f"{x}_proj"), f"{name}.self_attn.{x}_proj") for x in "qkv"]
         if any(part.bias is None for part in parts) or attention.scale != attention.head_dim**-0.5:
             raise NotPackableError(f"{name} has no biases, or scales its attention otherwise")
         self.heads = attention.num_heads
-        self.weight, self.bias = pack([p.weight for p in parts]), pack([p.bias for p in parts])
+        self.qkv = Joined(parts, f"{name}.self_attn.qkv")
         self.norm1 = _Norm(module.layer_norm1, f"{name}.layer_norm1")
         self.norm2 = _Norm(module.layer_norm2, f"{name}.layer_norm2")
         self.out = Linear(attention.out_proj, f"{name}.self_attn.out_proj")
@@ -54,7 +54,7 @@ class _Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         n, s, _ = x.shape
-        qkv = linear(self.norm1(x), self.weight, self.bias).view(n, s, 3, self.heads, -1)
+        qkv = self.qkv(self.norm1(x)).view(n, s, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = self.out(y.transpose(1, 2).flatten(2), x)
@@ -83,7 +83,8 @@ class TextProgram:
         self.dtype, self.device = self._tokens.dtype, self._tokens.device
 
     def refresh(self) -> None:
-        """Nothing is computed from weights ahead of a call."""
+        """Forget what was made of weights that have changed since."""
+        refresh_parts(self)
 
     def fits(self, ids: Tensor) -> bool:
         """Whether there is a position for every token of ids [B, L]."""

@@ -32,6 +32,7 @@ from .packing import (
     nothing_set,
     pack,
     plain,
+    refresh_parts,
     tokens,
 )
 
@@ -232,25 +233,10 @@ class UNetProgram:
         self._prompts: ByteLru[tuple[Tensor, int, Tensor]] = ByteLru(PROMPT_BUDGET)
 
     def refresh(self) -> None:
-        """Forget what was made of weights that have changed since, and sum the upsamplers' weights again."""
+        """Forget what was made of weights that have changed since, or make it again."""
         self._folded.clear()
         self._prompts.clear()
-        for stage in self._ups:
-            if stage.up is not None:
-                stage.up.refresh()
-        for convolution in self._convolutions():
-            convolution.refresh()
-        for product in self.float8_products():
-            if product.float8 is not None:
-                product.float8.refresh()
-
-    def _convolutions(self) -> Iterator[Conv]:
-        yield from (self._conv_in, self._conv_out)
-        for stage in (*self._downs, self._middle, *self._ups):
-            if stage.down is not None:
-                yield stage.down
-            for resnet in stage.resnets:
-                yield from resnet.convolutions()
+        refresh_parts(self)
 
     def float8_products(self) -> list[Product]:
         """What may be put into float8: the transformers' linear layers and the residual blocks' two convolutions."""

@@ -15,16 +15,16 @@ from torch import Tensor
 from .. import ops
 from .packing import (
     Conv,
+    Joined,
     Linear,
     Norm,
     NotPackableError,
     Resnet,
     UpsampledConv,
-    linear,
     mapped,
     nothing_set,
-    pack,
     plain,
+    refresh_parts,
     tokens,
 )
 
@@ -46,13 +46,13 @@ class _Attention:
         parts = [Linear(getattr(module, f"to_{x}"), f"{name}.to_{x}") for x in "qkv"]
         if any(part.bias is None for part in parts):
             raise NotPackableError(f"{name} has no biases")
-        self.weight, self.bias = pack([p.weight for p in parts]), pack([p.bias for p in parts])
+        self.qkv = Joined(parts, f"{name}.qkv")
         self.out, self.heads = Linear(module.to_out[0], f"{name}.to_out.0"), module.heads
 
     def __call__(self, x: Tensor) -> Tensor:
         h = tokens(self.norm(x))
         n, s, _ = h.shape
-        qkv = linear(h, self.weight, self.bias)
+        qkv = self.qkv(h)
         if self.heads == 1:
             y = ops.vae_attention(*qkv.chunk(3, -1))
         else:
@@ -95,13 +95,7 @@ class DecoderProgram:
         for mine, its in zip(self._copies, self._originals, strict=True):
             if self.copied and mine is not None:
                 mine.load_state_dict(its.state_dict())
-        resnets = [*self._middle, *(resnet for found, _ in self._levels for resnet in found)]
-        ends = [conv for conv in (self._post, self._conv_in, self._conv_out) if conv is not None]
-        for convolution in [*ends, *(conv for resnet in resnets for conv in resnet.convolutions())]:
-            convolution.refresh()
-        for _, up in self._levels:
-            if up is not None:
-                up.refresh()
+        refresh_parts(self)
 
     def fits(self, latents: Tensor) -> bool:
         """Every size does."""

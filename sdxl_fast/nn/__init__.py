@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .attention import Attention as Attention
-    from .convolution import PreparedConv2d as PreparedConv2d
     from .feed_forward import GEGLU as GEGLU
     from .feed_forward import ProjectedGEGLU as ProjectedGEGLU
     from .norm import GroupNorm as GroupNorm
     from .norm import GroupNormSiLU as GroupNormSiLU
     from .norm import LayerNorm as LayerNorm
+    from .products import PreparedConv2d as PreparedConv2d
+    from .products import PreparedLinear as PreparedLinear
     from .report import FuseReport as FuseReport
     from .resnet import ResnetBlock2D as ResnetBlock2D
     from .sampling import PreparedUpsample2D as PreparedUpsample2D
@@ -32,7 +33,8 @@ _HOME = {
     "GroupNorm": "norm",
     "GroupNormSiLU": "norm",
     "LayerNorm": "norm",
-    "PreparedConv2d": "convolution",
+    "PreparedConv2d": "products",
+    "PreparedLinear": "products",
     "PreparedUpsample2D": "sampling",
     "ProjectedGEGLU": "feed_forward",
     "ResnetBlock2D": "resnet",
@@ -51,6 +53,7 @@ __all__ = [
     "GroupNormSiLU",
     "LayerNorm",
     "PreparedConv2d",
+    "PreparedLinear",
     "PreparedUpsample2D",
     "ProjectedGEGLU",
     "ResnetBlock2D",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .hooks import has_hooks
+from .products import PreparedLinear
 
 
 class GEGLU(StockGEGLU):
@@ -27,11 +28,12 @@ class ProjectedGEGLU(GEGLU):
     """`GEGLU` with the projection in the same operation, which then stores the result alone.
 
     That is for inference: a backward has to project again. A projection that is more than a plain `nn.Linear` (LoRA
-    layers, hooks) is called as before.
+    layers, hooks, on a CPU a `PreparedLinear`) is called as before.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., dim_in] -> [..., dim_out]; extra arguments are ignored as the stock module does."""
-        if type(self.proj) is not nn.Linear or has_hooks(self.proj):
+        at_once = type(self.proj) is nn.Linear or (type(self.proj) is PreparedLinear and not hidden_states.is_cpu)
+        if not at_once or has_hooks(self.proj):
             return super().forward(hidden_states)
         return ops.linear_geglu(hidden_states, self.proj.weight, self.proj.bias)

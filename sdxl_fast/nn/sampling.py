@@ -9,11 +9,13 @@ from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 from torch import Tensor, nn
 
 from .. import ops
+from ..dispatch import forced_backend
 from ..ops._derived import Derived
+from ..ops._kept import KeptWeight
 from ..reference.upsample_conv2d import phase_weights
 from .classes import kind
-from .convolution import PreparedConv2d
 from .hooks import has_hooks
+from .products import PreparedConv2d
 
 
 class Upsample2D(StockUpsample2D):
@@ -30,12 +32,11 @@ class Upsample2D(StockUpsample2D):
             y: Tensor = super().forward(hidden_states, output_size, *args, **kwargs)
             return y
         convolution: Any = self.conv if self.name == "conv" else self.Conv2d_0
-        phases = self._prepared(hidden_states, convolution.weight)
-        return ops.upsample_conv2d(hidden_states, convolution.weight, convolution.bias, phases=phases)
+        return self._upsampled(hidden_states, convolution.weight, convolution.bias)
 
-    def _prepared(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """The weight's sums, where they are kept: nowhere, as training changes them with every step."""
-        return None
+    def _upsampled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Nothing is kept of the weight, as training changes it with every step."""
+        return ops.upsample_conv2d(x, weight, bias)
 
 
 class PreparedUpsample2D(Upsample2D):
@@ -46,13 +47,15 @@ class PreparedUpsample2D(Upsample2D):
     gradient, under autocast and while torch.compile traces, nothing is kept.
     """
 
-    _kept: Derived | None = None
+    _phases: Derived | None = None
+    _kept: KeptWeight | None = None
 
     def forget(self) -> None:
         """Drop what was made from the weights."""
-        self.__dict__.pop("_kept", None)
+        for name in ("_phases", "_kept"):
+            self.__dict__.pop(name, None)
 
-    def _prepared(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def _upsampled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if (
             torch.compiler.is_compiling()
             or (weight.requires_grad and torch.is_grad_enabled())
@@ -60,10 +63,12 @@ class PreparedUpsample2D(Upsample2D):
             or torch.is_autocast_enabled(x.device.type)
             or weight.is_inference()
         ):
-            return None
-        if self._kept is None:
-            self._kept = Derived()
-        return self._kept.of(weight, phase_weights)
+            return ops.upsample_conv2d(x, weight, bias)
+        if self._phases is None or self._kept is None:
+            self._phases, self._kept = Derived(), KeptWeight()
+        phases = self._phases.of(weight, phase_weights)
+        y = None if forced_backend() else self._kept.upsample_conv2d(x, phases, bias)
+        return ops.upsample_conv2d(x, weight, bias, phases=phases) if y is None else y
 
 
 def why_not_fused(module: StockUpsample2D) -> str | None:

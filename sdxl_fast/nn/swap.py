@@ -66,7 +66,7 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
         for name, module in modules.items():
             if isinstance(module, swap.stock) and not (swap.leaf and _inside(name, report.kept)):
                 _swap_one(name, module, swap, wanted, report)
-    _prepare_convolutions(modules, report, wanted=ops is None and not training)
+    _prepare_products(modules, report, wanted=ops is None and not training)
     for name, module in modules.items():
         if _ends_in_norm_and_silu(module):
             become(module.conv_norm_out, GroupNormSiLU)
@@ -79,12 +79,10 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
 
 def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
-    from .convolution import PreparedConv2d
+    from .products import PREPARED
 
-    stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family} | {
-        GroupNormSiLU: nn.GroupNorm,
-        PreparedConv2d: nn.Conv2d,
-    }
+    stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family}
+    stock |= {GroupNormSiLU: nn.GroupNorm} | {prepared: plain for plain, prepared in PREPARED.items()}
     count = 0
     for module in model.modules():
         if type(getattr(module, "conv_act", None)) is FusedIntoNorm:
@@ -219,18 +217,19 @@ def _checked(ops: Iterable[str] | None) -> frozenset[str]:
     return found
 
 
-def _prepare_convolutions(modules: dict[str, nn.Module], report: FuseReport, *, wanted: bool) -> None:
-    """Makes convolutions keep their weight in oneDNN's order, or be stock ones again."""
-    from .convolution import PreparedConv2d, can_prepare
+def _prepare_products(modules: dict[str, nn.Module], report: FuseReport, *, wanted: bool) -> None:
+    """Makes convolutions and linear layers keep their weight in the order of the CPU's kernels, or be stock again."""
+    from .products import PREPARED, can_prepare
 
+    stock = {prepared: plain for plain, prepared in PREPARED.items()}
     for name, module in modules.items():
-        if kind(module) is PreparedConv2d:
+        if kind(module) in stock:
             _forget(module)
             if not wanted:
-                become(module, nn.Conv2d)
-        elif wanted and isinstance(module, nn.Conv2d) and kind(module) is nn.Conv2d and can_prepare(module):
-            become(module, PreparedConv2d)
-            report.replaced[name] = "Conv2d: its weight in oneDNN's order"
+                become(module, stock[kind(module)])
+        elif wanted and kind(module) in PREPARED and can_prepare(module):
+            report.replaced[name] = f"{kind(module).__name__}: its weight in the order of the CPU's kernels"
+            become(module, PREPARED[kind(module)])
 
 
 def _forget(module: nn.Module) -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from sdxl_fast.constraints import Condition, Rule
 from sdxl_fast.dispatch import Backend
-from sdxl_fast.ops._derived import Derived
 from sdxl_fast.ops._float8 import is_float8
 from sdxl_fast.reference._common import without_autocast
 from sdxl_fast.reference.conv2d import MaybeTensor
@@ -93,45 +92,6 @@ def upsample_bwd(
         torch.empty_like(weight).copy_(dweight) if dweight is not None and mask[1] else None,
         dbias if mask[2] else None,
     )
-
-
-# A 3x3 convolution on a CPU puts its weight into oneDNN's own order on every call, or, of one small map, takes a slower
-# way (im2col). The reordered weight is worth keeping between so many output positions N*H*W: fewer do not pay for the
-# longer way to the kernel, and beyond the products hide the reordering; and for weights that are not large, as it costs
-# their memory again. Milliseconds on two cores of a Zen 4 EPYC, torch 2.13, float32, as it comes / kept: the embedded
-# model's VAE decoder 8.5/8.1, of eight 34.3/33.0; its UNet 29.8/27.7 of eight, but 12.4/13.0 of one, whose maps have 64
-# positions and less.
-KEPT_POSITIONS = 128, 2048
-KEPT_BYTES = 8 << 20
-
-
-class KeptWeight(Derived):
-    """The weight of one convolution in oneDNN's order, for channels_last maps on a CPU where gradients are off."""
-
-    def conv2d(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, stride: int, padding: int
-    ) -> torch.Tensor | None:
-        """Returns the convolution of x [N,C,H,W], or None where it is better left to ``F.conv2d``."""
-        positions = x.shape[0] * x.shape[2] * x.shape[3] // (stride * stride)
-        if (
-            torch.is_grad_enabled()
-            or not x.is_cpu
-            or not x.is_contiguous(memory_format=torch.channels_last)
-            or not KEPT_POSITIONS[0] <= positions <= KEPT_POSITIONS[1]
-            or weight.shape[-1] == 1
-            or x.dtype != weight.dtype
-            or x.dtype not in BY_PHASES
-            or weight.numel() * weight.element_size() > KEPT_BYTES
-            or weight.is_inference()
-            or not torch.backends.mkldnn.is_available()
-        ):
-            return None
-        sides = [padding, padding], [stride, stride], [1, 1]
-        reorder = torch.ops.mkldnn._reorder_convolution_weight.default
-        kept = self.of(weight, lambda w: reorder(w, *sides, 1, list(x.shape)))
-        convolve = torch.ops.mkldnn._convolution_pointwise.default
-        y: torch.Tensor = convolve(x, kept, bias, *sides, 1, "none", [], "")
-        return y
 
 
 def upsample_conv2d() -> Backend:

@@ -113,6 +113,19 @@ def test_the_vae_decodes_what_its_modules_do() -> None:
     assert runner.use.packed == 4
 
 
+@torch.no_grad()
+def test_what_is_kept_of_the_decoders_weights_follows_them() -> None:
+    torch.manual_seed(0)
+    vae = build_vae(TOY).eval()
+    latents = torch.randn(2, 4, 8, 8)
+    attach(vae)
+    vae.decode(latents)
+    _behind_the_back(vae)
+    other = copy.deepcopy(vae)
+    detach(other)
+    torch.testing.assert_close(vae.decode(latents).sample, other.decode(latents).sample, rtol=1e-4, atol=1e-5)
+
+
 def test_a_float16_vae_is_decoded_in_bfloat16() -> None:
     """It overflows in float16; diffusers casts it to float32 on every call and returns that."""
     torch.manual_seed(0)
@@ -280,7 +293,7 @@ def test_other_networks_say_what_they_are(unet: Any) -> None:
 def test_the_true_networks_can_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     from sdxl_fast.inference import packing, unet_program, vae_program
 
-    for module in (packing, unet_program, vae_program):
+    for module in (packing, unet_program):
         monkeypatch.setattr(module, "pack", torch.cat)  # without memory there is nothing to make views of
     with torch.device("meta"):
         unet, vae = build_unet(SDXL).eval(), build_vae(SDXL).eval()

@@ -58,6 +58,19 @@ def test_it_computes_what_the_modules_do(pair: tuple[Any, Any]) -> None:
 
 
 @torch.no_grad()
+def test_what_is_kept_of_the_weights_follows_them(pair: tuple[Any, Any]) -> None:
+    modules, packed = pair
+    ids = _ids(modules)
+    packed(ids)
+    for parameter in packed.parameters():  # which leaves no trace, so the runner is told
+        parameter.data.mul_(1.03)
+    runner_of(packed).touch()  # type: ignore[union-attr]
+    other = copy.deepcopy(packed)
+    detach(other)
+    torch.testing.assert_close(packed(ids)[0], other(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_what_sdxl_reads_is_the_state_before_the_last(pair: tuple[Any, Any]) -> None:
     modules, packed = pair
     ids = _ids(modules)

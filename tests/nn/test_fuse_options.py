@@ -119,7 +119,7 @@ def test_for_inference_and_back(stock: nn.Module, unet: nn.Module) -> None:
     report = fuse(unet, training=False)
     assert not report.kept
     assert "GEGLU: linear_geglu" in report.replaced.values()
-    assert _ran(unet)[0] >= {"linear_geglu", "upsample_conv2d"}
+    assert _ran(unet)[0] >= {"geglu", "upsample_conv2d"}  # on a CPU the projection keeps its weight in order
     kinds = {type(part) for part in unet.modules()}
     assert {ProjectedGEGLU, PreparedUpsample2D} <= kinds
     changed = fuse(unet)
@@ -129,7 +129,7 @@ def test_for_inference_and_back(stock: nn.Module, unet: nn.Module) -> None:
     fuse(unet, training=False)
     restore(unet)
     assert [type(part) for part in unet.modules()] == [type(part) for part in stock.modules()]
-    assert not any("_kept" in vars(part) for part in unet.modules())
+    assert not any({"_kept", "_phases"} & vars(part).keys() for part in unet.modules())
     assert torch.equal(_ran(unet)[1], _ran(stock)[1])
 
 
@@ -149,14 +149,14 @@ def test_the_sums_of_weights_are_kept_and_made_again(stock: nn.Module, unet: nn.
     fuse(unet, training=False)
     _ran(unet)
     up = _upsampler(unet)
-    kept = up._kept.tensor
+    kept = up._phases.tensor
     _ran(unet)
-    assert up._kept.tensor is kept
-    assert "_kept" not in "".join(unet.state_dict())
+    assert up._phases.tensor is kept
+    assert not any("_kept" in name or "_phases" in name for name in unet.state_dict())
     with torch.no_grad():  # as an optimiser writes
         up.conv.weight.mul_(2.0)
     after = _ran(unet)[1]
-    assert up._kept.tensor is not kept
+    assert up._phases.tensor is not kept
     other = copy.deepcopy(unet)
     restore(other)
     torch.testing.assert_close(after, _ran(other)[1], rtol=1e-4, atol=1e-5)
@@ -172,10 +172,10 @@ def test_the_sums_of_weights_are_kept_and_made_again(stock: nn.Module, unet: nn.
 def test_nothing_is_kept_where_the_weights_learn_or_are_cast(unet: nn.Module) -> None:
     fuse(unet, training=False)
     unet(**_arguments())
-    assert _upsampler(unet)._kept is None
+    assert _upsampler(unet)._phases is None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         unet(**_arguments())
-    assert _upsampler(unet)._kept is None
+    assert _upsampler(unet)._phases is None
     with torch.inference_mode():
         unet(**_arguments())
     assert _upsampler(unet)._kept is not None

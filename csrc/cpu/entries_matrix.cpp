@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The CPU functions of the C ABI for attention: they check the arguments and call the kernels.
+// The CPU functions of the C ABI for attention and packed convolutions: they check the arguments and call the kernels.
 #include "attention_plan.h"
 #include "dispatch.h"
+#include "packed_conv2d_plan.h"
 #include "sdxl_fast.h"
 
 namespace sdxl_fast {
@@ -11,6 +12,13 @@ namespace {
 bool bad_shape(const AttentionShape& shape, double scale) {
     return any_negative({shape.n, shape.s, shape.h}) || shape.t < 1 || shape.d < 1 ||
            !attention_fits(shape.t, shape.d) || !(scale >= 0);
+}
+
+bool bad_shape(const PackedConv2dShape& s) {
+    if (any_negative({s.n, s.h, s.w}) || s.c_in < 1 || s.c_out < 1) return true;
+    if (s.upsample) return s.kernel != 2 || s.stride != 1 || s.padding != 1;
+    return (s.kernel != 1 && s.kernel != 3) || s.stride < 1 || s.stride > 2 || s.padding < 0 || s.padding > 1 ||
+           s.h + 2 * s.padding < s.kernel || s.w + 2 * s.padding < s.kernel;
 }
 
 }  // namespace
@@ -64,6 +72,19 @@ int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* q, const void*
                                   scale,
                                   dtype,
                                   num_threads});
+    return SDXL_FAST_OK;
+}
+
+int32_t sdxl_fast_packed_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias, float* y, int64_t n,
+                                        int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kernel,
+                                        int64_t stride, int64_t padding, int32_t upsample, int32_t num_threads) {
+    const PackedConv2dShape shape{n, h, w, c_in, c_out, kernel, stride, padding, upsample == 1};
+    if (!is_flag(upsample) || bad_shape(shape)) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n * h * w == 0) return SDXL_FAST_OK;
+    if (any_null({x, weight, y})) return SDXL_FAST_INVALID_ARGUMENT;
+    const PackedConv2dPlan plan = plan_packed_conv2d(shape, 1);
+    const float* const zeros = weight + plan.offset(plan.phases, 0);
+    kernels(SDXL_FAST_F32).packed_conv2d_fwd({x, weight, zeros, bias, y, shape, num_threads});
     return SDXL_FAST_OK;
 }
 
