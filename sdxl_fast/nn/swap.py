@@ -49,9 +49,9 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
             module that contains their parts.
         ops: names of the operations to swap in, of `OPERATIONS`; None for all. What they leave out is in the report.
         training: False takes modules made for inference: the projection inside GEGLU becomes part of the operation
-            (its backward projects again), upsamplers keep the sums of their weights, and, unless `ops` chooses, small
-            convolutions on a CPU keep their weights in oneDNN's order. The weights are then taken as they are now:
-            after a write through ``.data``, as peft's merges do, call `fuse` again. Gradients still flow.
+            (its backward projects again), upsamplers keep the sums of their weights, and, unless `ops` chooses,
+            convolutions and linear layers on a CPU keep their weights in its order. The weights are then taken as they
+            are now: after a write through ``.data``, as peft's merges do, call `fuse` again. Gradients still flow.
 
     Returns:
         what was swapped and what was not, by module name.
