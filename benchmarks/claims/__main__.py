@@ -23,7 +23,6 @@ from benchmarks.claims.claims import CLAIMS, ONE_SEED, Claim
 from benchmarks.claims.start import COMMITTED, NotRunError, StoppedError
 from benchmarks.claims.variants import VARIANTS, Variant
 from benchmarks.claims.work import Options, Workshop
-from sdxl_fast.eval.report import first_of_each
 
 OUT = Path("benchmarks/claims/results")
 
@@ -68,27 +67,7 @@ def work_off(claims: Sequence[Claim], workshop: Workshop, seeds: Sequence[int] |
             refused[variant.name] = f"{type(error).__name__}: {error}"
             continue
         page.write(CLAIMS, workshop.options.out)
-    for claim in claims:
-        _sheet(claim, workshop, (seeds or claim.seeds)[0])
     return [f"{name}: {reason}" for name, reason in refused.items()]
-
-
-def _sheet(claim: Claim, workshop: Workshop, seed: int) -> None:
-    """The contact sheet of what was drawn; every side of a claim shows the same prompts."""
-    pictures, styles = {}, set()
-    for side in claim.sides:
-        name, _, steps = side.partition("@")
-        variant = VARIANTS[name]
-        try:
-            pictures[side] = workshop.pictures(variant, seeds_of(claim, variant, (seed,))[0], int(steps))
-        except (NotRunError, OSError):
-            continue
-        styles.add(variant.style or workshop.config.data.style)
-    if not pictures:
-        return
-    questions = workshop.questions(styles.pop())
-    chosen = first_of_each(questions.targets, page.SHEET_ROWS)
-    page.sheet(claim, pictures, questions.prompts, chosen, workshop.options.out)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of results: per claim a sentence, a table and a contact sheet, all from the result files."""
+"""The page of results: per claim a sentence, a table and a contact sheet, all from the result files.
+
+Beside the numbers of a variant and seed lies a strip of its first pictures, so that sheets can be put together on
+another machine than the one that drew them.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.claims.claims import Claim
@@ -70,9 +75,15 @@ def _machine(files: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(claims: Sequence[Claim], out: Path) -> str:
-    """Writes `claims.md` from the result files and returns it; claims without results are said to be not run."""
+    """Writes `claims.md` and the sheets from the result files; claims without results are said to be not run.
+
+    Returns:
+        the page.
+    """
     files = read_results(out / "results")
     results = by_side(files)
+    for claim in claims:
+        _write_sheet(claim, files, out)
     verdicts = {claim.name: judge(claim, results) for claim in claims}
     words = [verdict.word for verdict in verdicts.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("reproduces", "does not reproduce", "not run"))
@@ -104,7 +115,39 @@ def write(claims: Sequence[Claim], out: Path) -> str:
     return text
 
 
-def sheet(claim: Claim, pictures: Mapping[str, Tensor], prompts: Sequence[str], chosen: Tensor, out: Path) -> None:
-    """Writes the contact sheet of a claim: the same prompts and seeds down, its sides across."""
-    columns = {side: to_pil(images[chosen]) for side, images in pictures.items()}
-    contact_sheet(columns, [prompts[index] for index in chosen.tolist()], out / "sheets" / f"{claim.name}.png")
+def strip_file(folder: Path, variant: str, seed: int, steps: int | str) -> Path:
+    """Where the first pictures of a row lie, among the result files."""
+    return folder / f"{variant}-{seed}-{steps}.png"
+
+
+def write_strip(path: Path, pictures: Tensor) -> None:
+    """Writes pictures, float [N, 3, H, W] in 0..1, side by side."""
+    parts = to_pil(pictures)
+    width, height = parts[0].size
+    whole = Image.new("RGB", (width * len(parts), height))
+    for index, part in enumerate(parts):
+        whole.paste(part, (index * width, 0))
+    with replacing(path) as writing:
+        whole.save(writing, "PNG")
+
+
+def _read_strip(path: Path, count: int) -> list[Image.Image]:
+    with Image.open(path) as whole:
+        width = whole.width // count
+        return [whole.crop((index * width, 0, (index + 1) * width, whole.height)) for index in range(count)]
+
+
+def _write_sheet(claim: Claim, files: Sequence[Mapping[str, Any]], out: Path) -> None:
+    """The sheet of a claim: the same prompts and seeds down, its sides across, each as its first seed has it."""
+    columns: dict[str, list[Image.Image]] = {}
+    prompts: list[str] = []
+    for side in claim.sides:
+        variant, _, steps = side.partition("@")
+        for file in sorted((f for f in files if f["variant"] == variant), key=lambda f: int(f["seed"])):
+            path = strip_file(out / "results", variant, file["seed"], steps)
+            prompts = prompts or file["shown"]
+            if path.is_file() and file["shown"] == prompts:
+                columns[side] = _read_strip(path, len(prompts))
+                break
+    if columns:
+        contact_sheet(columns, prompts, out / "sheets" / f"{claim.name}.png")

@@ -18,6 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.claims import page
 from benchmarks.claims.draw import Drawer, Remembering, flow_distance, grain, reconstruct
 from benchmarks.claims.start import (
     COMMITTED,
@@ -317,6 +318,7 @@ class Workshop:
             **{"images": self._images(variant, seed), "seconds": round(seconds, 1), "scale": self.options.scale},
             "images_before": self._images_before(variant),
             "rows": self._measured(variant, seed),
+            "shown": self._shown(variant)[0],
             "environment": report.environment(),
         }
         with replacing(path) as writing:
@@ -353,7 +355,15 @@ class Workshop:
             row["flow"] = None if ends is None else flow_distance(pictures, ends)
             rows[str(steps)] = row
             _keep(self.pictures_file(variant, seed, steps), pictures)
+            strip = page.strip_file(self.options.out / "results", variant.name, seed, steps)
+            page.write_strip(strip, pictures[self._shown(variant)[1]])
         return rows
+
+    def _shown(self, variant: Variant) -> tuple[list[str], Tensor]:
+        """What the contact sheets show of a variant's pictures: the prompts, and which pictures."""
+        questions = self.questions(variant.style or self.config.data.style)
+        chosen = report.first_of_each(questions.targets, page.SHEET_ROWS)
+        return [questions.prompts[index] for index in chosen.tolist()], chosen
 
     def _teachers_ends(self, variant: Variant) -> Tensor | None:
         """Pictures of the checkpoint that taught the variant; None where it is not a stage's."""
@@ -362,6 +372,8 @@ class Workshop:
         phases = (variant.stage or {}).get("phases") or [{}]
         taught = VARIANTS[f"start-{phases[-1].get('teacher') or variant.start}"]
         self.result(taught, 0)
+        if not self.pictures_file(taught, 0, taught.steps[0]).is_file():  # of another machine are only the numbers here
+            self._measured(taught, 0)
         return self.pictures(taught, 0, taught.steps[0])
 
     def pictures_file(self, variant: Variant, seed: int, steps: int) -> Path:

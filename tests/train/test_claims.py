@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -249,7 +250,10 @@ def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: 
     assert command.work_off([blur], workshop, [0]) == []
     out = tmp_path / "out"
     names = {"four-d", "four-mse", "one-d", "one-mse", "start-8-step", "start-4-step", "start-1-step"}
-    assert {path.stem for path in (out / "results").iterdir()} == {f"{name}-0" for name in names}
+    assert {path.stem for path in (out / "results").glob("*.json")} == {f"{name}-0" for name in names}
+    assert {path.stem for path in (out / "results").glob("*.png")} == {
+        f"{name}-0-{steps}" for name in names for steps in VARIANTS[name].steps
+    }
     assert trainings.count("03-4-step-lora-d") == 1 and "03-4-step-mse" in trainings
     assert sorted(label for label in trainings if "1-step" in label) == ["07-1-step-full-d", "07-1-step-mse"]
     assert len(trainings) == 4, "what they start from is not run again"
@@ -270,6 +274,13 @@ def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: 
     assert again.result(VARIANTS["one-d"], 0)["rows"]["1"]["sha256"] == row["sha256"] and trainings == []
     seeds = [again.result(VARIANTS["four-d"], seed)["rows"]["4"]["sha256"] for seed in (0, 1)]
     assert seeds[0] != seeds[1]
+    trainings.clear()
+    shutil.rmtree(again.folder(VARIANTS["start-4-step"], 0))  # as on another machine, to which only results came
+    (out / "sheets" / "blur.png").unlink()
+    (out / "results" / "one-d-0.json").unlink()
+    assert again.result(VARIANTS["one-d"], 0)["rows"]["1"]["flow"] == row["flow"] and trainings == []
+    page.write(CLAIMS, out)
+    assert (out / "sheets" / "blur.png").is_file()
     other = Workshop(replace(_options(tmp_path), pictures=13))
     assert other.result(VARIANTS["start-8-step"], 0)["rows"]["8"]["images"] == 13, "asked otherwise, drawn anew"
 
