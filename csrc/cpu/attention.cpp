@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // self_attention, cross_attention, vae_attention with few keys: out = softmax(scale q k^T) v per sample and head.
-//   forward   an item of work is a run of queries of a head. Its keys and values wait as floats in the cache. The
-//   scores
+//   forward   an item of work is a run of queries of a head, whose keys and values wait as floats in the cache. Scores
 //             of a block of queries are held whole, a query a lane: maximum, sum and exponentials run along the keys
 //   backward  an item is a head, whose dk and dv are added up over blocks of queries: p = exp(scale q k^T - lse),
 //             dv += p^T dout, dp = dout v^T, ds = scale p (dp - sum(p dp)), dq = ds k, dk += ds^T q

@@ -10,8 +10,8 @@
 
 namespace sdxl_fast {
 
-constexpr int64_t kPanel = 32;     // output channels that lie side by side in the weight; of the last panel 16 or 32
-constexpr int64_t kMostTaps = 16;  // of a kernel of 4
+constexpr int64_t kPanel = 32;  // output channels that lie side by side in the weight; of the last panel 16 or 32
+constexpr int64_t kMostTaps = 9;
 
 struct PackedConv2dPlan {
     int64_t phases, taps;           // 1 and k^2, or for an upsampling 4 and 4
