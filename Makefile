@@ -94,8 +94,9 @@ cuda: $(READY) .cutlass-4.2.0
 .triton-3.6.0:
 	@$(PIP) install --no-deps --target $@ triton==3.6.0 || { rm -rf $@; exit 1; }
 
-# -m: the slow ones too, which are the other architectures.
-TRITON_TESTS := $(PY) -m pytest -q $(PARALLEL) -m "not gpu" tests/test_triton_compile.py
+# The slow ones are the other architectures.
+TRITON_MARKS ?= not gpu
+TRITON_TESTS = $(PY) -m pytest -q $(PARALLEL) -m "$(TRITON_MARKS)" --every-architecture tests/test_triton_compile.py
 
 triton: $(READY)
 	@$(PY) -c 'import triton; print("Triton", triton.__version__)'

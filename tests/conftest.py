@@ -33,7 +33,7 @@ CSRC = pathlib.Path(__file__).parent.parent / "csrc"
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of tests that take longer than the default run has."""
     parser.addoption("--soak-calls", type=int, default=500, help="random calls of the slow test of test_soak.py")
-    parser.addoption("--every-architecture", action="store_true", help="compile each CUDA source for all, not for one")
+    parser.addoption("--every-architecture", action="store_true", help="compile kernels for all, not for some")
     parser.addoption(
         "--diffusers-tests", metavar="DIR", help="a checkout of diffusers, whose SDXL tests are to pass too"
     )
