@@ -51,11 +51,14 @@ inline void tile(Matrix<A> a, Matrix<A> b, Matrix<A> c, int64_t first, int64_t c
     Tile<V, U> sum;
     for (int r = 0; r < kTileRows; ++r) {
         rows[r] = a.at(first + r);
-        for (int u = 0; u < U; ++u) sum[r][u] = add ? load(c.at(first + r) + column + u * V::W) : V(A(0));
+        for (int u = 0; u < U; ++u) sum[r][u] = A(0);
     }
     accumulate<V, U>(sum, rows, a.step, b.data + column, b.row, depth);
     for (int r = 0; r < kTileRows; ++r) {
-        for (int u = 0; u < U; ++u) store(c.at(first + r) + column + u * V::W, sum[r][u]);
+        for (int u = 0; u < U; ++u) {
+            A* const at = c.at(first + r) + column + u * V::W;
+            store(at, add ? load(at) + sum[r][u] : sum[r][u]);  // a long sum is one of short ones
+        }
     }
 }
 
