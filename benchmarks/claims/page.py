@@ -75,16 +75,17 @@ def _machine(files: Sequence[Mapping[str, Any]]) -> str:
 
 
 def write(claims: Sequence[Claim], out: Path) -> str:
-    """Writes `claims.md` and the sheets from the result files; claims without results are said to be not run.
+    """Writes `claims.md`, and the sheets of claims that were run, from the result files; others are said to be not run.
 
     Returns:
         the page.
     """
     files = read_results(out / "results")
     results = by_side(files)
-    for claim in claims:
-        _write_sheet(claim, files, out)
     verdicts = {claim.name: judge(claim, results) for claim in claims}
+    for claim in claims:
+        if verdicts[claim.name].word != "not run":
+            _write_sheet(claim, files, out)
     words = [verdict.word for verdict in verdicts.values()]
     counts = ", ".join(f"{words.count(word)} {word}" for word in ("reproduces", "does not reproduce", "not run"))
     scales = sorted({file["scale"] for file in files} - {1.0})
