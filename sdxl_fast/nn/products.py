@@ -53,6 +53,8 @@ class PreparedLinear(_Kept, nn.Linear):
 
 PREPARED: dict[type[nn.Module], type[nn.Module]] = {nn.Conv2d: PreparedConv2d, nn.Linear: PreparedLinear}
 """By stock class."""
+STOCK: dict[type[nn.Module], type[nn.Module]] = {prepared: plain for plain, prepared in PREPARED.items()}
+"""By prepared class."""
 
 
 def can_prepare(module: nn.Module) -> bool:

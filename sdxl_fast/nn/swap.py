@@ -79,10 +79,10 @@ def fuse(model: nn.Module, *, ops: Iterable[str] | None = None, training: bool =
 
 def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
-    from .products import PREPARED
+    from .products import STOCK
 
     stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family}
-    stock |= {GroupNormSiLU: nn.GroupNorm} | {prepared: plain for plain, prepared in PREPARED.items()}
+    stock |= {GroupNormSiLU: nn.GroupNorm, **STOCK}
     count = 0
     for module in model.modules():
         if type(getattr(module, "conv_act", None)) is FusedIntoNorm:
@@ -219,14 +219,13 @@ def _checked(ops: Iterable[str] | None) -> frozenset[str]:
 
 def _prepare_products(modules: dict[str, nn.Module], report: FuseReport, *, wanted: bool) -> None:
     """Makes convolutions and linear layers keep their weight in the order of the CPU's kernels, or be stock again."""
-    from .products import PREPARED, can_prepare
+    from .products import PREPARED, STOCK, can_prepare
 
-    stock = {prepared: plain for plain, prepared in PREPARED.items()}
     for name, module in modules.items():
-        if kind(module) in stock:
+        if kind(module) in STOCK:
             _forget(module)
             if not wanted:
-                become(module, stock[kind(module)])
+                become(module, STOCK[kind(module)])
         elif wanted and kind(module) in PREPARED and can_prepare(module):
             report.replaced[name] = f"{kind(module).__name__}: its weight in the order of the CPU's kernels"
             become(module, PREPARED[kind(module)])
