@@ -81,8 +81,9 @@ def restore(model: nn.Module) -> int:
     """Undo `fuse` in place; returns how many modules went back to their stock class."""
     from .products import STOCK
 
-    stock = {fused: swap.stock for swap in _swaps(training=True) for fused in swap.family}
-    stock |= {GroupNormSiLU: nn.GroupNorm, **STOCK}
+    stock: dict[type[nn.Module], type[nn.Module]] = {GroupNormSiLU: nn.GroupNorm}
+    stock.update({fused: swap.stock for swap in _swaps(training=True) for fused in swap.family})
+    stock.update(STOCK)
     count = 0
     for module in model.modules():
         if type(getattr(module, "conv_act", None)) is FusedIntoNorm:
