@@ -34,7 +34,7 @@ def by_side(files: Iterable[Mapping[str, Any]]) -> dict[str, dict[int, dict[str,
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for file in files:
         training = {"trained_images": file["images"], "trained_seconds": file["seconds"]}
-        training["images_before"] = file["images_before"]
+        training |= {"images_before": file["images_before"], "d_accuracy": file["d_accuracy"]}
         for steps, row in file["rows"].items():
             found.setdefault(f"{file['variant']}@{steps}", {})[file["seed"]] = {**row, **training}
     return found
@@ -54,7 +54,7 @@ def _line(cells: Iterable[str]) -> str:
 
 def table(claim: Claim, results: Results) -> list[str]:
     """The claim's sides, one a line: means over seeds and, of several, their standard errors."""
-    header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "images", "minutes", "before"]
+    header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "D", "images", "minutes", "before"]
     lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
     for side in claim.sides:
         rows = list(results.get(side, {}).values())
@@ -63,7 +63,9 @@ def table(claim: Claim, results: Results) -> list[str]:
             lines.append(_line([side, about, "0", *["–"] * (len(header) - 3)]))
             continue
         minutes = mean([row["trained_seconds"] for row in rows]) / 60.0
-        costs = [f"{rows[0]['trained_images']:,}", f"{minutes:.1f}", f"{rows[0]['images_before']:,}"]
+        accuracies = zip(*(row["d_accuracy"] for row in rows), strict=True)
+        accuracy = " → ".join(f"{mean(values):.2f}" for values in accuracies)
+        costs = [accuracy or "–", f"{rows[0]['trained_images']:,}", f"{minutes:.1f}", f"{rows[0]['images_before']:,}"]
         lines.append(_line([side, about, str(len(rows)), *(_cell(name, rows) for name in METRICS), *costs]))
     return lines
 
@@ -98,8 +100,9 @@ def write(claims: Sequence[Claim], out: Path) -> str:
         "",
         "Top-5, KID excess, sharpness and diversity as `sdxl-fast eval` has them; grain: deviation of the Laplacian in "
         "the quietest quarter of a picture, in levels of 255; flow: root mean square distance to where the checkpoint "
-        "that taught ends from the same noise; images and minutes: of training, without what came before; before: "
-        "the images of that since the base model.",
+        "that taught ends from the same noise; D: accuracy of the last discriminator, before and after the student's "
+        "training (0.50 is chance: it sees no difference and says nothing); images and minutes: of training, without "
+        "what came before; before: the images of that since the base model.",
         "",
         f"Machine: {_machine(files)}.",
     ]

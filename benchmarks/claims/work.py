@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.claims import page
 from benchmarks.claims.draw import Drawer, Remembering, flow_distance, grain, reconstruct
+from benchmarks.claims.logs import d_accuracy
 from benchmarks.claims.start import (
     COMMITTED,
     NotRunError,
@@ -316,7 +317,7 @@ class Workshop:
         found = {
             **{"variant": variant.name, "seed": seed, "key": key, "about": variant.about},
             **{"images": self._images(variant, seed), "seconds": round(seconds, 1), "scale": self.options.scale},
-            "images_before": self._images_before(variant),
+            **{"images_before": self._images_before(variant), "d_accuracy": d_accuracy(self.folder(variant, seed))},
             "rows": self._measured(variant, seed),
             "shown": self._shown(variant)[0],
             "environment": report.environment(),

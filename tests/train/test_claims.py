@@ -261,6 +261,8 @@ def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: 
     row = found["rows"]["1"]
     assert found["images"] == 4 and found["images_before"] == 24, "two units inside one step, and four LoRAs' before"
     assert row["images"] == 12 and row["flow"] > 0 and row["grain"] > 0
+    assert found["d_accuracy"] and all(0 <= accuracy <= 1 for accuracy in found["d_accuracy"])
+    assert json.loads((out / "results" / "one-mse-0.json").read_text())["d_accuracy"] == []
     text = (out / "claims.md").read_text()
     assert f"{len(CLAIMS) - 1} not run" in text and "**Not run**: ADD needs" in text
     assert "![blur](sheets/blur.png)" in page.write(CLAIMS, out)
