@@ -93,5 +93,7 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(token_head_bwd_cuda);
     EXPOSE(attention_fwd_cpu);
     EXPOSE(attention_bwd_cpu);
+    EXPOSE(streamed_attention_workspace_cpu);
+    EXPOSE(streamed_attention_fwd_cpu);
     EXPOSE(packed_conv2d_fwd_cpu);
 }

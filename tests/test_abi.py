@@ -20,6 +20,7 @@ import torch
 
 from sdxl_fast import native, ops, use_backend
 from sdxl_fast.dispatch import registry
+from sdxl_fast.ops import _attention_cpu
 
 ROOT = Path(__file__).parent.parent
 HEADER = (ROOT / "csrc" / "include" / "sdxl_fast.h").read_text()
@@ -315,6 +316,10 @@ def _everything(dtype: torch.dtype, n: int = 2) -> list[torch.Tensor]:
             )
             y = ops.cross_attention(q, k, v)
             found += [y, *torch.autograd.grad(y, (q, k, v), torch.randn(y.shape).to(dtype))]
+        stream = _attention_cpu.streamed(native.load(), kept=True)  # the registry asks for AVX-512
+        for tokens, keys, heads, channels in ((50, 600, 2, 64), (7, 259, 3, 41), (40, 3, 1, 500)):
+            q, k, v = (torch.randn(n, count, heads, channels).to(dtype) for count in (tokens, keys, keys))
+            found += stream(q, k, v + 1, None)
         for approximate in ("none", "tanh"):
             x = (torch.randn(13, 2 * 1009) * 3).to(dtype).requires_grad_()
             y = ops.geglu(x, approximate=approximate)

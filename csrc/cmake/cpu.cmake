@@ -10,6 +10,7 @@ set(kernel_sources
     cpu/layer_norm.cpp
     cpu/lora_merge.cpp
     cpu/packed_conv2d.cpp
+    cpu/streamed_attention.cpp
     cpu/to_uint8.cpp
     cpu/token_head.cpp)
 

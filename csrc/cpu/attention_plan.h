@@ -19,6 +19,11 @@ constexpr int64_t kMostKeyElements = 16384;
 constexpr int64_t kQueryBlock = 32;
 constexpr int64_t kQueriesPerItem = 128;
 
+// Of the kernel that lets keys pass by: queries of an item of work, keys of a block, and the widest head.
+constexpr int64_t kStreamedQueries = 48;
+constexpr int64_t kStreamedKeys = 256;
+constexpr int64_t kStreamedChannels = 512;
+
 // Rows and columns of buffers are padded to this, the lanes of the widest vector.
 constexpr int64_t kPadding = 16;
 

@@ -24,6 +24,8 @@ namespace {
      isa::token_head_bwd,               \
      isa::attention_fwd,                \
      isa::attention_bwd,                \
+     isa::streamed_attention_fwd,       \
+     isa::streamed_attention_workspace, \
      isa::packed_conv2d_fwd,            \
      isa::geglu_fwd,                    \
      isa::geglu_bwd,                    \

@@ -21,6 +21,8 @@ struct KernelTable {
     void (*token_head_bwd)(const TokenHeadBackward&);
     void (*attention_fwd)(const AttentionForward&);
     void (*attention_bwd)(const AttentionBackward&);
+    void (*streamed_attention_fwd)(const AttentionForward&);
+    int64_t (*streamed_attention_workspace)(const AttentionForward&);
     void (*packed_conv2d_fwd)(const PackedConv2dCall&);
     void (*geglu_fwd)(const GegluCall&);
     void (*geglu_bwd)(const GegluCall&);

@@ -14,6 +14,15 @@ bool bad_shape(const AttentionShape& shape, double scale) {
            !attention_fits(shape.t, shape.d) || !(scale >= 0);
 }
 
+bool bad_streamed_shape(const AttentionShape& shape, double scale) {
+    return any_negative({shape.n, shape.s, shape.h}) || shape.t < 1 || shape.d < 1 || shape.d > kStreamedChannels ||
+           !(scale >= 0);
+}
+
+bool streams(int32_t dtype) {
+    return known_dtype(dtype) && dtype != SDXL_FAST_F64;
+}
+
 bool bad_shape(const PackedConv2dShape& s) {
     if (any_negative({s.n, s.h, s.w}) || s.c_in < 1 || s.c_out < 1) return true;
     if (s.upsample) return s.kernel != 2 || s.stride != 1 || s.padding != 1;
@@ -42,10 +51,44 @@ int32_t sdxl_fast_attention_fwd_cpu(const void* q, const void* k, const void* v,
                                   {v, v_sample, v_token, v_head},
                                   out,
                                   lse,
+                                  nullptr,
                                   shape,
                                   scale,
                                   dtype,
                                   num_threads});
+    return SDXL_FAST_OK;
+}
+
+int64_t sdxl_fast_streamed_attention_workspace_cpu(int64_t n, int64_t s, int64_t t, int64_t h, int64_t d,
+                                                   int32_t dtype) {
+    const AttentionShape shape{n, s, t, h, d};
+    if (!streams(dtype) || bad_streamed_shape(shape, 1.0)) return 0;
+    AttentionForward call{};
+    call.shape = shape;
+    call.dtype = dtype;
+    return kernels(dtype).streamed_attention_workspace(call);
+}
+
+int32_t sdxl_fast_streamed_attention_fwd_cpu(const void* q, const void* k, const void* v, void* out, void* lse,
+                                             void* workspace, int64_t n, int64_t s, int64_t t, int64_t h, int64_t d,
+                                             int64_t q_sample, int64_t q_token, int64_t q_head, int64_t k_sample,
+                                             int64_t k_token, int64_t k_head, int64_t v_sample, int64_t v_token,
+                                             int64_t v_head, double scale, int32_t dtype, int32_t num_threads) {
+    if (!streams(dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
+    const AttentionShape shape{n, s, t, h, d};
+    if (bad_streamed_shape(shape, scale)) return SDXL_FAST_INVALID_ARGUMENT;
+    if (n * s * h == 0) return SDXL_FAST_OK;
+    if (any_null({q, k, v, out, workspace})) return SDXL_FAST_INVALID_ARGUMENT;
+    kernels(dtype).streamed_attention_fwd({{q, q_sample, q_token, q_head},
+                                           {k, k_sample, k_token, k_head},
+                                           {v, v_sample, v_token, v_head},
+                                           out,
+                                           lse,
+                                           workspace,
+                                           shape,
+                                           scale,
+                                           dtype,
+                                           num_threads});
     return SDXL_FAST_OK;
 }
 

@@ -118,7 +118,7 @@ struct AttentionTokens {
 
 struct AttentionForward {
     AttentionTokens q, k, v;
-    void *out, *lse;
+    void *out, *lse, *workspace;  // the last for streamed_attention alone
     AttentionShape shape;
     double scale;
     int32_t dtype, num_threads;
@@ -161,25 +161,27 @@ struct LoraMergeCall {
 };
 
 // Declares the kernels compiled for one instruction set.
-#define SDXL_FAST_DECLARE_KERNELS(isa)                         \
-    namespace isa {                                            \
-    void group_norm_silu_fwd(const GroupNormForward& call);    \
-    void group_norm_silu_bwd(const GroupNormBackward& call);   \
-    void geglu_fwd(const GegluCall& call);                     \
-    void geglu_bwd(const GegluCall& call);                     \
-    void forward_diffusion_fwd(const DiffusionForward& call);  \
-    void forward_diffusion_bwd(const DiffusionBackward& call); \
-    void ddim_move_fwd(const MoveForward& call);               \
-    void ddim_move_bwd(const MoveBackward& call);              \
-    void layer_norm_fwd(const LayerNormForward& call);         \
-    void layer_norm_bwd(const LayerNormBackward& call);        \
-    void token_head_fwd(const TokenHeadForward& call);         \
-    void token_head_bwd(const TokenHeadBackward& call);        \
-    void attention_fwd(const AttentionForward& call);          \
-    void attention_bwd(const AttentionBackward& call);         \
-    void packed_conv2d_fwd(const PackedConv2dCall& call);      \
-    void to_uint8_fwd(const ToUint8Call& call);                \
-    void lora_merge_fwd(const LoraMergeCall& call);            \
+#define SDXL_FAST_DECLARE_KERNELS(isa)                                  \
+    namespace isa {                                                     \
+    void group_norm_silu_fwd(const GroupNormForward& call);             \
+    void group_norm_silu_bwd(const GroupNormBackward& call);            \
+    void geglu_fwd(const GegluCall& call);                              \
+    void geglu_bwd(const GegluCall& call);                              \
+    void forward_diffusion_fwd(const DiffusionForward& call);           \
+    void forward_diffusion_bwd(const DiffusionBackward& call);          \
+    void ddim_move_fwd(const MoveForward& call);                        \
+    void ddim_move_bwd(const MoveBackward& call);                       \
+    void layer_norm_fwd(const LayerNormForward& call);                  \
+    void layer_norm_bwd(const LayerNormBackward& call);                 \
+    void token_head_fwd(const TokenHeadForward& call);                  \
+    void token_head_bwd(const TokenHeadBackward& call);                 \
+    void attention_fwd(const AttentionForward& call);                   \
+    void streamed_attention_fwd(const AttentionForward& call);          \
+    int64_t streamed_attention_workspace(const AttentionForward& call); \
+    void attention_bwd(const AttentionBackward& call);                  \
+    void packed_conv2d_fwd(const PackedConv2dCall& call);               \
+    void to_uint8_fwd(const ToUint8Call& call);                         \
+    void lora_merge_fwd(const LoraMergeCall& call);                     \
     }
 
 SDXL_FAST_DECLARE_KERNELS(baseline)

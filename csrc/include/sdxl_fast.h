@@ -5,8 +5,7 @@
  * Contract of every sdxl_fast_<op>_<fwd|bwd>_<cpu|cuda> function
  *   - const pointers first, then written pointers, sizes, scalars, codes, and last `stream` (a cudaStream_t) or
  *     `num_threads` (how many threads may work on the call; the numbers never depend on it);
- *   - returns a status (below), never throws, never allocates device memory, never synchronises, legal in graph
- * capture;
+ *   - returns a status (below), never throws, allocates no device memory, never waits, may be captured in a graph;
  *   - "or null" pointers may be null, all others must be valid unless a size is zero; no alignment beyond that of the
  *     element type is required (but for the products below); outputs must not overlap inputs;
  *   - a size of zero is fine: status 0, and every output that has elements is defined.
@@ -18,7 +17,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 9
+#define SDXL_FAST_ABI 10
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -371,10 +370,22 @@ SDXL_FAST_API int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* 
                                                   int64_t k_token, int64_t k_head, int64_t v_sample, int64_t v_token,
                                                   int64_t v_head, double scale, int32_t dtype, int32_t num_threads);
 
+/* The forward for any number of keys, d <= 512, not of f64. workspace: as many bytes as its function says. */
+
+SDXL_FAST_API int64_t sdxl_fast_streamed_attention_workspace_cpu(int64_t n, int64_t s, int64_t t, int64_t h, int64_t d,
+                                                                 int32_t dtype);
+SDXL_FAST_API int32_t sdxl_fast_streamed_attention_fwd_cpu(const void* q, const void* k, const void* v, void* out,
+                                                           void* lse_or_null, void* workspace, int64_t n, int64_t s,
+                                                           int64_t t, int64_t h, int64_t d, int64_t q_sample,
+                                                           int64_t q_token, int64_t q_head, int64_t k_sample,
+                                                           int64_t k_token, int64_t k_head, int64_t v_sample,
+                                                           int64_t v_token, int64_t v_head, double scale, int32_t dtype,
+                                                           int32_t num_threads);
+
 /* ---- packed_conv2d: y = conv2d(x, weight) + bias, its weight in the order of the kernel; for small maps ----
- * x: [n, h, w, c_in], y: [n, p, q, c_out] in memory, bias: [c_out], all of f32. kernel is 1 or 3, stride 1 or 2, padding
- * 0 or 1. The weight: output channels padded to a multiple of 32, or 16 if that is enough, then cut to panels of 32 (the
- * last 16 or 32), each [kernel * kernel, c_in, channels of the panel], and behind the last panel c_in zeros.
+ * x: [n, h, w, c_in], y: [n, p, q, c_out] in memory, bias: [c_out], all of f32. kernel is 1 or 3, stride 1 or 2,
+ * padding 0 or 1. The weight: output channels padded to a multiple of 32, or 16 if that is enough, then cut to panels
+ * of 32 (the last 16 or 32), each [kernel * kernel, c_in, channels of the panel], and behind the last panel c_in zeros.
  * With upsample, y is conv2d of the map doubled in both directions, kernel is 2, stride and padding are 1, and the
  * weight is four such weights, of the outputs at (even, even), (even, odd), (odd, even), (odd, odd), and then zeros. */
 

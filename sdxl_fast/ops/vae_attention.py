@@ -75,7 +75,7 @@ class _VaeAttention(_attention.Attention):
     rules = _attention.rules("[N,S,D]")
     backends = (
         _triton(),
-        _attention_cpu.backend(),
+        _attention_cpu.backend(_library_bwd),
         _sdpa.backend((_library_fwd, _library_bwd)),
         _backends.eager(reference),
     )

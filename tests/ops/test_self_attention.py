@@ -8,7 +8,7 @@ import torch
 
 from sdxl_fast import ops
 from sdxl_fast.dispatch import explain
-from sdxl_fast.ops import _sdpa
+from sdxl_fast.ops import _native, _sdpa
 from sdxl_fast.ops.self_attention import _OP
 from sdxl_fast.reference import self_attention as reference
 from sdxl_fast.testing.attention_suite import AttentionSuite
@@ -83,13 +83,14 @@ def test_triton_says_which_heads_it_takes(shape, message):
     assert message in explain("self_attention", q, q, q).reasons["triton"]
 
 
-def test_a_cpu_takes_the_native_kernel_and_with_many_keys_the_library():
+def test_a_cpu_takes_the_native_kernels_with_avx512_for_many_keys_too():
     assert explain(ops.self_attention, Q, Q, Q).backend == "cpu"
     many, wide = torch.zeros(1, 257, 1, 8), torch.zeros(1, 200, 1, 96)
-    found = explain(ops.self_attention, many, many, many)
+    streamed = _native.binding("cpu").cpu_isa().startswith("avx512")
+    assert {explain(ops.self_attention, t, t, t).backend for t in (many, wide)} == {"cpu" if streamed else "library"}
+    found = explain(ops.self_attention, *[many.double()] * 3)
     assert found.backend == "library" and "there must be at most 256 keys" in found.reasons["cpu"]
     assert "would run, but library is preferred" in found.reasons["eager"]
-    assert explain(ops.self_attention, wide, wide, wide).backend == "library"
     assert explain(ops.self_attention, *[Q.to("meta")] * 3).reasons["library"] == "q must be a cpu or cuda tensor"
 
 
