@@ -125,7 +125,16 @@ struct Item {
         }
     }
 
-    void write(const V (&sum)[kRows][kVectors], int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+    // Asks for what a strip of the weight is made of; it comes while the strip is multiplied.
+    void ask_for(int64_t row, int64_t rows, int64_t col, int64_t cols) const {
+        for (int64_t i = 0; i < rows; ++i) {
+            const T* const base = static_cast<const T*>(m.base) + (row + i) * m.cols + col;
+            for (int64_t c = 0; c < cols; c += 64 / int64_t{sizeof(T)}) prefetch(base + c);
+        }
+    }
+
+    template <bool streaming>
+    void add(const V (&sum)[kRows][kVectors], int64_t row, int64_t rows, int64_t col, int64_t cols) const {
         const V scale(static_cast<typename V::Scalar>(m.scale));
         for (int64_t i = 0; i < rows; ++i) {
             const int64_t at = (row + i) * m.cols + col;
@@ -134,7 +143,7 @@ struct Item {
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t c = v * V::W;
                 if (c + V::W <= cols) {
-                    store(weight + c, fma(scale, sum[i][v], load(base + c)));
+                    emit<streaming>(weight + c, fma(scale, sum[i][v], load(base + c)));
                 } else if (c < cols) {
                     store_some(weight + c, fma(scale, sum[i][v], load_some(base + c, cols - c)), cols - c);
                 }
@@ -142,6 +151,7 @@ struct Item {
         }
     }
 
+    template <bool streaming>
     void merge(int64_t row, int64_t rows, int64_t col, int64_t cols) {
         for (int64_t first = 0; first == 0 || first < m.rank; first += kMostRanks) {
             const int64_t ranks = smaller(kMostRanks, m.rank - first), words = chunks_of(ranks, Form::kStep);
@@ -152,6 +162,8 @@ struct Item {
                 copy_up(row + i, some, first, ranks);
                 for (int64_t c = 0; c < cols; c += kStrip) {
                     V sum[kRows][kVectors];
+                    const int64_t width = smaller(kStrip, cols - c);
+                    if (last) ask_for(row + i, some, col + c, width);
                     // More ranks than fit leave room for one strip, and its sums wait here.
                     if (first > 0) {
                         memcpy(sum, sums[i], sizeof(sum));
@@ -160,7 +172,7 @@ struct Item {
                     }
                     multiply(sum, down + c * words, words);
                     if (last) {
-                        write(sum, row + i, some, col + c, smaller(kStrip, cols - c));
+                        add<streaming>(sum, row + i, some, col + c, width);
                     } else {
                         memcpy(sums[i], sum, sizeof(sum));
                     }
@@ -172,14 +184,25 @@ struct Item {
 
 template <class T, class F>
 void merge_all(const LoraMergeCall& call) {
+    int64_t bytes = 0;
+    for (int64_t i = 0; i < call.count; ++i) {
+        bytes += call.modules[i].rows * call.modules[i].cols * int64_t{sizeof(T)};
+    }
     for (int64_t i = 0; i < call.count; ++i) {
         const sdxl_fast_lora_module& m = call.modules[i];
+        // Rows and strips begin at a line.
+        const bool streaming =
+            bytes >= streaming_threshold() && aligned_to_line(m.weight) && m.cols * int64_t{sizeof(T)} % 64 == 0;
         const int64_t cols = Item<T, F>::cols_for(m.rank), across = chunks_of(m.cols, cols);
         const int32_t threads = threads_for(m.rows * m.cols, call.num_threads);
         parallel(across * chunks_of(m.rows, kItemRows), threads, [&](int64_t item) {
             const int64_t row = item / across * kItemRows, col = item % across * cols;
             Item<T, F> work(m);
-            work.merge(row, smaller(kItemRows, m.rows - row), col, smaller(cols, m.cols - col));
+            with_bool(streaming, [&](auto past_the_cache) {
+                work.template merge<past_the_cache.value>(row, smaller(kItemRows, m.rows - row), col,
+                                                          smaller(cols, m.cols - col));
+            });
+            if (streaming) stream_fence();
         });
     }
 }

@@ -26,6 +26,8 @@ inline VecD leaky(VecD z) {
     return z.v > 0 ? z.v : z.v * kSlope<double>;
 }
 
+constexpr int64_t kAhead = 256;  // elements that the backward asks for ahead
+
 // The derivative of leaky, which is kSlope at zero.
 inline VecF leaky_slope(VecF z) {
     return select_negative(VecF(0.0f) - z, VecF(1.0f), VecF(kSlope<float>));
@@ -43,19 +45,25 @@ struct Forward {
     int64_t group_channels() const { return call.c / call.groups; }
     A* part(int64_t item) const { return static_cast<A*>(call.workspace) + item * token_head_padded(call.length); }
 
-    void group(int64_t item) const {
+    // `more`: whether the next item follows. Items are too short for the memory's own prefetching to find its way.
+    void group(int64_t item, bool more) const {
         const int64_t sample = item / call.groups, first = item % call.groups * group_channels();
         const int64_t at = (sample * call.c + first) * call.length, count = group_channels() * call.length;
         const T* const hidden = static_cast<const T*>(call.hidden) + at;
         const T* const residual = static_cast<const T*>(call.residual) + at;
         Sums<V> sum;
         each_vector<V>(count, [&](int64_t i, auto full, int64_t left, auto slot) {
+            prefetch(residual + i);
             sum.part[slot.value] = sum.part[slot.value] + fetch<full.value>(hidden + i, left);
         });
         A mean, rstd;
         finish_statistics<V>(
             sum.total(), count, call.eps,
-            [&](int64_t i, auto full, int64_t left) { return fetch<full.value>(hidden + i, left); }, mean, rstd);
+            [&](int64_t i, auto full, int64_t left) {
+                if (more) prefetch(hidden + count + i);
+                return fetch<full.value>(hidden + i, left);
+            },
+            mean, rstd);
         static_cast<A*>(call.mean)[item] = mean;
         static_cast<A*>(call.rstd)[item] = rstd;
         A* const logits = part(item);
@@ -86,7 +94,11 @@ struct Forward {
 
     void run() const {
         const int32_t threads = threads_for(call.n * call.c * call.length, call.num_threads);
-        parallel(call.n * call.groups, threads, [&](int64_t i) { group(i); });
+        const int64_t items = call.n * call.groups, size = token_head_chunk(group_channels() * call.length);
+        parallel(chunks_of(items, size), threads, [&](int64_t i) {
+            const int64_t end = smaller((i + 1) * size, items);
+            for (int64_t item = i * size; item < end; ++item) group(item, item + 1 < end);
+        });
         parallel(call.n, threads_for(call.n * call.groups * call.length, call.num_threads),
                  [&](int64_t i) { sample(i); });
     }
@@ -139,6 +151,8 @@ struct Backward {
             const Channel ch = channel(item, k);
             Sums<V> plain, weighted, totals;
             each_vector<V>(call.length, [&](int64_t l, auto full, int64_t left, auto slot) {
+                prefetch(ch.hidden + l + kAhead);
+                prefetch(ch.residual + l + kAhead);
                 const V dlogit = fetch<full.value>(ch.dlogits + l, left);  // zero beyond the row
                 const V xhat = ch.template xhat<full.value>(l, left), z = ch.z(xhat), s = dlogit * leaky_slope(z);
                 const V total = fetch<full.value>(ch.residual + l, left) + leaky(z);
