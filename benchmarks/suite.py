@@ -160,7 +160,8 @@ def contestants(bench: OpBench, device: str, *, compile: bool) -> list[Contestan
     """Returns the op's backends for the device, stock PyTorch in each memory layout, and that compiled if asked for."""
     found = []
     info = registry()[bench.subject.op]
-    for backend in (name for name in NATIVE[device] if info.backend(name)):
+    offered = (info.backend(name) for name in NATIVE[device])
+    for backend in (b.name for b in offered if b is not None and not b.composed):  # composed: that is eager
 
         def ours(backend: str = backend, **values: Any) -> Any:
             with use_backend(backend):

@@ -36,13 +36,14 @@ class Kernels(NamedTuple):
     """The raw functions of one op on one backend.
 
     ``alone``, where a backend has it, is the forward of a call that no backward follows: its outputs end with those
-    that carry gradients.
+    that carry gradients. ``composed`` is that of the backend.
     """
 
     backend: str
     fwd: Callable[..., Any]
     bwd: Callable[..., Any]
     alone: Callable[..., Any] | None = None
+    composed: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,14 @@ class Backend:
     """One backend of one op: how to load it, and what it asks of the arguments beyond the op's own rules.
 
     ``load`` returns the raw functions in the order of :class:`Kernels` or raises :class:`UnavailableError` with the
-    reason.
+    reason. The forward of a ``composed`` backend is made of operations that PyTorch differentiates; it is called as it
+    is, its backward never, and its outputs end with those that carry gradients.
     """
 
     name: str
     load: Callable[[], tuple[Callable[..., Any], ...]]
     rules: tuple[Rule, ...] = ()
+    composed: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class OpInfo:
         found = self._loaded.get(backend.name)
         if found is None:
             try:
-                found = Kernels(backend.name, *backend.load())
+                found = Kernels(backend.name, *backend.load())._replace(composed=backend.composed)
             except UnavailableError as reason:
                 found = str(reason)
             self._loaded[backend.name] = found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D as StockUpsample2D
 from torch import Tensor, nn
 
@@ -16,6 +17,10 @@ from ..reference.upsample_conv2d import phase_weights
 from .classes import kind
 from .hooks import has_hooks
 from .products import PreparedConv2d
+
+# On a CPU, with the sums of the weights made for each call. Both passes of 144 channels on 2 Zen 4 cores, ours and
+# stock, ms: 16 positions 0.87 and 0.64, 128 positions 5.3 and 3.5, 256 positions 6.8 and 6.0, 768 positions 11 and 16.
+_FEW_POSITIONS = 512
 
 
 class Upsample2D(StockUpsample2D):
@@ -35,7 +40,9 @@ class Upsample2D(StockUpsample2D):
         return self._upsampled(hidden_states, convolution.weight, convolution.bias)
 
     def _upsampled(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Nothing is kept of the weight, as training changes it with every step."""
+        """Nothing is kept of the weight, as training changes it with every step: a small map does not pay for that."""
+        if not torch.compiler.is_compiling() and _is_small(x) and weight.dtype == x.dtype and forced_backend() is None:
+            return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
         return ops.upsample_conv2d(x, weight, bias)
 
 
@@ -63,7 +70,7 @@ class PreparedUpsample2D(Upsample2D):
             or torch.is_autocast_enabled(x.device.type)
             or weight.is_inference()
         ):
-            return ops.upsample_conv2d(x, weight, bias)
+            return super()._upsampled(x, weight, bias)
         if self._phases is None or self._kept is None:
             self._phases, self._kept = Derived(), KeptWeight()
         phases = self._phases.of(weight, phase_weights)
@@ -86,6 +93,10 @@ def why_not_fused(module: StockUpsample2D) -> str | None:
     if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1) or convolution.padding_mode != "zeros":
         return "its convolution is not 3x3 with padding 1"
     return None
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.is_cpu and x.shape[0] * x.shape[2] * x.shape[3] < _FEW_POSITIONS
 
 
 def _is_double(output_size: Any, x: Tensor) -> bool:

@@ -70,6 +70,28 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """Gradients of the call are recorded."""
+
+    def check(self, values: Values) -> str | None:
+        if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values.values()):
+            return None
+        return self.describe()
+
+    def describe(self) -> str:
+        return "no gradients are recorded, and for that alone it is there"
+
+
+def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
+    """PyTorch's own operations, which on small CPU tensors cost less host time where a backward follows.
+
+    One of our operations is then an ``autograd.Function`` of Python, some 40 us more than one of PyTorch's.
+    """
+    rules = (DeviceType(lead, "cpu"), Dtype(lead, (torch.float32,)), Recorded())
+    return Backend("library", lambda: (fwd, no_backward), rules, composed=True)
+
+
 def native(device: str, lead: str, load: Callable[[str], Functions], *rules: Rule) -> Backend:
     """The native library on ``device`` ("cpu" or "cuda"); ``load(device)`` returns the adapters of the op."""
     dtypes = FLOATS if device == "cpu" else GPU_FLOATS

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 
 from sdxl_fast.constraints import (
     DeviceLike,
@@ -156,6 +157,21 @@ def _native_bwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
     return bwd
 
 
+def _composed(
+    x: torch.Tensor,
+    weight: MaybeTensor,
+    bias: MaybeTensor,
+    shift: MaybeTensor,
+    num_groups: int,
+    eps: float,
+    activation: str,
+    scale_y: MaybeTensor = None,
+) -> tuple[torch.Tensor]:
+    total = x if shift is None else x + shift[:, :, None, None]
+    y = F.group_norm(total, num_groups, weight, bias, eps)
+    return (F.silu(y) if activation == "silu" else y,)
+
+
 class _GroupNormSilu(FusedOp):
     name = "group_norm_silu"
     parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation", "scale_y")
@@ -189,6 +205,7 @@ class _GroupNormSilu(FusedOp):
         _backends.native("cuda", "x", _native_kernels, _float8.FROM_BFLOAT16),
         _backends.triton("group_norm_silu", "x"),
         _backends.native("cpu", "x", _native_kernels),
+        _backends.composed("x", _composed),
         _backends.eager(reference),
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from sdxl_fast.constraints import (
     DeviceLike,
@@ -140,6 +141,19 @@ def _native_bwd(lib: Any, device: str) -> Callable[..., Any]:
     return bwd
 
 
+def _composed(
+    x: torch.Tensor,
+    weight: MaybeTensor,
+    bias: MaybeTensor,
+    residual: MaybeTensor,
+    eps: float,
+    scale_y: MaybeTensor = None,
+) -> tuple[torch.Tensor, ...]:
+    total = x if residual is None else x + residual
+    y = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    return (y,) if residual is None else (y, total)
+
+
 class _LayerNorm(FusedOp):
     name = "layer_norm"
     parameters = ("x", "weight", "bias", "residual", "eps", "scale_y")
@@ -172,6 +186,7 @@ class _LayerNorm(FusedOp):
         # A program holds whole rows.
         _backends.triton("layer_norm", "x", LastAtMost("x", 4096)),
         _backends.native("cpu", "x", _native_kernels),
+        _backends.composed("x", _composed),
         _backends.eager(reference),
     )
 

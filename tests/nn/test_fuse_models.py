@@ -71,6 +71,8 @@ def test_keys_layouts_and_files_stay(unet: nn.Module) -> None:
 def test_lora_added_afterwards_trains_and_loads(unet: nn.Module, training: bool) -> None:
     from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
+    if not training:  # prepared convolutions work in it, in which PyTorch's own GroupNorm is less exact
+        unet.to(memory_format=torch.channels_last)
     stock = copy.deepcopy(unet)
     fuse(unet, training=training)
     for model in (unet, stock):

@@ -51,6 +51,21 @@ def test_forward_and_gradients_are_the_stock_ones(name: str, layout: torch.memor
     )
 
 
+def test_a_small_map_takes_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU it does not pay for the sums of the weights, unless a backend is asked for."""
+    monkeypatch.setattr("sdxl_fast.nn.sampling._FEW_POSITIONS", 2 * 9 * 10)
+    stock, module = _pair()
+    fuse(nn.ModuleList([module]))
+    assert _fused(module) == []
+    x = torch.randn(1, 12, 9, 9)
+    assert torch.equal(module(x), stock(x))
+    with dispatch.use_backend("library"):
+        assert _fused(module) == [("upsample_conv2d", "library")]
+    with dispatch.record() as calls:
+        module(torch.randn(2, 12, 9, 10))
+    assert list(calls) == [("upsample_conv2d", "library")]
+
+
 def test_parameters_keep_their_names_and_restore_gives_the_class_back() -> None:
     stock, module = _pair()
     model = nn.ModuleList([module])
