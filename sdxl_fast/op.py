@@ -3,7 +3,8 @@
 
 In eager mode a call goes public function -> :meth:`FusedOp.__call__` -> ``autograd.Function`` -> backend -> launch,
 past PyTorch's dispatcher. Host time on top of the backend's own call, tiny CPU tensors, torch 2.13: 3 to 8 us without
-gradients and 9 to 16 with, against 14 and 40 through a library op.
+gradients and 9 to 16 with, against 14 and 40 through a library op. A backend that is composed of functions which
+PyTorch differentiates is called without the ``autograd.Function``.
 While a graph is being traced, and for tensor subclasses and dispatch modes (fake tensors, FLOP counters), the same
 call goes through the ``torch.library`` ops ``sdxl_fast::<op>_fwd`` and ``_bwd``, which have fakes, so that
 ``torch.compile(fullgraph=True)`` and ``torch.export`` work; their bodies come back to the backends chosen here.

@@ -16,14 +16,36 @@
 namespace sdxl_fast {
 namespace {
 
+constexpr int32_t kMostRanges = 64;
+
+// Consecutive chunks, taken one by one. On a line of its own.
+struct alignas(64) Range {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+};
+
 struct Job {
     ChunkFunction function;
     void* context;
-    int64_t chunks;
-    std::atomic<int64_t> next{0};
+    int32_t count;  // of ranges: one per thread
+    Range ranges[kMostRanges];
 
-    void work() {
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) function(context, i);
+    Job(ChunkFunction f, void* c, int64_t chunks, int32_t threads)
+        : function(f), context(c), count(threads < kMostRanges ? threads : kMostRanges) {
+        for (int64_t r = 0; r < count; ++r) {
+            ranges[r].next.store(r * chunks / count, std::memory_order_relaxed);
+            ranges[r].end = (r + 1) * chunks / count;
+        }
+    }
+
+    // The thread's own range first, then what is left of the others'.
+    void work(int32_t thread) {
+        for (int32_t k = 0; k < count; ++k) {
+            Range& range = ranges[(thread + k) % count];
+            for (int64_t i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+                function(context, i);
+            }
+        }
     }
 };
 
@@ -43,6 +65,13 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 // runtime beside torch's would fight it for the cores.
 GompParallel find_openmp() {
     return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+}
+
+// This thread's number in its team.
+int32_t openmp_thread() {
+    using Number = int (*)();
+    static const Number number = reinterpret_cast<Number>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+    return number == nullptr ? 0 : number();
 }
 
 std::atomic<bool> in_forked_child{false};
@@ -67,7 +96,7 @@ class Pool {
             epoch_.fetch_add(1, std::memory_order_release);
         }
         wake_.notify_all();
-        job.work();
+        job.work(0);
         for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
             pause_cpu();
             if (spins > 2000) std::this_thread::yield();
@@ -98,7 +127,7 @@ class Pool {
                 job = index < wanted_ ? job_ : nullptr;
             }
             if (job == nullptr) continue;
-            job->work();
+            job->work(index + 1);
             running_.fetch_sub(1, std::memory_order_release);
         }
     }
@@ -144,14 +173,17 @@ GompParallel openmp() {
 
 void run_chunks(int64_t chunks, int32_t num_threads, ChunkFunction function, void* context) {
     if (num_threads > chunks) num_threads = static_cast<int32_t>(chunks);
-    Job job{function, context, chunks};
     if (num_threads <= 1) {
-        job.work();
-    } else if (const GompParallel parallel = openmp()) {
-        parallel([](void* data) { static_cast<Job*>(data)->work(); }, &job, static_cast<unsigned>(num_threads), 0);
+        for (int64_t i = 0; i < chunks; ++i) function(context, i);
+        return;
+    }
+    Job job(function, context, chunks, num_threads);
+    if (const GompParallel parallel = openmp()) {
+        const auto body = [](void* data) { static_cast<Job*>(data)->work(openmp_thread()); };
+        parallel(body, &job, static_cast<unsigned>(num_threads), 0);
     } else {
         Pool* const threads = pool();
-        if (threads == nullptr || !threads->run(job, num_threads)) job.work();
+        if (threads == nullptr || !threads->run(job, num_threads)) job.work(0);
     }
 }
 

@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Work sharing of the C++ backend. Kernels cut their work into chunks by sizes alone and the threads take chunks from
-// a counter, so the numbers never depend on how many threads there are.
+// Work sharing of the C++ backend. Kernels cut their work into chunks by sizes alone, so the numbers never depend on
+// how many threads there are. A thread begins with the same part of the chunks in every call, the one that PyTorch's
+// own loops give it: what it wrote last time may still be in a cache that only its core is near to. Then it helps the
+// others.
 #pragma once
 
 #include <stdint.h>
