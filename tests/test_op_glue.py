@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sdxl_fast import op as glue
 from sdxl_fast import ops, use_backend
-from sdxl_fast.dispatch import Kernels
+from sdxl_fast.dispatch import Kernels, explain
 from sdxl_fast.ops.conv2d import _OP as CONV2D
 from sdxl_fast.ops.ddim_move import _OP as DDIM_MOVE
 from sdxl_fast.ops.forward_diffusion import _OP as FORWARD_DIFFUSION
@@ -130,6 +130,30 @@ def test_statistics_carry_no_gradient():
     with use_backend("cpu"):
         found = GROUP_NORM_SILU(_leaf(2, 4, 3, 3), None, None, None, 2, 1e-5, "silu", None)
     assert [t.requires_grad for t in found] == [True, False, False]
+
+
+def test_a_composed_backend_is_differentiated_by_pytorch():
+    """Once and twice; it is there for small CPU tensors whose gradients are recorded."""
+    x, weight = _leaf(2, 8, 4, 4), _leaf(8)
+    bias, dy = torch.randn(8), torch.randn(2, 8, 4, 4)
+
+    def derivatives():
+        y = ops.group_norm_silu(x, weight, bias, num_groups=2)
+        first = torch.autograd.grad(y, (x, weight), dy, create_graph=True)
+        second = torch.autograd.grad(first[0].square().sum() + first[1].sum(), (x, weight))
+        return y, *first, *second
+
+    assert explain(ops.group_norm_silu, x, weight, bias, num_groups=2).backend == "library"
+    composed = derivatives()
+    assert "Fused" not in type(composed[0].grad_fn).__name__
+    with use_backend("cpu"):
+        fused = derivatives()
+    assert "Fused" in type(fused[0].grad_fn).__name__
+    for got, expected in zip(composed, fused, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        found = explain(ops.group_norm_silu, x, weight, bias, num_groups=2)
+    assert found.backend == "cpu" and "no gradients are recorded" in found.reasons["library"]
 
 
 def test_no_graph_without_need():
