@@ -41,7 +41,7 @@ _MATRIX = ("conv2d", "linear", "linear_geglu", "upsample_conv2d")
 MISSING_ON_PURPOSE: dict[str, str] = {
     **{f"csrc/cuda/{op}.cu": "Triton serves every GPU; one by hand waits for a GPU to time it on" for op in _ATTENTION},
     "csrc/cpu/disc_head.cpp": "made there of the native group_norm_silu and a product",
-    **{f"csrc/cpu/{op}.cpp": "two kernels for the three, attention.cpp and streamed_attention.cpp" for op in _ATTENTION},
+    **{f"csrc/cpu/{op}.cpp": "two kernels for the three: attention.cpp, streamed_attention.cpp" for op in _ATTENTION},
     **{f"csrc/cpu/{op}.cpp": "matrix ops use PyTorch's CPU library calls there" for op in _MATRIX},
 }
 
