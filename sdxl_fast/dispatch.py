@@ -82,7 +82,8 @@ class OpInfo:
         found = self._loaded.get(backend.name)
         if found is None:
             try:
-                found = Kernels(backend.name, *backend.load())._replace(composed=backend.composed)
+                fwd, bwd, *alone = backend.load()
+                found = Kernels(backend.name, fwd, bwd, alone[0] if alone else None, backend.composed)
             except UnavailableError as reason:
                 found = str(reason)
             self._loaded[backend.name] = found
