@@ -55,24 +55,31 @@ def _sizes(q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int, int, int]:
     return n, s, k.shape[1], heads[0] if heads else 1, d
 
 
-def _outputs(q: torch.Tensor, *, kept: bool) -> tuple[torch.Tensor, ...]:
-    """Room for the result and, if it is ``kept``, the log-sum-exp."""
-    out = torch.empty(q.shape, dtype=q.dtype)
-    if not kept:
-        return (out,)
-    return out, torch.empty((q.shape[0], *q.shape[2:-1], q.shape[1]), dtype=accumulation_dtype(q.dtype))
+def _run(
+    lib: Any,
+    name: str,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float | None,
+    *workspace: int,
+    kept: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Calls a forward of the library on q, k and v; returns the result and, if it is ``kept``, the log-sum-exp."""
+    q, k, v = tensors
+    out, lse = torch.empty(q.shape, dtype=q.dtype), None
+    if kept:
+        lse = torch.empty((q.shape[0], *q.shape[2:-1], q.shape[1]), dtype=accumulation_dtype(q.dtype))
+    addresses = (*map(_native.pointer, (q, k, v, out, lse)), *workspace)
+    strides = (*_layout(q), *_layout(k), *_layout(v))
+    codes = (scale_of(q, scale), _native.DTYPE[q.dtype], _native.cpu_tail(q))
+    status = getattr(lib, name)(*addresses, *_sizes(q, k), *strides, *codes)
+    if status:
+        _native.fail(lib, status, name, q, k, v)
+    return (out,) if lse is None else (out, lse)
 
 
 def _held(lib: Any, *, kept: bool) -> Forward:
     def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, ...]:
-        found = _outputs(q, kept=kept)
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), found[0].data_ptr(), found[1].data_ptr() if kept else 0)
-        strides = (*_layout(q), *_layout(k), *_layout(v))
-        codes = (scale_of(q, scale), _native.DTYPE[q.dtype], _native.cpu_tail(q))
-        status = lib.attention_fwd_cpu(*addresses, *_sizes(q, k), *strides, *codes)
-        if status:
-            _native.fail(lib, status, "attention_fwd_cpu", q, k, v)
-        return found
+        return _run(lib, "attention_fwd_cpu", (q, k, v), scale, kept=kept)
 
     return fwd
 
@@ -81,15 +88,9 @@ def streamed(lib: Any, *, kept: bool) -> Forward:
     """Returns the forward for any number of keys, with the log-sum-exp if it is ``kept``."""
 
     def fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> tuple[torch.Tensor, ...]:
-        found, sizes, dtype = _outputs(q, kept=kept), _sizes(q, k), _native.DTYPE[q.dtype]
-        workspace = _native.scratch(lib.streamed_attention_workspace_cpu(*sizes, dtype), q)
-        addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), found[0].data_ptr(), found[1].data_ptr() if kept else 0)
-        strides = (*_layout(q), *_layout(k), *_layout(v))
-        codes = (scale_of(q, scale), dtype, _native.cpu_tail(q))
-        status = lib.streamed_attention_fwd_cpu(*addresses, _native.pointer(workspace), *sizes, *strides, *codes)
-        if status:
-            _native.fail(lib, status, "streamed_attention_fwd_cpu", q, k, v)
-        return found
+        size = lib.streamed_attention_workspace_cpu(*_sizes(q, k), _native.DTYPE[q.dtype])
+        memory = _native.scratch(size, q)  # held until the call has been made
+        return _run(lib, "streamed_attention_fwd_cpu", (q, k, v), scale, _native.pointer(memory), kept=kept)
 
     return fwd
 
