@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sdxl_fast.constraints import DeviceType, Dtype, Rule, Values
+from sdxl_fast.constraints import Condition, DeviceType, Dtype, Rule, Values
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.errors import UnavailableError
 
@@ -70,17 +70,8 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
 
-@dataclass(frozen=True)
-class Recorded:
-    """Gradients of the call are recorded."""
-
-    def check(self, values: Values) -> str | None:
-        if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values.values()):
-            return None
-        return self.describe()
-
-    def describe(self) -> str:
-        return "no gradients are recorded, and for that alone it is there"
+def _recorded(values: Values) -> bool:
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values.values())
 
 
 def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
@@ -88,7 +79,8 @@ def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
 
     One of our operations is then an ``autograd.Function`` of Python, some 40 us more than one of PyTorch's.
     """
-    rules = (DeviceType(lead, "cpu"), Dtype(lead, (torch.float32,)), Recorded())
+    recorded = Condition("no gradients are recorded, and for that alone it is there", _recorded)
+    rules = (DeviceType(lead, "cpu"), Dtype(lead, (torch.float32,)), recorded)
     return Backend("library", lambda: (fwd, no_backward), rules, composed=True)
 
 
