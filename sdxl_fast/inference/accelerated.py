@@ -59,7 +59,20 @@ class _Packed:
             _touch(self)
 
 
-class PackedUNet(_Packed, UNet2DConditionModel):  # type: ignore[misc]
+class _EqualToStock(type):
+    """Makes a packed class equal to the stock class it stands for, its last base.
+
+    `from_pipe` hands a network on to another pipeline only if `type(network) in` the classes that this one declares.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__bases__[-1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[-1])
+
+
+class PackedUNet(_Packed, UNet2DConditionModel, metaclass=_EqualToStock):  # type: ignore[misc, metaclass]
     """diffusers' UNet2DConditionModel; its forward takes the same arguments and returns the same."""
 
     def forward(  # type: ignore[override]
@@ -105,7 +118,7 @@ class PackedUNet(_Packed, UNet2DConditionModel):  # type: ignore[misc]
         return UNet2DConditionOutput(sample=y) if return_dict else (y,)
 
 
-class PackedVae(_Packed, AutoencoderKL):  # type: ignore[misc]
+class PackedVae(_Packed, AutoencoderKL, metaclass=_EqualToStock):  # type: ignore[misc, metaclass]
     """diffusers' AutoencoderKL with a packed decoder."""
 
     use_tiling: bool

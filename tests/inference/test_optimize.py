@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderTiny,
+    AutoPipelineForImage2Image,
     ControlNetModel,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
@@ -242,6 +243,22 @@ def test_lora_on_fused_and_off(toy_folder: Path) -> None:
     _same(*merged)
     assert np.abs(merged[0] - without).max() > 0.02
     assert sdxl_fast.report(fast).parts["unet"].packed
+
+
+@pytest.mark.parametrize("cls", [StableDiffusionXLImg2ImgPipeline, AutoPipelineForImage2Image])
+def test_another_pipeline_takes_its_networks_over(stock: Any, fast: Any, cls: Any) -> None:
+    picture = Image.new("RGB", (32, 32), (200, 60, 40))
+
+    def draw(pipe: Any) -> np.ndarray:
+        made = cls.from_pipe(pipe)
+        made.set_progress_bar_config(disable=True)
+        assert made.unet is pipe.unet and made.vae is pipe.vae
+        call = {"prompt": "red apple", "image": picture, "strength": 0.5, "num_inference_steps": 2}
+        return _arrays(made(**call, generator=_noise(), output_type="np").images)
+
+    before = sdxl_fast.report(fast).parts["unet"].use.packed
+    assert np.abs(draw(fast) - draw(stock)).max() < QUARTER
+    assert sdxl_fast.report(fast).parts["unet"].use.packed == before + 1
 
 
 def test_restoring(stock: Any, toy_folder: Path) -> None:
