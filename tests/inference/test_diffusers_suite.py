@@ -1,7 +1,7 @@
 """diffusers' own SDXL tests on optimized pipelines: whatever passes on stock ones passes on these.
 
 Needs a checkout of diffusers of about the installed version and what its tests import, `pip install parameterized
-requests-mock`. With `=`, or pytest takes DIR for tests of its own:
+requests-mock torchsde`. With `=`, or pytest takes DIR for tests of its own:
 
     pytest -s -m slow tests/inference/test_diffusers_suite.py --diffusers-tests=DIR
 
