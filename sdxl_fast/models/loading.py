@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,17 @@ __all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_few_step_unet", "
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 """The pipeline that comes with the package."""
 
+_LARGEST_FIRST = ("unet", "text_encoder_2", "text_encoder", "vae")
+"""The order of loading: a network takes twice its memory while its file is open."""
+
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+
+
+class Place(NamedTuple):
+    """What weights are loaded as, and where to."""
+
+    dtype: torch.dtype
+    device: torch.device
 
 
 @dataclass(slots=True)
@@ -115,11 +125,11 @@ def load(
     """
     with _no_progress_bars():
         whole = path.is_dir() and base is None
-        parts = _load_folder(path, dtype, networks) if whole else _assembled(_open(path, base, dtype), dtype, networks)
+        networks = [name for name in _LARGEST_FIRST if name in networks]
+        place = Place(dtype, torch.device(device))
+        parts = _load_folder(path, place, networks) if whole else _assembled(_open(path, base, dtype), place, networks)
     if parts.unet is not None and parts.unet.config.get("time_cond_proj_dim") is not None:
         raise ModelError(f"{path}: its UNet takes a guidance embedding (a full LCM), which is not supported")
-    for name in networks:
-        getattr(parts, name).to(device).eval().requires_grad_(False)
     return parts
 
 
@@ -140,23 +150,23 @@ def load_vae(model: str | Path, *, like: nn.Module) -> Any:
         raise ModelError(f"{model}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
     first = next(like.parameters())
     with _no_progress_bars():
-        vae, _ = _load_network(folder.parent, folder.name, first.dtype, kind=kind)
+        vae, _ = _load_network(folder.parent, folder.name, Place(first.dtype, first.device), kind=kind)
     wanted = like.config.latent_channels  # type: ignore[union-attr]
     if vae.config.latent_channels != wanted:
         raise ModelError(f"{model}: has {vae.config.latent_channels} latent channels; this pipeline's has {wanted}")
-    return vae.to(first.device).eval().requires_grad_(False)
+    return vae
 
 
 def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """The base UNet with the LoRA for `num_steps` merged, and what it predicts."""
     with _no_progress_bars():
-        unet, _ = _load_network(parts.source, "unet_base", dtype)
+        unet, _ = _load_network(parts.source, "unet_base", Place(dtype, torch.device("cpu")))
     lora = read_lora(parts.few_step_loras[num_steps], unet)
     merge_lora(unet, lora)
-    return unet.eval().requires_grad_(False), lora.prediction_type or "epsilon"
+    return unet, lora.prediction_type or "epsilon"
 
 
-def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
+def _load_folder(folder: Path, place: Place, wanted: Sequence[str]) -> Components:
     index = read_json(folder / "model_index.json", f"{folder}: not a diffusers pipeline folder")
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise ModelError(f"{folder}: holds a {index.get('_class_name')}, not a Stable Diffusion XL pipeline")
@@ -165,7 +175,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Com
     networks: dict[str, Any] = dict.fromkeys(NETWORKS)
     metadata: dict[str, str] = {}
     for name in wanted:
-        networks[name], facts = _load_network(folder, name, dtype)
+        networks[name], facts = _load_network(folder, name, place)
         if name == "unet":
             metadata = facts
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json", f"{folder}: no scheduler config")
@@ -180,9 +190,7 @@ def _load_folder(folder: Path, dtype: torch.dtype, wanted: Sequence[str]) -> Com
     )
 
 
-def _load_network(
-    folder: Path, name: str, dtype: torch.dtype, *, kind: str | None = None
-) -> tuple[Any, dict[str, str]]:
+def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = None) -> tuple[Any, dict[str, str]]:
     """One network from its subfolder, and the metadata of its first weight file; `kind` is another diffusers class."""
     if name.startswith("text"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -204,7 +212,7 @@ def _load_network(
             variant=variant,
             output_loading_info=True,
             local_files_only=True,
-            **{dtype_name: dtype},
+            **{dtype_name: place.dtype},
         )
     except Exception as error:  # loaders raise anything from OSError to SafetensorError on a broken file
         raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
@@ -214,7 +222,24 @@ def _load_network(
         if keys:
             what = wrong.replace("_", " ")
             raise ModelError(f"{folder / name}: weights do not fit its config: {len(keys)} {what}, first {keys[0]}")
-    return network, headers[0].get("__metadata__", {})
+    if place.device.type == "cpu":
+        _unmap(network)
+    return _settled(network, place), headers[0].get("__metadata__", {})
+
+
+def _unmap(network: nn.Module) -> None:
+    """Give all weights memory of their own.
+
+    Safetensors leaves them in the mapped file, the whole of which counts as this process's memory as long as one of
+    them is left there, beside whatever packing makes of the others; and another program is free to overwrite it.
+    """
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def _settled(network: Any, place: Place) -> Any:
+    """The network ready to run."""
+    return network.to(place.device).eval().requires_grad_(False)
 
 
 def _load_tokenizer(folder: Path, name: str) -> Any:
@@ -237,7 +262,7 @@ def _open(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
     return completed(open_model(path, base=base, dtype=dtype))
 
 
-def _assembled(model: Model, dtype: torch.dtype, wanted: Sequence[str]) -> Components:
+def _assembled(model: Model, place: Place, wanted: Sequence[str]) -> Components:
     """The objects that `model`'s configurations describe, with its weights."""
     tokenizers = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +275,8 @@ def _assembled(model: Model, dtype: torch.dtype, wanted: Sequence[str]) -> Compo
     networks: dict[str, Any] = dict.fromkeys(NETWORKS)
     for name in wanted:
         source = f"{model.path}: {name}"
-        networks[name] = filled(name, model.configs[name], model.tensors[name], dtype, source=source)
+        network = filled(name, model.configs[name], model.tensors[name], place.dtype, source=source)
+        networks[name] = _settled(network, place)
     steps = {} if model.facts.num_steps is None else {NUM_STEPS_KEY: str(model.facts.num_steps)}
     return Components(
         **tokenizers,

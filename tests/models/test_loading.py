@@ -166,6 +166,17 @@ def test_dtype_and_frozen_eval_mode(toy_folder: Path) -> None:
         assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in network.parameters())
 
 
+def test_weights_stay_when_their_files_are_overwritten(copy_of_toy: Path) -> None:
+    parts = _load(copy_of_toy)
+    networks = [getattr(parts, name) for name in loading.NETWORKS]
+    before = [{name: t.clone() for name, t in network.state_dict().items()} for network in networks]
+    for file in copy_of_toy.glob("*/*.safetensors"):
+        with file.open("r+b") as opened:
+            opened.write(b"\xff" * file.stat().st_size)
+    for network, values in zip(networks, before, strict=True):
+        assert all(torch.equal(t, values[name]) for name, t in network.state_dict().items())
+
+
 def test_weights_in_shards_and_in_the_fp16_variant_load(copy_of_toy: Path) -> None:
     expected = _load(copy_of_toy).unet.state_dict()
     unet = UNet2DConditionModel.from_pretrained(copy_of_toy, subfolder="unet")
