@@ -76,6 +76,23 @@ def test_several_bases_share_one_lora(lightning_recipe: Path, cache: Path, tmp_p
     assert len(embedding) == 2 and embedding.abs().sum() > 0, "D is told whose sample it sees"
 
 
+@pytest.mark.large
+def test_compiled_networks_train_alike(lightning_recipe: Path, cache: Path) -> None:
+    logs = {}
+    for compiled in ("false", "true"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        folder = _run_lora_stages(lightning_recipe, f"compiled-{compiled}", f"compile={compiled}")
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) == (compiled == "true")
+        files = sorted(folder.glob("*/metrics.jsonl"))
+        logs[compiled] = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert len(logs["true"]) == len(logs["false"]) >= 4
+    for ours, plain in zip(logs["true"], logs["false"], strict=True):
+        assert ours.keys() == plain.keys()
+        for name in ours.keys() - {"images_per_second"}:
+            assert ours[name] == pytest.approx(plain[name], rel=1e-3), name
+
+
 def test_bases_are_refused_where_they_cannot_share(lightning_recipe: Path) -> None:
     with pytest.raises(ValueError, match="trains full UNets"):
         load_recipe(lightning_recipe, ["bases=[other]"])
