@@ -11,6 +11,7 @@ and all captures share one memory pool: what one needs only while it runs, the n
 from __future__ import annotations
 
 import gc
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -104,17 +105,20 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._held)
 
-    def run(self, name: str, stage: Stage, inputs: Inputs, *, weights: Hashable) -> Tensor:
-        """`stage(*inputs)`, replayed if that is possible.
+    def run(
+        self, name: str, stage: Stage, inputs: Inputs, *, weights: Hashable, size: int | None = None
+    ) -> Tensor | None:
+        """What `stage(*inputs)` gives, by replaying it; None where there can be no graph.
 
         Args:
             name: of the stage; with the inputs' shapes and dtypes it identifies the graph.
             stage: reads only its inputs and weights, and does nothing that a graph cannot hold.
             inputs: tensors on the GPU. A tensor that is the same and unchanged since the last call is not copied again.
-            weights: identity of all weights the stage reads, as `Watch.identity`.
+            weights: identity of all weights the stage reads, as `Runner.identity`.
+            size: of what its memory grows with; None is the bytes of all inputs.
 
         Returns:
-            the result, which belongs to the caller.
+            the result, which belongs to the caller, or None.
 
         Raises:
             StaleGraphError: the graph was captured with other weights; `clear` it.
@@ -124,15 +128,26 @@ class GraphCache:
         if held is None:
             if key in self._impossible:
                 self.stats.uncaptured += 1
-                return stage(*inputs)
-            held = self._capture(name, key, stage, inputs, weights)
+                return None
+            held = self._capture(name, key, stage, inputs, weights, size or sum(t.nbytes for t in inputs))
             if held is None:
-                return stage(*inputs)
+                return None
         if held.weights != weights:
             self.stats.refused += 1
             raise StaleGraphError(f"the graph of {name} was captured with weights that have moved since")
         self._replay(held, inputs)
         return held.graph.output.clone()
+
+    def through(
+        self, name: str, stage: Stage, inputs: Inputs, weights: Hashable, *, size: int | None = None
+    ) -> Tensor | None:
+        """`run`, after dropping all graphs if those of this stage were captured with weights that have moved."""
+        try:
+            return self.run(name, stage, inputs, weights=weights, size=size)
+        except StaleGraphError as error:
+            warnings.warn(f"{error}; it is captured again", RuntimeWarning, stacklevel=4)
+            self.clear()
+            return self.run(name, stage, inputs, weights=weights, size=size)
 
     def clear(self) -> None:
         """Drop all graphs, and what is known about what cannot be captured."""
@@ -151,10 +166,11 @@ class GraphCache:
         if counts is not None:
             counts.update(held.calls)
 
-    def _capture(self, name: str, key: Hashable, stage: Stage, inputs: Inputs, weights: Hashable) -> _Held | None:
+    def _capture(
+        self, name: str, key: Hashable, stage: Stage, inputs: Inputs, weights: Hashable, size: int
+    ) -> _Held | None:
         """A new graph with room made for it beforehand; None when there cannot be one, which is remembered."""
-        size = sum(t.numel() * t.element_size() for t in inputs)
-        # memory grows with the size of the inputs; the first capture of a stage has nothing to go by but them
+        # the first capture of a stage has nothing to go by but the size itself
         expected = int(max(self._rates.get(name, 1.0) * size, size))
         if not self._held.make_room(min(expected, self._held.budget)):
             self._give_up(name, key, "exceeds the memory for graphs")
@@ -180,15 +196,18 @@ class GraphCache:
         self.stats.uncaptured += 1
 
 
-def through(graphs: GraphCache | None, name: str, stage: Stage, inputs: Inputs, weights: Hashable) -> Tensor:
-    """`stage(*inputs)`, replayed where there are graphs; those of weights that have moved are dropped."""
-    if graphs is None:
-        return stage(*inputs)
-    try:
-        return graphs.run(name, stage, inputs, weights=weights)
-    except StaleGraphError:
-        graphs.clear()
-        return graphs.run(name, stage, inputs, weights=weights)
+def through(
+    graphs: GraphCache | None,
+    name: str,
+    stage: Stage,
+    inputs: Inputs,
+    weights: Hashable,
+    *,
+    size: int | None = None,
+) -> Tensor:
+    """`stage(*inputs)`, replayed where there are graphs and can be one."""
+    found = None if graphs is None else graphs.through(name, stage, inputs, weights, size=size)
+    return stage(*inputs) if found is None else found
 
 
 WARM_RUNS = 2

@@ -8,18 +8,45 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .start import check_strength
+
+AS_BYTES = ("uint8", "pil")
+"""Output types whose pictures are uint8 on the device first."""
 
 
 def finish(pixels: Tensor, output_type: str) -> Any:
-    """Pictures in -1..1 [N, 3, H, W] as the caller wants them; see `OneStepPipeline`."""
-    if output_type == "uint8":
-        return ops.to_uint8(pixels)
-    if output_type == "pil":
+    """Pictures as the caller wants them, see `OneStepPipeline`: of [N, 3, H, W] in -1..1, or uint8 [N, H, W, 3]."""
+    if output_type == "latent":
+        return pixels
+    if output_type in AS_BYTES:
+        pixels = pixels if pixels.dtype == torch.uint8 else ops.to_uint8(pixels)
+        if output_type == "uint8":
+            return pixels
         from PIL import Image
 
-        return [Image.fromarray(picture) for picture in ops.to_uint8(pixels).cpu().numpy()]
+        return [Image.fromarray(picture) for picture in pixels.cpu().numpy()]
     unit = (pixels.float() * 0.5 + 0.5).clamp(0.0, 1.0)
     return unit if output_type == "pt" else unit.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
+def to_start_from(
+    image: Any, strength: float | None, sides: tuple[int | None, int | None], total: int, factor: int
+) -> Tensor | None:
+    """The pictures that `total` pictures are drawn from, as `pixels_of`; None without any.
+
+    Raises:
+        ValueError: one of image and strength without the other, or they do not fit.
+    """
+    if (image is None) != (strength is None):
+        given = "image without strength" if strength is None else "strength without image"
+        raise ValueError(f"{given}: give both, or neither")
+    if image is None or strength is None:
+        return None
+    check_strength(strength)
+    pixels = pixels_of(image, factor, sides)
+    if total % len(pixels):
+        raise ValueError(f"{len(pixels)} pictures in image for {total} to draw")
+    return pixels
 
 
 def pixels_of(image: Any, factor: int, sides: tuple[int | None, int | None]) -> Tensor:
@@ -60,13 +87,16 @@ def encode(vae: Any, pixels: Tensor) -> Tensor:
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, h, w] as the UNet makes them."""
-    latents = latents / vae.config.scaling_factor
-    statistics = _statistics(vae, latents)
-    if statistics is not None:
-        latents = latents * statistics[1] + statistics[0]
-    latents = latents.to(vae.dtype).contiguous(memory_format=torch.channels_last)
+    latents = unscaled(vae, latents).to(vae.dtype).contiguous(memory_format=torch.channels_last)
     pixels: Tensor = vae.decode(latents, return_dict=False)[0]
     return pixels
+
+
+def unscaled(vae: Any, latents: Tensor) -> Tensor:
+    """Clean latents as the VAE made them, from the scale that the UNet works in."""
+    latents = latents / vae.config.scaling_factor
+    statistics = _statistics(vae, latents)
+    return latents if statistics is None else latents * statistics[1] + statistics[0]
 
 
 def output(images: Any) -> Any:

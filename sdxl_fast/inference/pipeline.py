@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,12 +30,14 @@ from .prompts import PromptCache
 from .request import check_device, check_latents, check_noise, check_output, check_prompts, check_size, rows_of
 from .runner import runner_of
 from .sampler import OnStep, Sampler, noise_schedule
-from .start import check_strength, remaining
+from .start import remaining
 from .texts import TextWatch, encode_texts
 from .timing import StageClock
+from .whole import WholeCall
 
 DTYPES = (torch.float32, torch.bfloat16)
 
+Walk = Callable[..., Tensor]
 Callback = Callable[["OneStepPipeline", int, int, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -70,6 +73,8 @@ class OneStepPipeline(LoraVerbs):
         preset: how the checkpoint is sampled.
         default_size: native picture side in pixels.
         vae_scale_factor: picture pixels per latent pixel.
+        one_graph: on a GPU, whether calls from noise to uint8 or PIL pictures without a callback run as one CUDA graph;
+            others, and all where it is False, have one each for the UNet and the decoder.
     """
 
     def __init__(self, parts: loading.Components, *, preset: Preset) -> None:
@@ -88,16 +93,18 @@ class OneStepPipeline(LoraVerbs):
         self._parts = parts
         self._prompts, self._texts = PromptCache(), TextWatch()
         self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
+        self._whole = WholeCall(GraphCache(CudaCapturer(self.device))) if self.device.type == "cuda" else None
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
         self._adapters = Adapters(networks, changed=self._prompts.clear)
         table = noise_schedule(parts.scheduler, parts.source)
         self._levels: list[float] = table.tolist()
         self._alphas_cumprod = table.to(self.device)
-        self._size_rows: dict[tuple[int, int, torch.dtype], Tensor] = {}
+        # kept on the device: a copy of six numbers would wait for everything that is queued
+        self._time_ids = functools.lru_cache(64)(time_ids)
         self._variants: dict[int, tuple[Any, Preset]] = {}
         self._clock: StageClock | None = None
         self._ran: dict[str, dict[str, int]] = {}
-        self._interrupt = False
+        self._interrupt, self.one_graph = False, True
 
     @classmethod
     def from_pretrained(
@@ -200,8 +207,9 @@ class OneStepPipeline(LoraVerbs):
     def timings(self) -> dict[str, float]:
         """Seconds of the last call by stage, and in all; waits for the GPU.
 
-        "text_encoders", "unet", "vae" (image-to-image encodes there too), "post_processing" (to uint8, PIL or floats,
-        with the copy from the GPU where that is asked for) and "total". For latents nothing is decoded.
+        "text_encoders", "unet", "vae" (image-to-image encodes there too), "post_processing" (to PIL or floats, with the
+        copy from the GPU where that is asked for) and "total". For latents nothing is decoded. On a GPU a call that is
+        one graph has "image" in place of "unet" and "vae".
         """
         if self._clock is None:
             raise RuntimeError("nothing has been drawn yet")
@@ -215,9 +223,11 @@ class OneStepPipeline(LoraVerbs):
 
     @property
     def report(self) -> dict[str, PartReport]:
-        """Whether the networks run packed, why not, how their calls ran, and their CUDA graphs."""
+        """Whether the networks run packed, why not, how their calls ran, and their CUDA graphs; on a GPU also "image",
+        the calls from noise to pictures that were one graph."""
         found = {name: runner_of(getattr(self, name)) for name in NETWORKS}
-        return describe({name: runner for name, runner in found.items() if runner is not None})
+        parts = describe({name: runner for name, runner in found.items() if runner is not None})
+        return parts if self._whole is None else parts | {"image": self._whole.report}
 
     def memory_report(self) -> dict[str, int]:
         """Bytes held, by what holds them: networks, UNets of other step counts, LoRAs, caches and CUDA graphs."""
@@ -228,9 +238,8 @@ class OneStepPipeline(LoraVerbs):
         held["float8 weights"] = getattr(getattr(runner_of(self.unet), "program", None), "float8_bytes", 0)
         held["LoRAs and first weights"] = self._adapters.nbytes
         held["prompts"] = self._prompts.nbytes + sum(part.cached_bytes for part in parts)
-        held["graphs"] = sum(part.graph_bytes for part in parts) + (
-            self._text_graphs.nbytes if self._text_graphs else 0
-        )
+        texts = 0 if self._text_graphs is None else self._text_graphs.nbytes
+        held["graphs"] = sum(part.graph_bytes for part in parts) + texts
         return held
 
     def warmup(self, shapes: Sequence[tuple[int, int, int]] | None = None) -> None:
@@ -271,7 +280,7 @@ class OneStepPipeline(LoraVerbs):
         presets.check_guidance(self.preset, guidance_scale)
         per_prompt, count = num_images_per_prompt, len(prompts) if prompt_embeds is None else len(prompt_embeds)
         channels, factor, total = self._parts.vae.config.latent_channels, self.vae_scale_factor, count * per_prompt
-        pixels = self._first_pictures(image, strength, (height, width), total)
+        pixels = pictures.to_start_from(image, strength, (height, width), total, factor)
         if pixels is not None:
             height, width = pixels.shape[2], pixels.shape[3]
         if latents is not None:
@@ -279,29 +288,41 @@ class OneStepPipeline(LoraVerbs):
         height, width = check_size(height, width, self.default_size, factor)
         noise = check_noise(seed, generator, latents, num_prompts=count, per_prompt=per_prompt)
         sampler = self._sampler(num_inference_steps, strength)
-        on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        clock = StageClock(self.device)
+        clock, self._interrupt = StageClock(self.device), False
         with dispatch.record() as counts:
             with clock.stage("text_encoders"):
                 given = (prompt_embeds, pooled_prompt_embeds)
                 embeds = rows_of(given, per_prompt, self.unet) or self._encoded(prompts, per_prompt)
                 state = self._state(embeds, (height, width))
-            first = None
-            if pixels is not None:
-                with clock.stage("vae"):
-                    first = pictures.encode(self.vae, pixels)
-                    first = first.repeat_interleave(total // len(first), 0)
-            with clock.stage("unet"):
-                shape = (total, channels, height // factor, width // factor)
-                images: Any = sampler.run(shape, noise, state, on_step, first=first).to(self.dtype)
-            if output_type != "latent":
-                with clock.stage("vae"):
-                    images = self.decode(images)
-                with clock.stage("post_processing"):
-                    images = pictures.finish(images, output_type)
+            shape = (total, channels, height // factor, width // factor)
+            alone = callback_on_step_end is None and pixels is None and output_type in pictures.AS_BYTES
+            whole = self._whole if alone and self.one_graph else None
+            noises, drawn = sampler.noises(shape, noise), None
+            if whole is not None:
+                with clock.stage("image"):
+                    drawn = whole.draw(sampler, self.vae, noises, state)
+            if drawn is None:
+                on_step = self._on_step(callback_on_step_end, callback_on_step_end_tensor_inputs, state)
+                walk = functools.partial(sampler.run, sampler.by_network(state), noises, on_step=on_step)
+                drawn = self._by_network(walk, pixels, output_type, clock)
+            with clock.stage("post_processing"):
+                images = pictures.finish(drawn, output_type)
         clock.stop()
         self._note(clock, counts)
         return pictures.output(images) if return_dict else (images,)
+
+    def _by_network(self, walk: Walk, pixels: Tensor | None, output_type: str, clock: StageClock) -> Tensor:
+        """Pictures [N, 3, H, W] in -1..1, or latents where they are asked for, network by network."""
+        first = None
+        if pixels is not None:
+            with clock.stage("vae"):
+                first = pictures.encode(self.vae, pixels)
+        with clock.stage("unet"):
+            latents = walk(first=first).to(self.dtype)
+        if output_type == "latent":
+            return latents
+        with clock.stage("vae"):
+            return self.decode(latents)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -333,21 +354,6 @@ class OneStepPipeline(LoraVerbs):
         """Pictures [N, 3, H, W], nominally in -1..1, of clean latents [N, C, H/f, W/f]."""
         return pictures.decode(self.vae, latents)
 
-    def _first_pictures(
-        self, image: Any, strength: float | None, sides: tuple[int | None, int | None], total: int
-    ) -> Tensor | None:
-        """The pictures to start from, [N, 3, H, W] in -1..1; None without. Raises ValueError if they do not fit."""
-        if (image is None) != (strength is None):
-            given = "image without strength" if strength is None else "strength without image"
-            raise ValueError(f"{given}: give both, or neither")
-        if image is None or strength is None:
-            return None
-        check_strength(strength)
-        pixels = pictures.pixels_of(image, self.vae_scale_factor, sides)
-        if total % len(pixels):
-            raise ValueError(f"{len(pixels)} pictures in image for {total} to draw")
-        return pixels
-
     def _sampler(self, num_steps: int | None, strength: float | None = None) -> Sampler:
         """The UNet that draws in `num_steps`: the main one, or the base with the LoRA for them, loaded on first use."""
         num_steps = self.preset.steps[0] if num_steps is None else num_steps
@@ -370,26 +376,16 @@ class OneStepPipeline(LoraVerbs):
     def _state(self, embeds: tuple[Any, ...], size: tuple[int, int]) -> dict[str, Tensor]:
         """The UNet's conditions, one row per picture, under the names diffusers gives them in callbacks."""
         prompt_embeds, pooled = (e.to(self.device, self.dtype) for e in embeds)
-        ids = self._size_row(*size).repeat(len(pooled), 1)
+        ids = self._time_ids(*size, dtype=self.dtype, device=self.device).repeat(len(pooled), 1)
         return {"prompt_embeds": prompt_embeds, "add_text_embeds": pooled, "add_time_ids": ids}
 
-    def _size_row(self, height: int, width: int) -> Tensor:
-        """`time_ids` [1, 6], kept on the device: a copy of six numbers would wait for everything that is queued."""
-        key = (height, width, self.dtype)
-        if key not in self._size_rows:
-            if len(self._size_rows) >= 64:
-                self._size_rows.clear()
-            self._size_rows[key] = time_ids(height, width, dtype=self.dtype, device=self.device)
-        return self._size_rows[key]
-
-    def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str]) -> OnStep:
-        self._interrupt = False
-
-        def on_step(index: int, timestep: int, state: dict[str, Tensor]) -> bool:
+    def _on_step(self, callback: Callback | None, tensor_inputs: Sequence[str], state: dict[str, Tensor]) -> OnStep:
+        def on_step(index: int, timestep: int, latents: Tensor) -> tuple[Tensor, bool]:
+            state["latents"] = latents
             if callback is not None:
                 replaced = callback(self, index, timestep, {name: state[name] for name in tensor_inputs})
                 state.update({key: value for key, value in (replaced or {}).items() if key in state})
-            return self._interrupt
+            return state["latents"], self._interrupt
 
         return on_step
 

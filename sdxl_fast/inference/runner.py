@@ -78,6 +78,7 @@ class Runner(Generic[P]):
         self._reason = ""
         self.scales: Scales | None = None
         self.place: tuple[torch.dtype, torch.device] | None = None
+        self._made = 0
         self._make()
         self._watch = Watch(network, facts=facts)
 
@@ -122,12 +123,18 @@ class Runner(Generic[P]):
         program: Any = self._program
         program.quantise(scales)
         self.scales = scales
+        self._made += 1
         if self.graphs is not None:
             self.graphs.clear()
 
+    @property
+    def identity(self) -> Hashable:
+        """Stands for the program and the addresses of all weights: what a CUDA graph was captured with."""
+        return self._made, self._watch.identity
+
     def run(self, name: str, stage: Stage, inputs: tuple[Tensor, ...]) -> Tensor:
-        """A stage of the program, through a graph where there are graphs."""
-        return through(self.graphs, name, stage, inputs, self._watch.identity)
+        """A stage of the program, through a graph where there are graphs; the first input is what it is applied to."""
+        return through(self.graphs, name, stage, inputs, self.identity, size=inputs[0].nbytes)
 
     def by_modules(self, reason: str) -> None:
         """Note that a call goes to the modules."""
@@ -135,6 +142,7 @@ class Runner(Generic[P]):
 
     def _make(self) -> None:
         self._program, self._reason = None, ""
+        self._made += 1
         try:
             self._program = self._build(self.network)
             if self.scales is not None:

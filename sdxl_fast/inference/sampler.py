@@ -28,7 +28,11 @@ _STOCHASTIC: dict[str, Callable[..., Tensor]] = {
     "tcd": trajectory_move,
 }
 
-OnStep = Callable[[int, int, dict[str, Tensor]], bool]
+Predict = Callable[[Tensor, int], Tensor]
+"""The UNet's output for noisy latents [N, C, h, w] at a timestep."""
+OnStep = Callable[[int, int, Tensor], tuple[Tensor, bool]]
+"""Called after a step with its index, its timestep and the latents in diffusers' scale: those to go on with, and
+whether to stop with them."""
 
 
 @dataclass(slots=True)
@@ -49,59 +53,73 @@ class Sampler:
     alphas_cumprod: Tensor
     levels: Sequence[float]
 
+    def noises(self, shape: tuple[int, int, int, int], noise: Noise) -> tuple[Tensor, ...]:
+        """The initial noise and what a stochastic sampler adds after every step but the last, each of `shape`."""
+        dtype, device = self.unet.dtype, self.unet.device
+        start = noise.initial(shape, dtype=dtype, device=device)
+        # no noise is added on the last step, and all samplers are the same deterministic move there
+        added = len(self.timesteps) - 1 if self.preset.sampler in _STOCHASTIC else 0
+        streams = range(STREAM_STEP, STREAM_STEP + added)
+        return start, *(noise.draw(shape, stream=stream, dtype=dtype, device=device) for stream in streams)
+
+    def by_network(self, state: dict[str, Tensor]) -> Predict:
+        """Predictions by a call of the UNet, with the "prompt_embeds", "add_text_embeds" and "add_time_ids" that
+        `state` holds by then, one row per latent."""
+
+        def predict(x_t: Tensor, timestep: int) -> Tensor:
+            x_t = x_t.to(self.unet.dtype).contiguous(memory_format=torch.channels_last)
+            added = {"text_embeds": state["add_text_embeds"], "time_ids": state["add_time_ids"]}
+            output: Tensor = self.unet(
+                x_t, timestep, state["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+            )[0]
+            return output
+
+        return predict
+
     def run(
         self,
-        shape: tuple[int, int, int, int],
-        noise: Noise,
-        state: dict[str, Tensor],
-        on_step: OnStep,
+        predict: Predict,
+        noises: Sequence[Tensor],
         *,
         first: Tensor | None = None,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Walk from noise to the clean latent.
 
         Args:
-            shape: [N, C, h, w] of the latents.
-            noise: where the initial and any further noise comes from.
-            state: "prompt_embeds", "add_text_embeds" and "add_time_ids", one row per latent.
-            on_step: called after every step with its index, its timestep and `state` with "latents" added, in
-                diffusers' scale; what it changes in `state` counts. True stops there.
-            first: clean latents to start from, noised to the first timestep, instead of noise alone.
+            predict: the UNet.
+            noises: as `noises` makes them.
+            first: clean latents to start from, noised to the first timestep, instead of noise alone; each serves as
+                many samples as there are for it.
+            on_step: may change the latents and stop.
 
         Returns:
             x̂0 [N, C, h, w] in float32, or float64 for a U-Net in it; the latents as they are, in diffusers' scale, if
             stopped before the end.
         """
-        start = noise.initial(shape, dtype=self.unet.dtype, device=self.unet.device)
+        start, *fresh = noises
         x_t = start.to(torch.promote_types(start.dtype, torch.float32)) * self._start()
         if first is not None:
             kept = self.levels[self.timesteps[0]]
+            first = first.repeat_interleave(len(x_t) // len(first), 0)
             x_t = math.sqrt(kept) * first.to(x_t.dtype) + math.sqrt(1.0 - kept) * start.to(x_t.dtype)
         end = 0 if self.preset.sampler == "tcd" else -1  # TCD stops at the lowest level, not at clean latents
-        for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], end), strict=True)):
-            t, t_next = (torch.full((shape[0],), level, device=x_t.device) for level in (now, then))
-            output = self._predict(x_t, now, state)
-            x_t = self._move(x_t, output, t, t_next, noise, index)
-            scale = self._latents_scale(t_next)
-            state["latents"] = latents = x_t * scale
-            if on_step(index, now, state):
-                return state["latents"]
-            if state["latents"] is not latents:
-                x_t = state["latents"].to(x_t) / scale
+        steps = zip(self.timesteps, (*self.timesteps[1:], end), [*fresh, *([None] * len(self.timesteps))], strict=False)
+        for index, (now, then, noise) in enumerate(steps):
+            t, t_next = (torch.full((len(x_t),), level, device=x_t.device) for level in (now, then))
+            x_t = self._move(x_t, predict(x_t, now), t, t_next, noise)
+            if on_step is not None:
+                scale = self._latents_scale(t_next)
+                latents = x_t * scale
+                changed, stop = on_step(index, now, latents)
+                if stop:
+                    return changed
+                x_t = x_t if changed is latents else changed.to(x_t) / scale
         return x_t
 
-    def _predict(self, x_t: Tensor, timestep: int, state: dict[str, Tensor]) -> Tensor:
-        dtype = self.unet.dtype
-        x_t = x_t.to(dtype).contiguous(memory_format=torch.channels_last)
-        added = {"text_embeds": state["add_text_embeds"], "time_ids": state["add_time_ids"]}
-        output: Tensor = self.unet(x_t, timestep, state["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
-        return output
-
-    def _move(self, x_t: Tensor, output: Tensor, t: Tensor, t_next: Tensor, noise: Noise, index: int) -> Tensor:
+    def _move(self, x_t: Tensor, output: Tensor, t: Tensor, t_next: Tensor, noise: Tensor | None) -> Tensor:
         preset = self.preset
-        last = index == len(self.timesteps) - 1
-        # on the last step no noise is added, and all samplers are the same deterministic move
-        if last or preset.sampler in ("euler", "ddim"):
+        if noise is None:
             moved = ops.ddim_move(
                 x_t,
                 output,
@@ -111,12 +129,10 @@ class Sampler:
                 prediction_type=preset.prediction_type,
             )
             return cast(Tensor, moved)  # a pair only when noised anew
-        shape = (x_t.shape[0], x_t.shape[1], x_t.shape[2], x_t.shape[3])
-        fresh = noise.draw(shape, stream=STREAM_STEP + index, dtype=output.dtype, device=x_t.device)
         step = _STOCHASTIC[preset.sampler]
         if preset.sampler == "tcd":
             step = functools.partial(step, eta=preset.eta)
-        return step(x_t, output, t, t_next, fresh, self.alphas_cumprod, preset.prediction_type)
+        return step(x_t, output, t, t_next, noise, self.alphas_cumprod, preset.prediction_type)
 
     def _start(self) -> float:
         """What the unit noise is multiplied by: Euler samplers start at σ_T·noise, which is √(1-ᾱ_T)·noise here."""

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from sdxl_fast import OneStepPipeline, dispatch, ops
 from sdxl_fast.inference.accelerated import runner_of
-from sdxl_fast.inference.graphs import WARM_RUNS, CudaCapturer, GraphCache, StaleGraphError
+from sdxl_fast.inference.graphs import WARM_RUNS, CudaCapturer, GraphCache, StaleGraphError, through
+from sdxl_fast.inference.whole import WholeCall
 
 
 class FakeGraph:
@@ -109,9 +110,10 @@ def test_a_graph_larger_than_the_budget_is_not_tried_twice() -> None:
     cache, capturer = _cache(50)
     x = torch.ones(2)
     for _ in range(3):
-        assert cache.run("double", _double, (x,), weights=0).tolist() == [2.0, 2.0]
+        assert cache.run("double", _double, (x,), weights=0) is None
+        assert through(cache, "double", _double, (x,), 0).tolist() == [2.0, 2.0]
     assert len(capturer.held_before) == 1
-    assert cache.stats.uncaptured == 3
+    assert cache.stats.uncaptured == 6
     assert "more than" in cache.stats.reasons["double"]
 
 
@@ -123,7 +125,7 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
 
     capturer.capture = refuse
     for _ in range(2):
-        assert cache.run("double", _double, (torch.ones(2),), weights=0).tolist() == [2.0, 2.0]
+        assert cache.run("double", _double, (torch.ones(2),), weights=0) is None
     assert cache.stats.reasons == {"double": "operation not permitted when stream is capturing"}
     assert (cache.stats.captures, cache.stats.uncaptured) == (0, 2)
 
@@ -164,7 +166,7 @@ def test_a_random_walk_over_shapes_stays_within_its_bytes() -> None:
     for _ in range(300):
         rows = int(torch.randint(1, 40, (1,), generator=generator))
         x = torch.randn(rows, generator=generator)
-        assert torch.equal(cache.run("double", _double, (x,), weights=0), x * 2)
+        assert torch.equal(through(cache, "double", _double, (x,), 0), x * 2)
         assert cache.nbytes <= 1000
 
 
@@ -203,6 +205,78 @@ def test_a_whole_pipeline_draws_the_same_through_graphs(toy_folder: Path) -> Non
     assert caches["unet"].stats.captures == 4
 
 
+def _whole(pipe: OneStepPipeline) -> GraphCache:
+    """Has the pipeline draw calls through graphs as on a GPU."""
+    cache = _cache(1 << 20)[0]
+    pipe._whole = WholeCall(cache)
+    return cache
+
+
+def _bytes(pipe: OneStepPipeline, prompt: str, seed: int, steps: int = 1, **more: Any) -> np.ndarray:
+    images = pipe(prompt, seed=seed, num_inference_steps=steps, output_type="uint8", **more).images
+    return images.cpu().numpy().astype(int)
+
+
+def test_a_call_from_noise_to_bytes_is_one_graph(toy_folder: Path) -> None:
+    plain, pipe = (OneStepPipeline.from_pretrained(toy_folder, device="cpu") for _ in range(2))
+    cache = _whole(pipe)
+    calls = [("cat", 0, 1, {}), ("sun", 1, 1, {}), ("cat", 2, 4, {}), ("cat", 3, 1, {"height": 24})]
+    for _ in range(2):
+        for prompt, seed, steps, more in calls:
+            difference = _bytes(pipe, prompt, seed, steps, **more) - _bytes(plain, prompt, seed, steps, **more)
+            assert np.abs(difference).max() <= 1
+    assert (cache.stats.captures, cache.stats.replays) == (3, 8)  # a step count and a size each have their own
+    assert list(pipe.timings) == ["text_encoders", "image", "post_processing", "total"]
+    assert pipe.report["image"].use.packed == 8
+    assert pipe.memory_report()["graphs"] == cache.nbytes
+    picture = pipe("sun", seed=1, num_inference_steps=1).images[0]
+    np.testing.assert_array_equal(np.asarray(picture), _bytes(pipe, "sun", 1)[0])
+    # a graph reads weights where they are, the time embedding's too
+    with torch.no_grad():
+        for network in (pipe.unet, plain.unet):
+            network.time_embedding.linear_1.weight.mul_(1.5)
+            network.conv_in.weight.mul_(1.5)
+    before = cache.stats.captures
+    assert np.abs(_bytes(pipe, "cat", 0) - _bytes(plain, "cat", 0)).max() <= 1
+    assert cache.stats.captures == before
+    for network in (pipe.vae, plain.vae):
+        weight = network.decoder.conv_in.weight
+        weight.data = weight.data * 1.5
+    with pytest.warns(RuntimeWarning, match="captured again"):
+        again = _bytes(pipe, "cat", 0)
+    assert np.abs(again - _bytes(plain, "cat", 0)).max() <= 1
+
+
+def test_what_one_graph_cannot_hold_goes_network_by_network(toy_folder: Path) -> None:
+    plain, pipe = (OneStepPipeline.from_pretrained(toy_folder, device="cpu") for _ in range(2))
+    cache = _whole(pipe)
+    calls: list[dict[str, Any]] = [
+        {"output_type": "np"},
+        {"output_type": "latent"},
+        {"output_type": "uint8", "callback_on_step_end": lambda *_: {}},
+        {"output_type": "uint8", "image": torch.zeros(3, 32, 32), "strength": 0.5},
+    ]
+    for call in calls:
+        ours, stock = (np.asarray(p("cat", seed=0, num_inference_steps=1, **call).images) for p in (pipe, plain))
+        np.testing.assert_allclose(ours, stock, atol=1e-5)
+    pipe.one_graph = False
+    _bytes(pipe, "cat", 0)
+    assert cache.stats.captures == 0
+    assert pipe.report["image"].use.packed == 0
+
+
+def test_a_call_that_cannot_be_captured_draws_from_the_same_noise(toy_folder: Path) -> None:
+    plain, pipe = (OneStepPipeline.from_pretrained(toy_folder, device="cpu") for _ in range(2))
+    pipe._whole = WholeCall(_cache(1)[0])  # no room for any graph
+    pictures = [
+        p("cat", generator=torch.Generator().manual_seed(3), num_inference_steps=1, output_type="uint8").images
+        for p in (pipe, plain)
+    ]
+    assert torch.equal(*pictures)
+    assert list(pipe.report["image"].use.modules) == ["no graph can hold it"]
+    assert "unet" in pipe.timings
+
+
 @pytest.mark.gpu
 def test_real_graphs_replay_what_was_captured() -> None:
     weight = torch.randn(64, 64, device="cuda")
@@ -218,3 +292,16 @@ def test_real_graphs_replay_what_was_captured() -> None:
     torch.testing.assert_close(cache.run("stage", stage, (x,), weights=0), stage(x))
     assert cache.stats.captures == 2
     assert cache.nbytes > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_whole_call_is_one_real_graph(toy_folder: Path, steps: int) -> None:
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cuda", dtype=torch.float32)
+    for seed in (0, 1, 0):
+        whole = _bytes(pipe, "cat", seed, steps)
+        assert "image" in pipe.timings, pipe.report["image"]
+        pipe.one_graph = False
+        assert np.abs(whole - _bytes(pipe, "cat", seed, steps)).max() <= 1
+        pipe.one_graph = True
+    assert pipe.report["image"].use.packed == 3
