@@ -5,9 +5,9 @@
 
 extern "C" {
 
-int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void*, const void*, const void*, const void*, void*, void*, void*,
-                                           void*, int64_t, int64_t, int64_t, int64_t, double, int32_t, int32_t, int32_t,
-                                           int32_t, void*) {
+int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void*, const void*, const void*, const void*, const void*, void*,
+                                           void*, void*, void*, int64_t, int64_t, int64_t, int64_t, int64_t, double,
+                                           int32_t, int32_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }
 
@@ -25,9 +25,9 @@ int32_t sdxl_fast_geglu_fwd_cuda(const void*, void*, int64_t, int64_t, int32_t, 
     return SDXL_FAST_NO_CUDA;
 }
 
-int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void*, const void*, const void*, const void*, const float*, void*,
-                                                void*, void*, void*, int64_t, int64_t, int64_t, int64_t, double,
-                                                int32_t, int32_t, int32_t, int32_t, void*) {
+int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void*, const void*, const void*, const void*, const void*,
+                                                const float*, void*, void*, void*, void*, int64_t, int64_t, int64_t,
+                                                int64_t, int64_t, double, int32_t, int32_t, int32_t, int32_t, void*) {
     return SDXL_FAST_NO_CUDA;
 }
 

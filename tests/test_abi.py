@@ -136,8 +136,8 @@ def norm(threads):
     y, work = (ctypes.c_float * len(x))(), (ctypes.c_double * (space // 8 + 8))()
     mean, rstd = (ctypes.c_float * (N * G))(), (ctypes.c_float * (N * G))()
     at = ctypes.addressof(work)
-    status = call("sdxl_fast_group_norm_silu_fwd_cpu", x, None, None, None, y, mean, rstd, at + -at % 64,
-                  N, C, HW, G, 1e-5, 0, 1, 0, 0, threads)
+    status = call("sdxl_fast_group_norm_silu_fwd_cpu", x, None, None, None, None, y, mean, rstd, at + -at % 64,
+                  N, C, 0, HW, G, 1e-5, 0, 1, 0, 0, threads)
     assert status == 0, status
     return bytes(y)
 """
@@ -215,11 +215,16 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.geglu_fwd_cpu(p, p, 1, 4, 7, 0, 1) == 1
     assert binding.geglu_fwd_cpu(0, 0, 1, 4, 0, 0, 1) == 1
     assert binding.geglu_fwd_cpu(0, 0, 0, 4, 0, 0, 1) == 0
-    group_norm = (p, 0, 0, 0, p, p, p, p)
-    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 6, 1, 4, 1e-5, 0, 1, 0, 0, 1) == 1, "4 does not divide 6"
-    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, -1.0, 0, 1, 0, 0, 1) == 1
-    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, math.nan, 0, 1, 0, 0, 1) == 1
-    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 1, 4, 1e-5, 0, 1, 2, 3, 1) == 2
+    group_norm = (p, 0, 0, 0, 0, p, p, p, p)
+    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 6, 0, 1, 4, 1e-5, 0, 1, 0, 0, 1) == 1, "4 does not divide 6"
+    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 0, 1, 4, -1.0, 0, 1, 0, 0, 1) == 1
+    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 0, 1, 4, math.nan, 0, 1, 0, 0, 1) == 1
+    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 8, 0, 1, 4, 1e-5, 0, 1, 2, 3, 1) == 2
+    two = (p, p, *group_norm[2:])
+    for c, c_skip, layout in ((32, 8, 0), (32, 32, 0), (32, -16, 0), (40, 16, 0), (32, 16, 1), (32, 0, 0)):
+        sizes = (1, c, c_skip, 1, 4, 1e-5, layout, 1, 0, 0, 1)
+        assert binding.group_norm_silu_fwd_cpu(*two, *sizes) == 1, "no two tensors that the kernel reads together"
+    assert binding.group_norm_silu_fwd_cpu(*group_norm, 1, 32, 16, 1, 4, 1e-5, 0, 1, 0, 0, 1) == 1, "no skip"
     assert binding.forward_diffusion_fwd_cpu(p, p, p, p, p, p, p, 1, 1, 1, 1, 1, 0, -1, 0, 0, 1) == 1
     assert binding.forward_diffusion_bwd_cpu(p, p, p, p, 0, 1, 1, -1, 0, 1) == 0
     assert binding.to_uint8_fwd_cpu(p, p, 1, 3, 1, 2, 0, 1) == binding.to_uint8_fwd_cpu(p, p, 1, -3, 1, 0, 0, 1) == 1

@@ -131,6 +131,39 @@ def test_group_norm_silu_computes_what_is_needed(kernels: Any, needs: tuple[bool
         assert torch.equal(gradient, full) if need else gradient is None
 
 
+# N, channels of x and of skip, map, groups: whole groups of each; groups that straddle them, in one tile and in more;
+# groups wider than a tile; one vector of each.
+SKIP_CASES = [
+    (2, (64, 32), (3, 5), 3), (1, (80, 48), (6, 4), 4), (1, (1280, 640), (2, 3), 32), (1, (640, 320), (3, 3), 2),
+    (3, (16, 16), (4, 4), 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SKIP_CASES, ids=str)
+def test_group_norm_silu_of_two_maps(kernels: Any, case: Any, dtype: torch.dtype) -> None:
+    """Bit for bit what their concatenation gives, aligned or not, in float8 too; swapped they give something else."""
+    n, channels, sides, groups = case
+    draw = _group_norm_draw(((n, sum(channels), *sides), groups), dtype, True, OPTIONS[0])
+    _, both, weight, bias, shift, *_ = draw(0)
+    x, skip = (channels_last(t) for t in both.split(channels, 1))
+    fwd, _ = kernels("group_norm_silu")
+    rest = (weight, bias, shift, groups, 1e-5, "silu")
+
+    def same(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]) -> bool:
+        return all(
+            torch.equal(a.float(), b.float()) and a.stride() == b.stride() for a, b in zip(got, wanted, strict=True)
+        )
+
+    assert same(fwd(x, *rest, None, skip), fwd(both, *rest))
+    assert same(fwd(x, *rest, None, unaligned(skip)), fwd(unaligned(both), *rest))
+    assert not same(fwd(channels_last(both[:, channels[1] :]), *rest, None, channels_last(both[:, : channels[1]])),
+                    fwd(both, *rest))  # fmt: skip
+    if dtype == torch.bfloat16:
+        scale_y = torch.tensor([0.0371])
+        assert same(fwd(x, *rest, scale_y, skip), fwd(both, *rest, scale_y))
+
+
 def test_group_norm_silu_of_nothing(kernels: Any) -> None:
     fwd, bwd = kernels("group_norm_silu")
     for shape in ((0, 8, 4, 4), (2, 8, 0, 4)):
@@ -208,8 +241,8 @@ def test_statuses(library: ctypes.CDLL) -> None:
     assert geglu(p, p, 2, 4, 0, 1, 0) == 2  # float64
     assert geglu(p, p, 2, 4, 2, 0, 0) == geglu(p, p, -1, 4, 0, 0, 0) == geglu(p, p, 2, 4, 0, 9, 0) == 1
     good: dict[str, Any] = {
-        "x": p, "weight": None, "bias": None, "shift": None, "y": p, "mean": p, "rstd": p, "workspace": p,
-        "n": 1, "c": 4, "hw": 4, "groups": 2, "eps": 1e-5,
+        "x": p, "skip": None, "weight": None, "bias": None, "shift": None, "y": p, "mean": p, "rstd": p, "workspace": p,
+        "n": 1, "c": 4, "c_skip": 0, "hw": 4, "groups": 2, "eps": 1e-5,
         "layout": 0, "activation": 1, "dtype": 0, "param": 0, "stream": 0,
     }  # fmt: skip
 
@@ -220,4 +253,6 @@ def test_statuses(library: ctypes.CDLL) -> None:
     assert (
         changed(groups=3) == changed(groups=0) == changed(layout=2) == changed(activation=2) == changed(weight=p) == 1
     )
+    assert changed(skip=p) == changed(c=32, c_skip=16) == changed(skip=p, c=32, c_skip=8) == 1
+    assert changed(skip=p, c=32, c_skip=32) == changed(skip=p, c=32, c_skip=16, layout=1) == 1
     assert changed(dtype=1, param=1) == changed(dtype=2, param=3) == 2

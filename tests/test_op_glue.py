@@ -112,7 +112,7 @@ def test_unneeded_gradients_are_not_computed():
     x, weight, bias = torch.randn(2, 4, 3, 3), _leaf(4), _leaf(4)
     needs = []
     with use_backend("cpu"):
-        inner = GROUP_NORM_SILU.plan((x, weight, bias, None, 2, 1e-5, "silu", None))
+        inner = GROUP_NORM_SILU.plan((x, weight, bias, None, 2, 1e-5, "silu", None, None))
 
     def bwd(*args):
         needs.append(args[-1])
@@ -128,7 +128,7 @@ def test_unneeded_gradients_are_not_computed():
 
 def test_statistics_carry_no_gradient():
     with use_backend("cpu"):
-        found = GROUP_NORM_SILU(_leaf(2, 4, 3, 3), None, None, None, 2, 1e-5, "silu", None)
+        found = GROUP_NORM_SILU(_leaf(2, 4, 3, 3), None, None, None, 2, 1e-5, "silu", None, None)
     assert [t.requires_grad for t in found] == [True, False, False]
 
 
@@ -343,7 +343,7 @@ def test_norms_without_a_backward_give_the_same_and_keep_no_statistics(dtype):
     x, w, b = torch.randn(3, 16, 5, 7).to(dtype), torch.randn(16).to(dtype), torch.randn(16).to(dtype)
     rows, shift = x.permute(0, 2, 3, 1).contiguous(), torch.randn(3, 16).to(dtype)
     calls = {
-        GROUP_NORM_SILU: (x, w, b, shift, 4, 1e-5, "silu", None),
+        GROUP_NORM_SILU: (x, w, b, shift, 4, 1e-5, "silu", None, None),
         LAYER_NORM: (rows, w, b, rows.flip(0), 1e-5, None),
     }
     for op, args in calls.items():

@@ -50,6 +50,16 @@ def test_sdxl_widths_have_no_masked_lane(channels: int) -> None:
     assert config.block_cols * 2 >= 128  # a full line per row of the tile
 
 
+@pytest.mark.parametrize(
+    "channels", [(1280, 1280), (1280, 640), (640, 640), (640, 320), (320, 320), (16, 112)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tile_is_of_one_of_two_maps(channels: tuple[int, int], dtype: torch.dtype) -> None:
+    config = pick_config("group_norm_silu", (1, sum(channels), 4096), dtype, skip_channels=channels[1])
+    assert all(c % config.block_cols == 0 for c in channels)
+    assert config.block_cols >= 16 and config.block_rows * config.block_cols <= 2048
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4096, 2560), (1024, 5120), (2**22, 1280), (7, 33), (1, 1), (5, 4097)], ids=str)
 def test_geglu(shape: tuple[int, int], dtype: torch.dtype) -> None:

@@ -144,6 +144,13 @@ def _group_norm_silu_cases(dtype: torch.dtype) -> None:
             group_norm_silu_fwd(x, weight, bias, shift, groups, 1e-5, activation, mean.view(-1)[:1])
             needs = (True, params is not None, params is not None, shifted)
             group_norm_silu_bwd(y, x, weight, bias, shift, mean, rstd, groups, activation, needs)
+    # Skip connections: tiles as wide as the map's own, and narrower ones.
+    for x_channels, skip_channels in ((640, 320), (320, 320), (48, 16)):
+        channels = x_channels + skip_channels
+        x, skip = (empty(1, c, 64, 64).to(memory_format=torch.channels_last) for c in (x_channels, skip_channels))
+        weight, mean = empty(channels), empty(1, like=torch.float32)
+        for scale_y in (None, mean):
+            group_norm_silu_fwd(x, weight, weight, None, 16, 1e-5, "silu", scale_y, skip)
 
 
 def _layer_norm_cases(dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ as the millionth, and a CPU test can check every choice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -67,18 +68,21 @@ def _split_rows(rows: int, block_rows: int, programs_per_split: int, max_splits:
     return max(1, -(-blocks // splits)) * block_rows
 
 
-def group_norm_silu_config(n: int, channels: int, hw: int, dtype: torch.dtype, *, channels_last: bool) -> KernelConfig:
+def group_norm_silu_config(
+    n: int, channels: int, hw: int, dtype: torch.dtype, *, channels_last: bool, skip_channels: int = 0
+) -> KernelConfig:
     """Rows are the `hw` positions, columns the channels, for both memory formats.
 
     A tile is 2048 elements on 4 warps: 16 per thread, so the largest kernel (three fp32 accumulators an element)
     stays far from spilling. Channels-last tiles are at least 128 bytes wide (one full line) where C allows it; SDXL's
-    widths are multiples of 64, so a 64- or 128-wide tile has no masked lane.
+    widths are multiples of 64, so a 64- or 128-wide tile has no masked lane. Where the last `skip_channels` come from a
+    tensor of their own, a tile is as wide as divides the channels of both: it reads one of them.
     """
     tile = 2048
     if channels_last:
         widest = 128 if dtype.itemsize <= 2 else 64
-        block_cols = min(_largest_power_of_2_divisor(channels), widest)
-        if block_cols < 32:
+        block_cols = min(_largest_power_of_2_divisor(math.gcd(channels, skip_channels)), widest)
+        if block_cols < 32 and skip_channels == 0:
             block_cols = min(next_power_of_2(channels), widest)
         block_rows = min(tile // block_cols, next_power_of_2(hw))
     else:
@@ -127,17 +131,19 @@ def noising_config(n: int, elements: int, dtype: torch.dtype) -> KernelConfig:
     return KernelConfig(1, min(next_power_of_2(-(-elements // 4)), 256), 1, num_warps=4)
 
 
-def pick_config(op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = True) -> KernelConfig:
+def pick_config(
+    op: str, shape: tuple[int, ...], dtype: torch.dtype, *, channels_last: bool = True, skip_channels: int = 0
+) -> KernelConfig:
     """The launch configuration of `op` for one shape: a pure function, the same on every GPU.
 
     `shape` is (N, C, H*W) for `group_norm_silu`, (rows, cols) for `geglu` (cols counts outputs) and `layer_norm`, and
     (N, elements per sample) for `forward_diffusion`, `ddim_move` and `to_uint8`, (modules,) for `lora_merge`, whose
-    dtype is that of the factors. `channels_last` matters to `group_norm_silu` only.
+    dtype is that of the factors. `channels_last` and `skip_channels`, of C, matter to `group_norm_silu` only.
     Raises ValueError for an unknown op.
     """
     if op == "group_norm_silu":
         n, channels, hw = shape
-        return group_norm_silu_config(n, channels, hw, dtype, channels_last=channels_last)
+        return group_norm_silu_config(n, channels, hw, dtype, channels_last=channels_last, skip_channels=skip_channels)
     if op == "geglu":
         rows, cols = shape
         return geglu_config(rows, cols, dtype)

@@ -8,6 +8,7 @@ Formula   xh = (x + shift - mean_g) rstd_g,  z = xh w + b,  y = act(z).
 Grid      (row chunks, channel blocks, samples) for every pass over the map: a group of the 1024 px VAE has 8 M elements
           and is shared by hundreds of programs. Rows are the H*W positions, columns the channels, in both memory
           formats; only the strides differ. The finalizing kernels run one program per group.
+          The channels of a forward may come from two tensors, x's before skip's: a channel block is of one of them.
           Forward: moments per (chunk, channel) -> mean and rstd per group -> apply.
           Backward: three sums per (chunk, channel) -> group sums, dw, db, dshift -> dx.
 Registers one [BLOCK_R, BLOCK_C] tile and its accumulators; per-channel factors once per program.
@@ -27,34 +28,13 @@ import triton.language as tl
 
 from ._config import KernelConfig, next_power_of_2, pick_config
 from ._float8 import reciprocal_of, round_result, written
+from ._maps import channel_vector, tile_offsets, tile_pointers
 from ._math import round_to, sigmoid, silu_grad
 
 
 @triton.jit
-def _tile(i_n, row_start, o_c, channels, hw, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Element offsets (int64) of the tile at row_start of sample i_n, and how far one row moves them."""
-    o_r = tl.arange(0, BLOCK_R).to(tl.int64)
-    if CHANNELS_LAST:
-        row_stride = tl.cast(channels, tl.int64)
-        o_rc = o_r[:, None] * channels + o_c[None, :]
-    else:
-        row_stride = tl.cast(1, tl.int64)
-        o_rc = o_r[:, None] + o_c.to(tl.int64)[None, :] * hw
-    return i_n * channels * hw + row_start * row_stride + o_rc, row_stride
-
-
-@triton.jit
-def _channel_vector(ptr, offset, o_c, m_c, default: tl.constexpr):
-    """fp32 values of an optional per-channel tensor; `default` everywhere when it is absent."""
-    if ptr is None:
-        return tl.full(o_c.shape, default, tl.float32)
-    else:
-        return tl.load(ptr + offset + o_c, mask=m_c, other=default).to(tl.float32)
-
-
-@triton.jit
 def group_norm_silu_moments_kernel(
-    x_ptr, shift_ptr, mean_ptr, m2_ptr, channels, hw, chunk, num_chunks,
+    x_ptr, skip_ptr, shift_ptr, mean_ptr, m2_ptr, channels, skip_channels, hw, chunk, num_chunks,
     CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Mean and sum of squared deviations of every channel over one chunk of rows, by Welford's update."""
@@ -63,8 +43,10 @@ def group_norm_silu_moments_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
-    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
-    b_shift = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0)
+    p_tile, row_stride = tile_pointers(
+        x_ptr, skip_ptr, i_n, i_chunk * chunk, o_c, channels, skip_channels, hw, CHANNELS_LAST, BLOCK_R, BLOCK_C
+    )
+    b_shift = channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0)
 
     b_count = tl.zeros([BLOCK_R], tl.float32)
     b_mean = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -72,7 +54,7 @@ def group_norm_silu_moments_kernel(
     for i_row in range(0, rows, BLOCK_R):
         m_r = i_row + tl.arange(0, BLOCK_R) < rows
         m_rc = m_r[:, None] & m_c[None, :]
-        p_x = x_ptr + tl.cast(i_row, tl.int64) * row_stride + o_tile
+        p_x = p_tile + tl.cast(i_row, tl.int64) * row_stride
         b_x = tl.load(p_x, mask=m_rc, other=0.0).to(tl.float32)
         b_count += tl.where(m_r, 1.0, 0.0)
         b_inv = tl.where(m_r, 1.0 / tl.maximum(b_count, 1.0), 0.0)
@@ -128,7 +110,8 @@ def group_norm_silu_stats_kernel(
 
 @triton.jit
 def group_norm_silu_apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, scale_ptr, y_ptr, channels, hw, groups, chunk,
+    x_ptr, skip_ptr, weight_ptr, bias_ptr, shift_ptr, mean_ptr, rstd_ptr, scale_ptr, y_ptr,
+    channels, skip_channels, hw, groups, chunk,
     SILU: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     i_n = tl.program_id(2).to(tl.int64)
@@ -137,18 +120,22 @@ def group_norm_silu_apply_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
-    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
+    o_tile, row_stride = tile_offsets(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
+    p_tile, x_stride = tile_pointers(
+        x_ptr, skip_ptr, i_n, i_chunk * chunk, o_c, channels, skip_channels, hw, CHANNELS_LAST, BLOCK_R, BLOCK_C
+    )
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
     # x + (shift - mean), then one multiply-add: folding the mean into the bias would lose |mean| / std digits.
-    b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_scale = b_rstd * _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
-    b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
+    b_center = channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_scale = b_rstd * channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
+    b_bias = channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
     reciprocal = reciprocal_of(scale_ptr)
     for i_row in range(0, rows, BLOCK_R):
         m_rc = (i_row + tl.arange(0, BLOCK_R) < rows)[:, None] & m_c[None, :]
         o_rc = tl.cast(i_row, tl.int64) * row_stride + o_tile
-        b_x = tl.load(x_ptr + o_rc, mask=m_rc, other=0.0).to(tl.float32)
+        p_x = p_tile + tl.cast(i_row, tl.int64) * x_stride
+        b_x = tl.load(p_x, mask=m_rc, other=0.0).to(tl.float32)
         b_y = (b_x + b_center[None, :]) * b_scale[None, :] + b_bias[None, :]
         if SILU:
             b_y = b_y * sigmoid(b_y)
@@ -179,12 +166,12 @@ def group_norm_silu_bwd_sums_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
-    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
+    o_tile, row_stride = tile_offsets(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
-    b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_weight = _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
-    b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
+    b_center = channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_weight = channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
+    b_bias = channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
 
     b_sum_dz = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     b_sum_dz_xh = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
@@ -216,7 +203,7 @@ def group_norm_silu_bwd_finalize_kernel(
     o_c = tl.arange(0, BLOCK_C)
     m_c = o_c < group_channels
     o_ch = i_g * group_channels + o_c
-    b_weight = _channel_vector(weight_ptr, 0, o_ch, m_c, 1.0)
+    b_weight = channel_vector(weight_ptr, 0, o_ch, m_c, 1.0)
     plane = tl.cast(n, tl.int64) * num_chunks * channels
     inv_count = 1.0 / (tl.cast(group_channels, tl.float32) * hw)
     b_dweight = tl.zeros([BLOCK_C], tl.float32)
@@ -263,12 +250,12 @@ def group_norm_silu_dx_kernel(
     o_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     m_c = o_c < channels
     rows = tl.minimum(hw - i_chunk * chunk, chunk).to(tl.int32)
-    o_tile, row_stride = _tile(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
+    o_tile, row_stride = tile_offsets(i_n, i_chunk * chunk, o_c, channels, hw, CHANNELS_LAST, BLOCK_R)
     o_g = i_n * groups + o_c // (channels // groups)
     b_rstd = tl.load(rstd_ptr + o_g, mask=m_c, other=0.0)
-    b_center = _channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
-    b_weight = _channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
-    b_bias = _channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
+    b_center = channel_vector(shift_ptr, i_n * channels, o_c, m_c, 0.0) - tl.load(mean_ptr + o_g, mask=m_c, other=0.0)
+    b_weight = channel_vector(weight_ptr, 0, o_c, m_c, 1.0)
+    b_bias = channel_vector(bias_ptr, 0, o_c, m_c, 0.0)
     b_s1 = tl.load(group_sums_ptr + 2 * o_g, mask=m_c, other=0.0)
     b_s2 = tl.load(group_sums_ptr + 2 * o_g + 1, mask=m_c, other=0.0)
     for i_row in range(0, rows, BLOCK_R):
@@ -286,10 +273,14 @@ def _layout(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
     return x.contiguous(memory_format=torch.channels_last), True
 
 
-def _geometry(x: torch.Tensor, channels_last: bool) -> tuple[int, int, int, KernelConfig, tuple[int, int, int]]:
-    n, channels, height, width = x.shape
-    hw = height * width
-    config = pick_config("group_norm_silu", (n, channels, hw), x.dtype, channels_last=channels_last)
+def _geometry(
+    x: torch.Tensor, channels_last: bool, skip_channels: int = 0
+) -> tuple[int, int, int, KernelConfig, tuple[int, int, int]]:
+    n, x_channels, height, width = x.shape
+    channels, hw = x_channels + skip_channels, height * width
+    config = pick_config(
+        "group_norm_silu", (n, channels, hw), x.dtype, channels_last=channels_last, skip_channels=skip_channels
+    )
     grid = (triton.cdiv(hw, config.rows_per_program), triton.cdiv(channels, config.block_cols), n)
     return n, channels, hw, config, grid
 
@@ -309,16 +300,22 @@ def group_norm_silu_fwd(
     eps: float,
     activation: str,
     scale_y: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, mean, rstd): y of x's shape, dtype and memory format; mean and rstd (N, num_groups) fp32.
+    """(y, mean, rstd): y of x's dtype and memory format, (N, C, H, W); mean and rstd (N, num_groups) fp32.
 
     x: (N, C, H, W), fp32, bf16 or fp16, contiguous or channels_last; weight, bias: (C,) of x's dtype or fp32, or None;
     shift: (N, C) of x's dtype, or None; activation is none or silu. With scale_y, fp32 of one element, y is
-    float8_e4m3fn.
+    float8_e4m3fn. With skip, (N, C2, H, W) of x's dtype, C counts its channels too, which come after x's; both are
+    channels_last then, with multiples of 16 channels.
     """
     x, channels_last = _layout(x)
-    n, channels, hw, config, grid = _geometry(x, channels_last)
-    y = torch.empty_like(x, dtype=x.dtype if scale_y is None else torch.float8_e4m3fn)
+    skip_channels = 0 if skip is None else skip.shape[1]
+    n, channels, hw, config, grid = _geometry(x, channels_last, skip_channels)
+    y = torch.empty(
+        (n, channels, *x.shape[2:]), dtype=x.dtype if scale_y is None else torch.float8_e4m3fn, device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )  # fmt: skip
     mean = x.new_empty((n, num_groups), dtype=torch.float32)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
@@ -328,8 +325,9 @@ def group_norm_silu_fwd(
     partials = x.new_empty((2, n, num_chunks, channels), dtype=torch.float32)
     tile = {"CHANNELS_LAST": channels_last, "BLOCK_R": config.block_rows, "BLOCK_C": config.block_cols}
     group_norm_silu_moments_kernel[grid](
-        x, shift, partials[0], partials[1], channels, hw, chunk, num_chunks, **tile, **config.options()
-    )
+        x, skip, shift, partials[0], partials[1], channels, skip_channels, hw, chunk, num_chunks,
+        **tile, **config.options(),
+    )  # fmt: skip
     block_k, block_c = _merge_tile(channels // num_groups)
     # One program per sample and group, a few dozen: registers cost no occupancy, and at 128 Triton 3.6 spills on sm_89.
     group_norm_silu_stats_kernel[(num_groups, n)](
@@ -337,7 +335,7 @@ def group_norm_silu_fwd(
         BLOCK_K=block_k, BLOCK_C=block_c, **config.options(max_registers=160),
     )  # fmt: skip
     group_norm_silu_apply_kernel[grid](
-        x, weight, bias, shift, mean, rstd, scale_y, written(y), channels, hw, num_groups, chunk,
+        x, skip, weight, bias, shift, mean, rstd, scale_y, written(y), channels, skip_channels, hw, num_groups, chunk,
         SILU=activation == "silu", **tile, **config.options(),
     )  # fmt: skip
     return y, mean, rstd

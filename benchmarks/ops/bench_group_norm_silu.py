@@ -23,6 +23,15 @@ VALUABLE = (
     "1x640x64x64-silu-shift",
     "1x1280x32x32-silu-shift",
 )
+# Skip connections: the map of a block on the way up, and the other beside it.
+SKIPS = tuple(
+    Case(
+        f"1x{c}+{skip}x{side}x{side}-silu",
+        (1, c + skip, side, side),
+        {"num_groups": 32, "eps": 1e-5, "shift": False, "activation": "silu", "skip": skip},
+    )
+    for c, skip, side in ((640, 320, 128), (320, 320, 128), (1280, 640, 64), (640, 640, 64), (1280, 1280, 32))
+)
 _SDXL = {case.name: case for case in sdxl_cases("group_norm_silu")}
 
 
@@ -35,8 +44,11 @@ def stock(
     eps: float,
     shift: torch.Tensor | None,
     activation: str,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What a residual block of diffusers does: add the time embedding, normalise, activate."""
+    """What a residual block of diffusers does: concatenate, add the time embedding, normalise, activate."""
+    if skip is not None:
+        x = torch.cat((x, skip), 1)
     if shift is not None:
         x = x + shift[:, :, None, None]
     y = torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)
@@ -50,14 +62,17 @@ def make(case: Case, dtype: torch.dtype, generator: torch.Generator) -> Values:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=generator.device)
 
+    skip = case.options.get("skip", 0)
+    x, second = draw(*case.shape).to(dtype).split((channels - skip, skip), 1)
     return {
-        "x": draw(*case.shape).to(dtype),
+        "x": x.contiguous(),
         "weight": (1 + 0.5 * draw(channels)).to(dtype),
         "bias": (0.5 * draw(channels)).to(dtype),
         "num_groups": case.options["num_groups"],
         "eps": case.options["eps"],
         "shift": draw(n, channels).to(dtype) if case.options["shift"] else None,
         "activation": case.options["activation"],
+        "skip": second.contiguous() if skip else None,
     }
 
 
@@ -68,12 +83,12 @@ def rows(case: Case) -> dict[str, int]:
 
 
 BENCH = OpBench(
-    subject=Subject("group_norm_silu", ops.group_norm_silu, ("y",), ("x", "weight", "bias", "shift")),
+    subject=Subject("group_norm_silu", ops.group_norm_silu, ("y",), ("x", "weight", "bias", "shift", "skip")),
     reference=reference,
     stock=stock,
     make=make,
-    cpu_cases=(_SDXL[UNET], _SDXL[VAE]),
-    gpu_cases=tuple(_SDXL[name] for name in VALUABLE),
+    cpu_cases=(_SDXL[UNET], _SDXL[VAE], *SKIPS[:2]),
+    gpu_cases=(*(_SDXL[name] for name in VALUABLE), *SKIPS),
     gpu_rest=tuple(case for name, case in _SDXL.items() if name not in VALUABLE),
     images=True,
     rows=rows,

@@ -2,6 +2,7 @@
 //
 // The CPU functions of the C ABI for the norms and the head that begins with one: they check the arguments and call the
 // kernels.
+#include "common/skip.h"
 #include "dispatch.h"
 #include "group_norm_plan.h"
 #include "layer_norm_plan.h"
@@ -37,13 +38,14 @@ int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t n, int64_t c, int64_t hw
     return group_norm_silu_workspace({n, c, hw, groups, layout == SDXL_FAST_NHWC}, backward != 0);
 }
 
-int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* weight, const void* bias, const void* shift,
-                                          void* y, void* mean, void* rstd, void* workspace, int64_t n, int64_t c,
-                                          int64_t hw, int64_t groups, double eps, int32_t layout, int32_t activation,
-                                          int32_t dtype, int32_t param_dtype, int32_t num_threads) {
+int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* skip, const void* weight, const void* bias,
+                                          const void* shift, void* y, void* mean, void* rstd, void* workspace,
+                                          int64_t n, int64_t c, int64_t c_skip, int64_t hw, int64_t groups, double eps,
+                                          int32_t layout, int32_t activation, int32_t dtype, int32_t param_dtype,
+                                          int32_t num_threads) {
     if (!known_dtypes(dtype, param_dtype)) return SDXL_FAST_UNSUPPORTED_DTYPE;
-    if (bad_shape(n, c, hw, groups, layout) || !is_flag(activation) || !(eps >= 0) ||
-        (weight == nullptr) != (bias == nullptr)) {
+    if (bad_shape(n, c, hw, groups, layout) || bad_skip(skip, c, c_skip, layout) || !is_flag(activation) ||
+        !(eps >= 0) || (weight == nullptr) != (bias == nullptr)) {
         return SDXL_FAST_INVALID_ARGUMENT;
     }
     if (n == 0) return SDXL_FAST_OK;
@@ -51,6 +53,7 @@ int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* weight, con
         return SDXL_FAST_INVALID_ARGUMENT;
     }
     kernels(dtype).group_norm_silu_fwd({x,
+                                        skip,
                                         weight,
                                         bias,
                                         shift,
@@ -58,7 +61,7 @@ int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* weight, con
                                         mean,
                                         rstd,
                                         workspace,
-                                        {n, c, hw, groups, layout == SDXL_FAST_NHWC},
+                                        {n, c, hw, groups, layout == SDXL_FAST_NHWC, c_skip},
                                         eps,
                                         activation == SDXL_FAST_ACT_SILU,
                                         dtype,

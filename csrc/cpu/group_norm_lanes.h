@@ -135,11 +135,12 @@ struct ApplyTables {
 };
 
 template <class T, bool silu_on, bool kOne, bool streaming>
-void lane_apply(const T* x, T* y, int64_t rows, int64_t lanes, int64_t stride, ApplyTables<Acc<T>> t) {
+void lane_apply(const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t rows, int64_t lanes,
+                ApplyTables<Acc<T>> t) {
     using V = typename VecOf<T>::Type;
     for (int64_t r = 0; r < rows; ++r) {
-        const T* const from = x + r * stride;
-        T* const to = y + r * stride;
+        const T* const from = x + r * x_stride;
+        T* const to = y + r * y_stride;
         each_vector<V>(lanes, [&](int64_t l, auto full) {
             prefetch_after<kAheadWriting>(from + l);
             V z = fetch<full.value>(from + l, lanes - l);

@@ -5,6 +5,7 @@
 //
 // A sample is cut into `chunks`; a chunk leaves one record of partial sums per lane.
 //   NHWC  a chunk is `chunk_rows` rows of `lanes` = fold * c elements, fold pixels side by side making up a row
+//        (1 where the channels come from two tensors, whose pixels do not lie side by side)
 //   NCHW  a chunk is `chunk_rows` elements of every channel, lanes = c; an item of work takes `channel_block` of them
 #pragma once
 
@@ -41,7 +42,9 @@ SDXL_HD GroupNormPlan plan_group_norm(const GroupNormShape& shape) {
     p.fold = 1;
     p.blocks = 1;
     if (shape.nhwc) {
-        while (p.fold * 2 * shape.c <= 128 && shape.hw % (p.fold * 2) == 0 && shape.hw > 0) p.fold *= 2;
+        // Not folded, a sample takes no more chunks, and so no more workspace.
+        while (shape.c_skip == 0 && p.fold * 2 * shape.c <= 128 && shape.hw % (p.fold * 2) == 0 && shape.hw > 0)
+            p.fold *= 2;
         p.lanes = p.fold * shape.c;
         p.rows = shape.hw / p.fold;
         p.chunk_rows = chunk / p.lanes < 32 ? 32 : chunk / p.lanes;

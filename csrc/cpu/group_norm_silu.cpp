@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// group_norm_silu: y = act(GroupNorm(x + shift)), forward.
+// group_norm_silu: y = act(GroupNorm(x + shift)), forward. The channels may come from two tensors, x's before skip's
+// (NHWC): each chunk then takes its lanes of one after those of the other, and everything else is as for one.
 //   1. each chunk of a sample leaves mean and sum of squared deviations per lane (group_norm_lanes.h)
 //   2. per group, the records are merged in double; what a lane needs for the output goes into a table
 //   3. each chunk is normalised and activated
@@ -20,7 +21,7 @@ struct Forward {
     using A = Acc<T>;
     const GroupNormForward& call;
     const GroupNormPlan plan;
-    const T* x;
+    const T *x, *skip;
     T* y;
     A *records, *tables;
 
@@ -28,6 +29,7 @@ struct Forward {
         : call(c),
           plan(plan_group_norm(c.shape)),
           x(static_cast<const T*>(c.x)),
+          skip(static_cast<const T*>(c.skip)),
           y(static_cast<T*>(c.y)),
           records(static_cast<A*>(c.workspace)),
           tables(records + c.shape.n * plan.chunks * kForwardRecord * plan.padded) {}
@@ -37,14 +39,24 @@ struct Forward {
     }
     A* table(int64_t sample) const { return tables + sample * kForwardTables * plan.padded; }
 
+    // NHWC: f(first row of the chunk in a tensor, the first lane that it holds, how many) for each of the tensors.
+    template <class F>
+    void each_source(int64_t sample, int64_t item, F&& f) const {
+        const int64_t row = sample * plan.rows + item * plan.chunk_rows;
+        const int64_t split = plan.lanes - plan.shape.c_skip;
+        f(x + row * split, 0, split);
+        if (plan.shape.c_skip > 0) f(skip + row * plan.shape.c_skip, split, plan.shape.c_skip);
+    }
+
     void moments(int64_t sample, int64_t item) const {
-        const T* const from = x + sample * plan.sample();
         if (plan.shape.nhwc) {
             A* const r = record(sample, item);
-            lane_moments(from + item * plan.chunk_rows * plan.lanes, plan.count(item), plan.lanes, plan.lanes, r,
-                         r + plan.padded);
+            each_source(sample, item, [&](const T* from, int64_t first, int64_t lanes) {
+                lane_moments(from, plan.count(item), lanes, lanes, r + first, r + plan.padded + first);
+            });
             return;
         }
+        const T* const from = x + sample * plan.sample();
         each_span(plan, item, [&](int64_t channel, int64_t chunk, int64_t offset, int64_t count) {
             A* const r = record(sample, chunk);
             span_moments(from + offset, count, r[channel], r[plan.padded + channel]);
@@ -83,18 +95,22 @@ struct Forward {
 
     template <bool silu_on, bool streaming>
     void apply(int64_t sample, int64_t item) const {
-        const T* const from = x + sample * plan.sample();
         T* const to = y + sample * plan.sample();
-        const A* const t = table(sample);
+        const auto tables_from = [&](int64_t lane) -> ApplyTables<A> {
+            const A* const t = table(sample) + lane;
+            return {t, t + plan.padded, t + 2 * plan.padded};
+        };
         if (plan.shape.nhwc) {
-            const int64_t offset = item * plan.chunk_rows * plan.lanes;
-            lane_apply<T, silu_on, false, streaming>(from + offset, to + offset, plan.count(item), plan.lanes,
-                                                     plan.lanes, {t, t + plan.padded, t + 2 * plan.padded});
+            T* const row = to + item * plan.chunk_rows * plan.lanes;
+            each_source(sample, item, [&](const T* from, int64_t first, int64_t lanes) {
+                lane_apply<T, silu_on, false, streaming>(from, lanes, row + first, plan.lanes, plan.count(item), lanes,
+                                                         tables_from(first));
+            });
         } else {
+            const T* const from = x + sample * plan.sample();
             each_span(plan, item, [&](int64_t channel, int64_t, int64_t offset, int64_t count) {
-                const A* const own = t + channel;
-                lane_apply<T, silu_on, true, streaming>(from + offset, to + offset, 1, count, count,
-                                                        {own, own + plan.padded, own + 2 * plan.padded});
+                lane_apply<T, silu_on, true, streaming>(from + offset, count, to + offset, count, 1, count,
+                                                        tables_from(channel));
             });
         }
         if (streaming) stream_fence();

@@ -103,9 +103,11 @@ struct Wave {
 // Whether an output is large enough to be streamed past the caches and aligned throughout.
 template <class T>
 bool may_stream(const GroupNormPlan& plan, const void* out) {
+    // what is written in one go: the lanes of a row, of two tensors each one's
     const int64_t run = (plan.shape.nhwc ? plan.lanes : plan.shape.hw) * static_cast<int64_t>(sizeof(T));
+    const int64_t second = plan.shape.c_skip * static_cast<int64_t>(sizeof(T));
     const int64_t bytes = plan.shape.n * plan.sample() * static_cast<int64_t>(sizeof(T));
-    return bytes >= streaming_threshold() && aligned_to_line(out) && run % 64 == 0;
+    return bytes >= streaming_threshold() && aligned_to_line(out) && run % 64 == 0 && second % 64 == 0;
 }
 
 }  // namespace

@@ -13,10 +13,11 @@ namespace sdxl_fast {
 struct GroupNormShape {
     int64_t n, c, hw, groups;
     bool nhwc;
+    int64_t c_skip = 0;  // of the c channels, how many at their end lie in a tensor of their own
 };
 
 struct GroupNormForward {
-    const void *x, *weight, *bias, *shift;
+    const void *x, *skip, *weight, *bias, *shift;
     void *y, *mean, *rstd, *workspace;
     GroupNormShape shape;
     double eps;

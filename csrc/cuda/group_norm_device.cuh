@@ -16,6 +16,7 @@ struct GroupNormProblem {
     GroupNormGeometry g;
     const void *weight, *bias, *shift;
     int32_t dtype, param_dtype;
+    int64_t c_skip = 0;  // how many of the channels, the last, a forward finds in a tensor of their own
 };
 
 // Mean and sum of squared deviations of one entry over one chunk; how many elements they cover follows from the
@@ -35,6 +36,7 @@ struct Place {
     int64_t first_entry, num_entries;    // of the block
     int64_t first_channel, end_channel;  // of the block
     int64_t first, step, count, channel;
+    int64_t row;     // NHWC: position of the first vector, over all samples
     int lane, line;  // NHWC: vector across the tile, row; NCHW: lane of the warp, warp
     bool active;
 };
@@ -73,7 +75,8 @@ __device__ __forceinline__ Place place_of(const GroupNormProblem& p) {
         at.line = static_cast<int>(thread / tx);
         at.channel = at.first_channel + at.lane * VEC;
         at.active = at.line < g.ty && at.channel < at.end_channel;
-        at.first = (at.sample * p.hw + at.chunk_index * g.chunk + at.line) * p.c + at.channel;
+        at.row = at.sample * p.hw + at.chunk_index * g.chunk + at.line;
+        at.first = at.row * p.c + at.channel;
         at.step = g.ty * p.c;
         at.count = at.active && at.line < at.rows ? (at.rows - at.line + g.ty - 1) / g.ty : 0;
     } else {
@@ -98,18 +101,35 @@ __device__ __forceinline__ Place place_of(const GroupNormProblem& p) {
     return at;
 }
 
-// Calls body(offset of a vector, its elements) for all vectors of the thread, UNROLL loads in flight.
+// What a thread of a forward reads: its first vector and how far apart they are, in x or in skip. The vectors of a
+// thread are all of the same channels, so of one of the two.
+template <class T>
+struct Source {
+    const T* data;
+    int64_t first, step;
+};
+
+template <bool TWO, class T>
+__device__ __forceinline__ Source<T> source_of(const GroupNormProblem& p, const Place& at, const T* __restrict__ x,
+                                               const T* __restrict__ skip) {
+    if (!TWO || p.c_skip == 0) return {x, at.first, at.step};
+    const int64_t c_x = p.c - p.c_skip;
+    if (at.channel < c_x) return {x, at.row * c_x + at.channel, p.g.ty * c_x};
+    return {skip, at.row * p.c_skip + (at.channel - c_x), p.g.ty * p.c_skip};
+}
+
+// Calls body(offset of a vector in the result, its elements) for all vectors of the thread, UNROLL loads in flight.
 template <int UNROLL, int VEC, class T, class Body>
-__device__ __forceinline__ void for_each_vector(const Place& at, const T* __restrict__ x, Body body) {
+__device__ __forceinline__ void for_each_vector(const Place& at, const Source<T>& from, Body body) {
     int64_t i = 0;
     for (; i + UNROLL <= at.count; i += UNROLL) {
         Vec<T, VEC> values[UNROLL];
 #pragma unroll
-        for (int u = 0; u < UNROLL; ++u) values[u] = load<VEC>(x + at.first + (i + u) * at.step);
+        for (int u = 0; u < UNROLL; ++u) values[u] = load<VEC>(from.data + from.first + (i + u) * from.step);
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) body(at.first + (i + u) * at.step, values[u]);
     }
-    for (; i < at.count; ++i) body(at.first + i * at.step, load<VEC>(x + at.first + i * at.step));
+    for (; i < at.count; ++i) body(at.first + i * at.step, load<VEC>(from.data + from.first + i * from.step));
 }
 
 // The same over two tensors of one shape.

@@ -27,7 +27,8 @@ __device__ __forceinline__ MeanM2 warp_merge(unsigned items, float total, Part p
 
 template <class T, bool NHWC, int VEC>
 __global__ void __launch_bounds__(kGroupNormThreads, 2)
-    group_norm_silu_moments_kernel(const T* __restrict__ x, MeanM2* __restrict__ partials, GroupNormProblem p) {
+    group_norm_silu_moments_kernel(const T* __restrict__ x, const T* __restrict__ skip, MeanM2* __restrict__ partials,
+                                   GroupNormProblem p) {
     constexpr int kChannels = NHWC ? VEC : 1;
     const Place at = place_of<NHWC, VEC, false>(p);
     float shift[kChannels], count = 0.0f, mean[VEC] = {}, m2[VEC] = {};
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
 
     // Welford's update on every element of the vector by itself: safe however large the mean, and VEC chains to
     // overlap.
-    for_each_vector<4, VEC>(at, x, [&](int64_t, const Vec<T, VEC>& v) {
+    for_each_vector<4, VEC>(at, source_of<NHWC>(p, at, x, skip), [&](int64_t, const Vec<T, VEC>& v) {
         count += 1.0f;
         const float share = 1.0f / count;
 #pragma unroll
@@ -110,11 +111,14 @@ __device__ __forceinline__ MeanRstd merged_stats(const MeanM2* __restrict__ part
     return {merged.mean, 1.0f / sqrtf(merged.m2 / total + eps)};
 }
 
-template <class T, class OUT, bool NHWC, int VEC, bool SILU>
+// TWO: the channels come from x and skip. Where they are read and written are then two things to keep, for which two
+// of four loads in flight make room: with all four it spills on sm_120.
+template <class T, class OUT, bool NHWC, int VEC, bool SILU, bool TWO>
 __global__ void __launch_bounds__(kGroupNormThreads, 2)
-    group_norm_silu_apply_kernel(const T* __restrict__ x, const MeanM2* __restrict__ partials,
-                                 const float* __restrict__ scale_y, OUT* __restrict__ y, float* __restrict__ mean,
-                                 float* __restrict__ rstd, float eps, GroupNormProblem p) {
+    group_norm_silu_apply_kernel(const T* __restrict__ x, const T* __restrict__ skip,
+                                 const MeanM2* __restrict__ partials, const float* __restrict__ scale_y,
+                                 OUT* __restrict__ y, float* __restrict__ mean, float* __restrict__ rstd, float eps,
+                                 GroupNormProblem p) {
     constexpr int kChannels = NHWC ? VEC : 1;
     __shared__ MeanRstd s_stats[NHWC ? kGroupNormLanes * VEC : 1];
     const Place at = place_of<NHWC, VEC, true>(p);
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     const Factors<kChannels> f =
         factors_of<kChannels>(p, at, [&](int64_t group) { return s_stats[group - first_group]; });
     const float reciprocal = reciprocal_of<OUT>(scale_y);
-    for_each_vector<4, VEC>(at, x, [&](int64_t offset, const Vec<T, VEC>& v) {
+    for_each_vector<TWO ? 2 : 4, VEC>(at, source_of<TWO>(p, at, x, skip), [&](int64_t offset, const Vec<T, VEC>& v) {
         Vec<T, VEC> out;
 #pragma unroll
         for (int i = 0; i < VEC; ++i) {

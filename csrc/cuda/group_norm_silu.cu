@@ -22,6 +22,7 @@
 // Deterministic: no atomics, partial results are merged in a fixed order.
 #include <type_traits>
 
+#include "../common/skip.h"
 #include "group_norm_backward.cuh"
 #include "group_norm_forward.cuh"
 
@@ -34,16 +35,26 @@ struct GroupNormCall {
     int32_t layout, activation, dtype, param_dtype;
     const void *weight, *bias, *shift;
     void* stream;
+    const void* skip = nullptr;  // of a forward
+    int64_t c_skip = 0;
 
     bool nhwc() const { return layout == SDXL_FAST_NHWC; }
     bool empty() const { return n == 0 || c == 0 || hw == 0; }
+    GroupNormCall with_skip(const void* other, int64_t channels) const {
+        GroupNormCall both = *this;
+        both.skip = other;
+        both.c_skip = channels;
+        return both;
+    }
 };
 
 int32_t check(const GroupNormCall& call) {
     const bool sizes = call.n >= 0 && call.c >= 0 && call.hw >= 0 && call.groups > 0 && call.c % call.groups == 0;
     const bool codes = (call.layout == SDXL_FAST_NHWC || call.layout == SDXL_FAST_NCHW) &&
                        (call.activation == SDXL_FAST_ACT_NONE || call.activation == SDXL_FAST_ACT_SILU);
-    if (!sizes || !codes || (call.weight == nullptr) != (call.bias == nullptr)) return SDXL_FAST_INVALID_ARGUMENT;
+    const bool skipped = !bad_skip(call.skip, call.c, call.c_skip, call.layout);
+    if (!sizes || !codes || !skipped || (call.weight == nullptr) != (call.bias == nullptr))
+        return SDXL_FAST_INVALID_ARGUMENT;
     if (call.param_dtype != call.dtype && call.param_dtype != SDXL_FAST_F32) return SDXL_FAST_UNSUPPORTED_DTYPE;
     return SDXL_FAST_OK;
 }
@@ -62,6 +73,7 @@ Plan plan(const GroupNormCall& call, int widest, bool is_aligned) {
         1,
         dim3(1),
         SDXL_FAST_OK};
+    out.problem.c_skip = call.c_skip;
     int multiprocessor_count = 0;
     out.status = multiprocessors(multiprocessor_count);
     if (out.status != SDXL_FAST_OK) return out;
@@ -102,20 +114,25 @@ int32_t forward(const GroupNormCall& call, const T* x, const float* scale_y, OUT
         const int32_t zeroed = zero(mean, bytes, call.stream);
         return zeroed == SDXL_FAST_OK ? zero(rstd, bytes, call.stream) : zeroed;
     }
-    const bool is_aligned = aligned(x, 16) && aligned(y, alignof(Vec<OUT, kVecWidth<T>>));
+    const bool is_aligned = all_aligned(16, x, call.skip) && aligned(y, alignof(Vec<OUT, kVecWidth<T>>));
     const Plan plan = cuda::plan(call, kVecWidth<T>, is_aligned);
     if (plan.status != SDXL_FAST_OK) return plan.status;
     const unsigned threads = static_cast<unsigned>(plan.problem.g.threads);
+    const T* skip = static_cast<const T*>(call.skip);
     MeanM2* partials = static_cast<MeanM2*>(workspace);
     return with_access<T>(call, plan, [&](auto nhwc, auto vec) -> int32_t {
         constexpr bool kNhwc = decltype(nhwc)::value;
         constexpr int kVec = decltype(vec)::value;
         const int32_t status = launch(group_norm_silu_moments_kernel<T, kNhwc, kVec>, plan.grid, threads, call.stream,
-                                      x, partials, plan.problem);
+                                      x, skip, partials, plan.problem);
         if (status != SDXL_FAST_OK) return status;
-        return launch(call.activation == SDXL_FAST_ACT_SILU ? group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, true>
-                                                            : group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, false>,
-                      plan.grid, threads, call.stream, x, partials, scale_y, y, mean, rstd, eps, plan.problem);
+        const auto apply = [&](auto silu) {
+            constexpr bool kSilu = decltype(silu)::value;
+            return call.c_skip > 0 ? group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, kSilu, kNhwc>
+                                   : group_norm_silu_apply_kernel<T, OUT, kNhwc, kVec, kSilu, false>;
+        };
+        return launch(call.activation == SDXL_FAST_ACT_SILU ? apply(std::true_type{}) : apply(std::false_type{}),
+                      plan.grid, threads, call.stream, x, skip, partials, scale_y, y, mean, rstd, eps, plan.problem);
     });
 }
 
@@ -163,13 +180,15 @@ int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t n, int64_t c, int64_t h
     return sdxl_fast::cuda::group_norm_workspace(n, c, hw, groups, layout == SDXL_FAST_NHWC, backward != 0);
 }
 
-int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* weight_or_null, const void* bias_or_null,
-                                           const void* shift_or_null, void* y, void* mean, void* rstd, void* workspace,
-                                           int64_t n, int64_t c, int64_t hw, int64_t groups, double eps, int32_t layout,
-                                           int32_t activation, int32_t dtype, int32_t param_dtype, void* stream) {
+int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* skip_or_null, const void* weight_or_null,
+                                           const void* bias_or_null, const void* shift_or_null, void* y, void* mean,
+                                           void* rstd, void* workspace, int64_t n, int64_t c, int64_t c_skip,
+                                           int64_t hw, int64_t groups, double eps, int32_t layout, int32_t activation,
+                                           int32_t dtype, int32_t param_dtype, void* stream) {
     using namespace sdxl_fast::cuda;
-    const GroupNormCall call{
+    const GroupNormCall one{
         n, c, hw, groups, layout, activation, dtype, param_dtype, weight_or_null, bias_or_null, shift_or_null, stream};
+    const GroupNormCall call = one.with_skip(skip_or_null, c_skip);
     return with_dtype(dtype, [&](auto element) -> int32_t {
         using T = decltype(element);
         const int32_t status = check(call);
@@ -179,14 +198,16 @@ int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* weight_or_
     });
 }
 
-int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void* x, const void* weight_or_null, const void* bias_or_null,
-                                                const void* shift_or_null, const float* scale_y, void* y, void* mean,
-                                                void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw,
-                                                int64_t groups, double eps, int32_t layout, int32_t activation,
-                                                int32_t dtype, int32_t param_dtype, void* stream) {
+int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void* x, const void* skip_or_null, const void* weight_or_null,
+                                                const void* bias_or_null, const void* shift_or_null,
+                                                const float* scale_y, void* y, void* mean, void* rstd, void* workspace,
+                                                int64_t n, int64_t c, int64_t c_skip, int64_t hw, int64_t groups,
+                                                double eps, int32_t layout, int32_t activation, int32_t dtype,
+                                                int32_t param_dtype, void* stream) {
     using namespace sdxl_fast::cuda;
-    const GroupNormCall call{
+    const GroupNormCall one{
         n, c, hw, groups, layout, activation, dtype, param_dtype, weight_or_null, bias_or_null, shift_or_null, stream};
+    const GroupNormCall call = one.with_skip(skip_or_null, c_skip);
     const int32_t status = scale_y == nullptr ? SDXL_FAST_INVALID_ARGUMENT : check(call);
     if (status != SDXL_FAST_OK) return status;
     if (dtype != SDXL_FAST_BF16) return SDXL_FAST_UNSUPPORTED_DTYPE;

@@ -8,6 +8,7 @@
  *   - returns a status (below), never throws, allocates no device memory, never waits, may be captured in a graph;
  *   - "or null" pointers may be null, all others must be valid unless a size is zero; no alignment beyond that of the
  *     element type is required (but for the products below); outputs must not overlap inputs;
+ *   - a workspace is uninitialised scratch of at least the bytes that its query names, aligned to 64;
  *   - a size of zero is fine: status 0, and every output that has elements is defined.
  *
  * Any change to a prototype or to the meaning of an argument bumps SDXL_FAST_ABI.
@@ -17,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 10
+#define SDXL_FAST_ABI 11
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -71,33 +72,36 @@ SDXL_FAST_API const char* sdxl_fast_status_text(int32_t status);
  * x, y, dy, dx: n*c*hw elements of `dtype` in `layout`; shift, dshift: [n, c] of `dtype`; weight, bias (both or
  * neither), dweight, dbias: [c] of `param_dtype`; mean, rstd: [n, groups] of f32 (f64 for f64).
  * `param_dtype` is `dtype` or f32 (f64 with f64). mean is that of x + shift.
+ * fwd: a skip holds the last c_skip of the c channels and x the others (NHWC, multiples of 16); else null and 0.
  * bwd: a null dx, dweight, dbias or dshift is not computed.
  * e4m3_fwd: x of bf16; y is that of fwd divided by scale_y, f32 of one element on the device, in e4m3 (a byte an
- * element), rounded to nearest even, at most 448 in magnitude. So in geglu and layer_norm.
- * The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+ * element), rounded to nearest even, at most 448 in magnitude. So in geglu and layer_norm. */
 
 SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cpu(int64_t n, int64_t c, int64_t hw, int64_t groups,
                                                               int32_t layout, int32_t backward);
 SDXL_FAST_API int64_t sdxl_fast_group_norm_silu_workspace_cuda(int64_t n, int64_t c, int64_t hw, int64_t groups,
                                                                int32_t layout, int32_t backward);
-
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* weight_or_null,
-                                                        const void* bias_or_null, const void* shift_or_null, void* y,
-                                                        void* mean, void* rstd, void* workspace, int64_t n, int64_t c,
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cpu(const void* x, const void* skip_or_null,
+                                                        const void* weight_or_null, const void* bias_or_null,
+                                                        const void* shift_or_null, void* y, void* mean, void* rstd,
+                                                        void* workspace, int64_t n, int64_t c, int64_t c_skip,
                                                         int64_t hw, int64_t groups, double eps, int32_t layout,
                                                         int32_t activation, int32_t dtype, int32_t param_dtype,
                                                         int32_t num_threads);
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* weight_or_null,
-                                                         const void* bias_or_null, const void* shift_or_null, void* y,
-                                                         void* mean, void* rstd, void* workspace, int64_t n, int64_t c,
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_fwd_cuda(const void* x, const void* skip_or_null,
+                                                         const void* weight_or_null, const void* bias_or_null,
+                                                         const void* shift_or_null, void* y, void* mean, void* rstd,
+                                                         void* workspace, int64_t n, int64_t c, int64_t c_skip,
                                                          int64_t hw, int64_t groups, double eps, int32_t layout,
                                                          int32_t activation, int32_t dtype, int32_t param_dtype,
                                                          void* stream);
-
-SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(
-    const void* x, const void* weight_or_null, const void* bias_or_null, const void* shift_or_null,
-    const float* scale_y, void* y, void* mean, void* rstd, void* workspace, int64_t n, int64_t c, int64_t hw,
-    int64_t groups, double eps, int32_t layout, int32_t activation, int32_t dtype, int32_t param_dtype, void* stream);
+SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_e4m3_fwd_cuda(const void* x, const void* skip_or_null,
+                                                              const void* weight_or_null, const void* bias_or_null,
+                                                              const void* shift_or_null, const float* scale_y, void* y,
+                                                              void* mean, void* rstd, void* workspace, int64_t n,
+                                                              int64_t c, int64_t c_skip, int64_t hw, int64_t groups,
+                                                              double eps, int32_t layout, int32_t activation,
+                                                              int32_t dtype, int32_t param_dtype, void* stream);
 
 SDXL_FAST_API int32_t sdxl_fast_group_norm_silu_bwd_cpu(const void* dy, const void* x, const void* weight_or_null,
                                                         const void* bias_or_null, const void* shift_or_null,
@@ -199,12 +203,10 @@ SDXL_FAST_API int32_t sdxl_fast_ddim_move_bwd_cuda(const void* dx_next_or_null, 
  * `param_dtype`; mean, rstd: [rows] of f32 (f64 for f64). `param_dtype` is `dtype` or f32 (f64 with f64).
  * sum = x + residual, rounded to `dtype` and normalised as rounded; it is given just when residual is.
  * bwd: s is sum, or x without a residual; dx is the gradient of s, and so of x and of residual, and takes in dsum (or
- * null). A null dx, dweight or dbias is not computed. The workspace is uninitialised scratch of at least the bytes the
- * query names, aligned to 64; it may be null when neither dweight nor dbias is wanted. */
+ * null). A null dx, dweight or dbias is not computed; the workspace may be null without the last two. */
 
 SDXL_FAST_API int64_t sdxl_fast_layer_norm_workspace_cpu(int64_t rows, int64_t cols);
 SDXL_FAST_API int64_t sdxl_fast_layer_norm_workspace_cuda(int64_t rows, int64_t cols);
-
 SDXL_FAST_API int32_t sdxl_fast_layer_norm_fwd_cpu(const void* x, const void* residual_or_null,
                                                    const void* weight_or_null, const void* bias_or_null, void* y,
                                                    void* sum_or_null, void* mean, void* rstd, int64_t rows,
@@ -215,7 +217,6 @@ SDXL_FAST_API int32_t sdxl_fast_layer_norm_fwd_cuda(const void* x, const void* r
                                                     void* sum_or_null, void* mean, void* rstd, int64_t rows,
                                                     int64_t cols, double eps, int32_t dtype, int32_t param_dtype,
                                                     void* stream);
-
 SDXL_FAST_API int32_t sdxl_fast_layer_norm_e4m3_fwd_cuda(const void* x, const void* residual_or_null,
                                                          const void* weight_or_null, const void* bias_or_null,
                                                          const float* scale_y, void* y, void* sum_or_null, void* mean,
@@ -298,7 +299,7 @@ SDXL_FAST_API int32_t sdxl_fast_upsample_conv2d_fwd_cuda(const void* x, const vo
  * gradients of `param_dtype`, which is `dtype` or f32; logits, losses, dlogits, dlosses: [n], pooled: [n, c], mean,
  * rstd: [n, groups], all of f32. `real`: whether the logit is to become large.
  * bwd: pooled, mean, rstd and logits are those of fwd; a null dx, dweight, dbias, dprojection or doffset is not
- * computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned to 64. */
+ * computed. */
 
 SDXL_FAST_API int64_t sdxl_fast_disc_head_workspace_cuda(int64_t n, int64_t c);
 SDXL_FAST_API int32_t sdxl_fast_disc_head_fwd_cuda(const void* x, const void* weight, const void* bias,
@@ -318,8 +319,7 @@ SDXL_FAST_API int32_t sdxl_fast_disc_head_bwd_cuda(
  * hidden, residual, dhidden, dresidual: [n, c, length] of `dtype`, length at least 1; weight, bias: [c], direction:
  * [n, c], offset: [n] and their gradients of `param_dtype`, which is `dtype` or f32; logits, dlogits: [n, length],
  * mean, rstd: [n, groups], all of f32 (f64 for f64). The ReLU's slope: 0.2. bwd: mean and rstd are those of fwd; a null
- * gradient is not computed. The workspace is uninitialised scratch of at least the bytes the query names, aligned
- * to 64. */
+ * gradient is not computed. */
 
 SDXL_FAST_API int64_t sdxl_fast_token_head_workspace_cpu(int64_t n, int64_t c, int64_t length, int64_t groups,
                                                          int32_t backward);

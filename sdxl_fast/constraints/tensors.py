@@ -280,20 +280,24 @@ class DimBetween:
 
 @dataclass(frozen=True)
 class Divides:
-    """The integer ``arg`` is positive and divides dimension ``dim`` of ``other``."""
+    """The integer ``arg`` is positive and divides dimension ``dim`` of ``other``, or of it and ``beside`` together."""
 
     arg: str
     other: str
     dim: int
+    beside: str | None = None
 
     def check(self, values: Values) -> str | None:
+        beside = None if self.beside is None else values[self.beside]
         value, size = values[self.arg], values[self.other].shape[self.dim]
+        size += 0 if beside is None else beside.shape[self.dim]
         if value > 0 and size % value == 0:
             return None
         return f"{self.describe()}, got {self.arg}={value} for {size} channels"
 
     def describe(self) -> str:
-        return f"{self.arg} must be positive and divide dimension {self.dim} of {self.other}"
+        beside = "" if self.beside is None else f" (and {self.beside})"
+        return f"{self.arg} must be positive and divide dimension {self.dim} of {self.other}{beside}"
 
 
 @dataclass(frozen=True)

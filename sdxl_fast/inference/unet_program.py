@@ -2,7 +2,7 @@
 
 The time embeddings of all residual blocks come from one product, keys and values of all cross-attentions from another,
 which a prompt needs once; self-attention projects with one packed weight; residuals are added where they are
-normalised; the map stays channels-last from end to end.
+normalised; the map stays channels-last from end to end; on a GPU a skip connection's map is read where it lies.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class _Stage:
     def ascend(self, x: Tensor, shifts: Iterator[Tensor], kv: Tensor, skips: list[Tensor]) -> Tensor:
         """Up one level; takes its maps from the end of `skips`."""
         for resnet, transformer in zip(self.resnets, self.transformers, strict=True):
-            x = resnet(torch.cat((x, skips.pop()), 1), next(shifts))
+            x = resnet(x, next(shifts), skips.pop())
             x = x if transformer is None else transformer(x, kv)
         return x if self.up is None else self.up(x)
 

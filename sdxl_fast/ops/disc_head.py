@@ -161,7 +161,7 @@ def _norm_arguments(
 ) -> tuple[Any, ...]:
     # In the dtype of the statistics: the normalised map must not be rounded to 16 bits before it is summed up.
     acc = accumulation_dtype(x.dtype)
-    return x.to(acc), weight.to(acc), bias.to(acc), None, num_groups, eps, "silu", None
+    return x.to(acc), weight.to(acc), bias.to(acc), None, num_groups, eps, "silu", None, None
 
 
 def _composed_fwd(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``group_norm_silu``: act(GroupNorm(x [+ shift])) in one operation."""
+"""``group_norm_silu``: act(GroupNorm(x [+ shift])) in one operation, of one map or of two side by side."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ from sdxl_fast.constraints import (
     Ndim,
     NonNegative,
     OneOf,
-    ShapeFrom,
+    Sizes,
     Together,
+    Values,
 )
 from sdxl_fast.op import Args, FusedOp, MaybeTensor, dense, laid_out_like, reference_gradients
 from sdxl_fast.ops import _backends, _float8, _native
 from sdxl_fast.reference import group_norm_silu as reference
 from sdxl_fast.reference._common import FLOAT8, accumulation_dtype, rounded
+from sdxl_fast.reference.upsample_conv2d import memory_format
+
+_SKIP_MULTIPLE = 16  # kSkipMultiple of csrc/common/skip.h
 
 
 def group_norm_silu(
@@ -38,8 +42,9 @@ def group_norm_silu(
     shift: torch.Tensor | None = None,
     activation: str = "silu",
     scale_y: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns ``act(GroupNorm(x + shift))``, differentiable twice in x, weight, bias and shift.
+    """Returns ``act(GroupNorm(x + shift))``, differentiable twice in x, weight, bias, shift and skip.
 
     Args:
         x: [N,C,H,W], float32, bfloat16, float16 or float64; contiguous or channels_last. Other strides are made dense
@@ -52,6 +57,9 @@ def group_norm_silu(
         scale_y: float32 of one element on x's device, or None. With it the result is float8_e4m3fn: y, rounded to x's
             dtype, times the reciprocal of scale_y, rounded to nearest even, at most 448 in magnitude. That is what
             ``linear`` and ``conv2d`` take with ``scale_x=scale_y``; it has no derivative.
+        skip: [N,C2,H,W] in x's dtype, or None. With it the call means ``torch.cat((x, skip), 1)`` in x's place, and C
+            stands for the channels of both, also in the result. It is read where it lies if x is channels_last, both
+            have a multiple of 16 channels and no gradients are recorded; otherwise the two are concatenated here.
 
     Returns:
         [N,C,H,W] in x's dtype, or float8, and x's memory format. Statistics and arithmetic are float32 (float64 for
@@ -63,7 +71,7 @@ def group_norm_silu(
 
     Source: Wu & He 2018 (arXiv:1803.08494).
     """
-    y: torch.Tensor = _OP(x, weight, bias, shift, num_groups, eps, activation, scale_y)[0]
+    y: torch.Tensor = _OP(x, weight, bias, shift, num_groups, eps, activation, scale_y, skip)[0]
     return y
 
 
@@ -95,18 +103,20 @@ def _native_fwd(
         eps: float,
         activation: str,
         scale_y: torch.Tensor | None = None,
+        skip: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        n, c, h, w = x.shape
         layout = _native.layout(x)
         fused = scale_y is not None and e4m3_fwd is not None
-        y = torch.empty_like(x, dtype=FLOAT8) if fused else torch.empty_like(x)
+        y = _empty_result(x, skip, FLOAT8 if fused else x.dtype)
+        n, c, h, w = y.shape
+        c_skip = 0 if skip is None else skip.shape[1]
         size = c_workspace(n, c, h * w, num_groups, layout, 0)
         kept, at, _memory = _native.statistics(x, (n, num_groups), size, kept=statistics)
         dtype = _native.DTYPE[x.dtype]
-        given = (x.data_ptr(), pointer(weight), pointer(bias), pointer(shift))
+        given = (x.data_ptr(), pointer(skip), pointer(weight), pointer(bias), pointer(shift))
         rest = (
             *(y.data_ptr(), *at),
-            *(n, c, h * w, num_groups, eps, layout, _native.ACTIVATION[activation]),
+            *(n, c, c_skip, h * w, num_groups, eps, layout, _native.ACTIVATION[activation]),
             *(dtype, dtype if weight is None else _native.DTYPE[weight.dtype], tail(x)),
         )
         if scale_y is not None and e4m3_fwd is not None:
@@ -114,7 +124,7 @@ def _native_fwd(
         else:
             status = function(*given, *rest)
         if status:
-            _native.fail(lib, status, name, x, weight, bias, shift)
+            _native.fail(lib, status, name, x, skip, weight, bias, shift)
         return (y if fused else rounded(y, scale_y), *kept)
 
     return fwd
@@ -157,6 +167,15 @@ def _native_bwd(lib: Any, device: str, c_workspace: Callable[..., int]) -> Calla
     return bwd
 
 
+def _empty_result(x: torch.Tensor, skip: MaybeTensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns memory for y, laid out like x; a skip that is still beside x is channels_last, and so is x."""
+    if skip is None:
+        return torch.empty_like(x, dtype=dtype)
+    n, c, h, w = x.shape
+    shape = (n, c + skip.shape[1], h, w)
+    return torch.empty(shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+
+
 def _composed(
     x: torch.Tensor,
     weight: MaybeTensor,
@@ -166,18 +185,36 @@ def _composed(
     eps: float,
     activation: str,
     scale_y: MaybeTensor = None,
+    skip: MaybeTensor = None,
 ) -> tuple[torch.Tensor]:
+    x = reference.joined(x, skip)
     total = x if shift is None else x + shift[:, :, None, None]
     y = F.group_norm(total, num_groups, weight, bias, eps)
     return (F.silu(y) if activation == "silu" else y,)
 
 
+def _channels(values: Values) -> int:
+    """Returns C: the channels of x and of a skip."""
+    skip = values["skip"]
+    channels: int = values["x"].shape[1] + (0 if skip is None else skip.shape[1])
+    return channels
+
+
+def _read_together(x: torch.Tensor, skip: torch.Tensor, others: Sequence[Any]) -> bool:
+    """Whether the forwards take the two where they lie; a backward knows x alone."""
+    recorded = torch.is_grad_enabled() and any(
+        isinstance(t, torch.Tensor) and t.requires_grad for t in (x, skip, *others)
+    )
+    aligned = x.shape[1] % _SKIP_MULTIPLE == 0 and skip.shape[1] % _SKIP_MULTIPLE == 0
+    return aligned and not recorded and memory_format(x) == memory_format(skip) == torch.channels_last
+
+
 class _GroupNormSilu(FusedOp):
     name = "group_norm_silu"
-    parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation", "scale_y")
+    parameters = ("x", "weight", "bias", "shift", "num_groups", "eps", "activation", "scale_y", "skip")
     fwd_schema = (
         "(Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, SymInt num_groups, float eps, str activation, "
-        "Tensor? scale_y) -> (Tensor, Tensor, Tensor)"
+        "Tensor? scale_y, Tensor? skip) -> (Tensor, Tensor, Tensor)"
     )
     bwd_schema = (
         "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? shift, Tensor mean, Tensor rstd, "
@@ -185,21 +222,22 @@ class _GroupNormSilu(FusedOp):
     )
     rules = (
         IsTensor("x"),
-        *(IsTensor(arg, optional=True) for arg in ("weight", "bias", "shift")),
+        *(IsTensor(arg, optional=True) for arg in ("weight", "bias", "shift", "skip")),
         Dtype("x", _backends.FLOATS),
         Ndim("x", 4, "[N,C,H,W]"),
         Integer("num_groups"),
-        Divides("num_groups", "x", 1),
+        Sizes("skip", "[N,C2,H,W] beside x", lambda v: (v["x"].shape[0], None, *v["x"].shape[2:])),
+        Divides("num_groups", "x", 1, beside="skip"),
         Together("weight", "bias"),
-        *(ShapeFrom(arg, "x", (1,), "[C]") for arg in ("weight", "bias")),
-        ShapeFrom("shift", "x", (0, 1), "[N,C]"),
+        *(Sizes(arg, "[C] of x (and skip)", lambda v: (_channels(v),)) for arg in ("weight", "bias")),
+        Sizes("shift", "[N,C] of x (and skip)", lambda v: (v["x"].shape[0], _channels(v))),
         *(DtypeLike(arg, "x", also=(torch.float32,)) for arg in ("weight", "bias")),
         DtypeLike("bias", "weight"),
-        DtypeLike("shift", "x"),
-        *(DeviceLike(arg, "x") for arg in ("weight", "bias", "shift")),
+        *(DtypeLike(arg, "x") for arg in ("shift", "skip")),
+        *(DeviceLike(arg, "x") for arg in ("weight", "bias", "shift", "skip")),
         NonNegative("eps"),
         OneOf("activation", reference.ACTIVATIONS),
-        *_float8.rules("x", "weight", "bias", "shift"),
+        *_float8.rules("x", "weight", "bias", "shift", "skip"),
     )
     backends = (
         _backends.native("cuda", "x", _native_kernels, _float8.FROM_BFLOAT16),
@@ -210,10 +248,15 @@ class _GroupNormSilu(FusedOp):
     )
 
     def prepare(self, args: Args) -> Args:
-        x, weight, bias, shift, *scalars = args
+        x, weight, bias, shift, *scalars, skip = args
+        x = dense(x)
         if weight is not None:
             weight, bias = weight.contiguous(), bias.contiguous()
-        return dense(x), weight, bias, None if shift is None else shift.contiguous(), *scalars
+        if skip is not None:
+            skip = skip.contiguous(memory_format=memory_format(x))
+            if not _read_together(x, skip, (weight, bias, shift)):
+                x, skip = reference.joined(x, skip), None
+        return x, weight, bias, None if shift is None else shift.contiguous(), *scalars, skip
 
     def saved(self, args: Args, outputs: Sequence[torch.Tensor]) -> tuple[MaybeTensor, ...]:
         return (*args[:4], *outputs[1:])
@@ -237,22 +280,22 @@ class _GroupNormSilu(FusedOp):
         )
 
     def place_gradients(self, found: Any) -> tuple[MaybeTensor, ...]:
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
     def second_order(
         self, dy: torch.Tensor, saved: Sequence[MaybeTensor], scalars: Args, needs: Sequence[bool]
     ) -> tuple[MaybeTensor, ...]:
         found = reference_gradients(lambda *t: reference.fwd(*t, *scalars[4:])[0], saved[:4], dy, needs[:4])
-        return (*found, None, None, None, None)
+        return (*found, None, None, None, None, None)
 
     def forward_arguments(self, bwd_args: Args) -> Args:
         _, x, weight, bias, shift, _, _, num_groups, activation, _ = bwd_args
-        return x, weight, bias, shift, num_groups, 0.0, activation, None
+        return x, weight, bias, shift, num_groups, 0.0, activation, None, None
 
     def fake_fwd(self, args: Args) -> Any:
         x, num_groups = args[0], args[4]
         statistics = x.new_empty((x.shape[0], num_groups), dtype=accumulation_dtype(x.dtype))
-        y = torch.empty_like(x, dtype=_float8.dtype_of(x, args[7]))
+        y = _empty_result(x, args[8], _float8.dtype_of(x, args[7]))
         return y, statistics, torch.empty_like(statistics)
 
     def fake_bwd(self, bwd_args: Args) -> Any:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""act(GroupNorm(x [+ shift])) in plain PyTorch.
+"""act(GroupNorm(x [+ shift])) in plain PyTorch, x perhaps in two pieces.
 
 With the statistics over the ``C/G * H * W`` elements of each (sample n, group g)::
 
-    s = x + shift[n, c]          (shift optional)
+    s = x + shift[n, c]          (shift optional; with a skip, x stands for the channels of x and then those of skip)
     xhat = (s - mean[n, g]) * rstd[n, g],    rstd = 1 / sqrt(var + eps), var biased
     z = xhat * weight[c] + bias[c]
     y = z * sigmoid(z)           (activation "silu")   or   y = z   (activation "none")
@@ -39,6 +39,11 @@ def _normalise(
     var = (centred * centred).sum((2, 3, 4), keepdim=True) / max(count - correction, 1)
     rstd = torch.rsqrt(var + eps)
     return (centred * rstd).flatten(1, 2), mean.flatten(1), rstd.flatten(1)
+
+
+def joined(x: torch.Tensor, skip: torch.Tensor | None) -> torch.Tensor:
+    """Returns the channels of x and then those of skip, if there is one."""
+    return x if skip is None else torch.cat((x, skip), 1)
 
 
 def _per_channel(v: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -78,6 +83,7 @@ def fwd(
     eps: float,
     activation: str,
     scale_y: torch.Tensor | None = None,
+    skip: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Differentiable forward.
 
@@ -89,11 +95,12 @@ def fwd(
         eps: added to the variance.
         activation: ``"none"`` or ``"silu"``.
         scale_y: float32, one element: y is then rounded once more, to float8_e4m3fn after division by it.
+        skip: [N,C2,H,W] like x, or None; x is then [N,C-C2,H,W].
 
     Returns:
-        y like x, and mean, rstd [N,G] in float32 (float64 for float64 x).
+        y [N,C,H,W] like x, and mean, rstd [N,G] in float32 (float64 for float64 x).
     """
-    y, mean, rstd = _forward(x, weight, bias, shift, num_groups, eps, activation)
+    y, mean, rstd = _forward(joined(x, skip), weight, bias, shift, num_groups, eps, activation)
     return rounded(y, scale_y), mean, rstd
 
 
@@ -190,12 +197,15 @@ def bytes(shape: Sequence[int], dtype: torch.dtype, *, backward: bool = False) -
 
 WRONG = wrong_variants(
     fwd={
-        "missing_eps": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, s, g, 0.0, act),
-        "unbiased_variance": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, s, g, eps, act, correction=1),
-        "statistics_in_bfloat16": lambda x, w, b, s, g, eps, act, _: _forward(
+        "missing_eps": lambda x, w, b, s, g, eps, act, *_: _forward(x, w, b, s, g, 0.0, act),
+        "unbiased_variance": lambda x, w, b, s, g, eps, act, *_: _forward(x, w, b, s, g, eps, act, correction=1),
+        "statistics_in_bfloat16": lambda x, w, b, s, g, eps, act, *_: _forward(
             x, w, b, s, g, eps, act, statistics_dtype=torch.bfloat16
         ),
-        "shift_ignored": lambda x, w, b, s, g, eps, act, _: _forward(x, w, b, None, g, eps, act),
+        "shift_ignored": lambda x, w, b, s, g, eps, act, *_: _forward(x, w, b, None, g, eps, act),
+        "skip_before_x": lambda x, w, b, s, g, eps, act, _, skip: _forward(
+            x if skip is None else joined(skip, x), w, b, s, g, eps, act
+        ),
     },
     bwd={
         "without_mean_term": functools.partial(_backward, drop_mean_term=True),

@@ -12,7 +12,9 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor, SlicedAttnProcessor
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from sdxl_fast.inference import packing
 from sdxl_fast.inference.accelerated import attach, detach, runner_of
 from sdxl_fast.models.config import SDXL, TOY, build_unet, build_vae
 from sdxl_fast.testing.compare import assert_all, compare
@@ -88,6 +90,54 @@ def test_controlnet_residuals_are_added(stock: Any, unet: Any) -> None:
     extra = {dtype: _residuals(stock, dtype) for dtype in (torch.float32, torch.float64)}
     _compare(unet, stock, lambda dtype: {**_arguments(dtype), **extra[dtype]})
     assert runner.use.packed == 1
+
+
+class _MapCopies(TorchDispatchMode):
+    """Counts concatenations of maps."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found += func is torch.ops.aten.cat.default and args[0][0].ndim == 4
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("controlled", [False, True], ids=["alone", "ControlNet"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_skip_connections_are_read_where_they_lie(
+    stock: Any, unet: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, controlled: bool
+) -> None:
+    """As on a GPU, forced here: no map is concatenated, in the kernels or before them."""
+    blocks = sum(len(block.resnets) for block in unet.up_blocks)
+    unet.to(dtype)
+    modules = copy.deepcopy(unet)
+    extra = {d: _residuals(stock, d) if controlled else {} for d in (dtype, torch.float64)}
+    calls = {d: {**_arguments(dtype), **_arguments(d), **more} for d, more in extra.items()}
+    runner = attach(unet)
+    for _ in range(2):  # the second time with other weights
+        for in_place in (False, True):
+            monkeypatch.setattr(packing, "read_in_place", lambda x, in_place=in_place: in_place)
+            with _MapCopies() as copies:
+                y = unet(**calls[dtype])[0]
+            assert copies.found == (0 if in_place else blocks)
+            oracle = copy.deepcopy(modules).double()(**calls[torch.float64])[0]
+            assert_all([compare(y, oracle, modules(**calls[dtype])[0], op="packed", rows=ROWS)])
+        _weights(unet)
+        _weights(modules)
+    assert runner.use.packed == 4 and not runner.use.modules
+
+
+def test_a_residual_block_without_a_shortcut_reads_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.models.resnet import ResnetBlock2D
+
+    monkeypatch.setattr(packing, "read_in_place", lambda x: True)
+    torch.manual_seed(0)
+    module = ResnetBlock2D(in_channels=32, out_channels=32, temb_channels=None, groups=8, eps=1e-5).eval()
+    x, skip = torch.randn(2, 2, 16, 4, 4).unbind()
+    with torch.no_grad():
+        got = packing.Resnet(module, "resnet")(x, None, skip)
+        torch.testing.assert_close(got, module(torch.cat((x, skip), 1), None))
 
 
 def test_sizes_that_cannot_be_halved_run_by_the_modules(stock: Any, unet: Any) -> None:

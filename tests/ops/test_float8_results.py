@@ -166,7 +166,7 @@ def test_gradients_are_refused(name: str) -> None:
 def test_library_op_and_compiled_code(name: str) -> None:
     op, values = _ready("eager", name, torch.bfloat16, 2.0**-4)
     raw = getattr(torch.ops.sdxl_fast, f"{op.__name__}_fwd").default
-    arguments = {"eps": 1e-5, "residual": None, "activation": "silu", **values}
+    arguments = {"eps": 1e-5, "residual": None, "skip": None, "activation": "silu", **values}
     named = [argument.name for argument in raw._schema.arguments]
     torch.library.opcheck(raw, tuple(arguments[n] for n in named), test_utils=("test_schema", "test_faketensor"))
     torch.compiler.reset()
