@@ -135,9 +135,17 @@ struct Forward {
     // chunks for some channels at a time, side by side, so that the compiler can take them as vectors.
     template <class F>
     double total(int64_t sample, int64_t group, F&& f) const {
-        constexpr int64_t kChannels = 64;
+        constexpr int64_t kChannels = 64, kFew = 16;
         const int64_t end = (group + 1) * plan.per_group;
         double sum = 0;
+        if (plan.chunks == 1 && plan.lanes == plan.shape.c && plan.per_group <= kFew) {
+            const A *const mean = record(sample, 0), *const square = mean + plan.padded, *const shift = table(sample);
+            for (int64_t k = group * plan.per_group; k < end; ++k) {
+                sum += f(static_cast<double>(plan.count(0)),
+                         static_cast<double>(mean[k]) + static_cast<double>(shift[k]), static_cast<double>(square[k]));
+            }
+            return sum;
+        }
         for (int64_t first = group * plan.per_group; first < end; first += kChannels) {
             const int64_t channels = smaller(kChannels, end - first);
             const A* const shift = table(sample) + first;

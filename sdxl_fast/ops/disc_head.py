@@ -177,7 +177,7 @@ def _composed_fwd(
     args = _norm_arguments(x, weight, bias, num_groups, eps)
     with any_backend():
         y, mean, rstd = GROUP_NORM_SILU.plan(args).fwd(*args)
-    pooled = y.mean((2, 3))
+    pooled = y.mean((2, 3)) if x.shape[2:] != (1, 1) else y.flatten(1)  # one position: nothing to average
     logits = (pooled * projection).sum(1) + offset  # no matrix product: autocast would round it
     return logits, reference.losses_of(logits, loss), pooled, mean, rstd
 
