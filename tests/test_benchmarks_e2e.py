@@ -17,11 +17,12 @@ sys.path.insert(0, str(ROOT))  # benchmarks are part of the checkout, not of the
 
 from benchmarks import report, stage_plot  # noqa: E402
 from benchmarks.e2e import __main__ as everything  # noqa: E402
-from benchmarks.e2e import bench_cold_start, bench_pipelines, floor, peers, random_model  # noqa: E402
+from benchmarks.e2e import bench_cold_start, bench_pipelines, floor, peers, profile, random_model  # noqa: E402
 from benchmarks.e2e.bench_pipelines import AGAINST_COMPILED, AGAINST_STOCK, MODES, Request  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
 from benchmarks.suite import stage_verdicts  # noqa: E402
 from benchmarks.timing import summarise  # noqa: E402
+from sdxl_fast import OneStepPipeline, ops  # noqa: E402
 from sdxl_fast.models.config import TOY  # noqa: E402
 from sdxl_fast.testing.toy import toy_pipeline  # noqa: E402
 
@@ -114,6 +115,23 @@ def test_the_floor_counts_what_is_needed(folder: Path) -> None:
     middle = vae.decoder.mid_block.attentions[0]
     flops += 2 * 2 * (8 * 8) ** 2 * middle.inner_dim
     assert needed["vae"] == (flops, sum(p.numel() for p in vae.decoder.parameters()))
+
+
+def test_a_profile_names_the_work_and_how_fast_it_runs(folder: Path) -> None:
+    pipe = OneStepPipeline.from_pretrained(folder, device="cpu")
+    side = pipe.default_size
+    flops = floor.by_kind(pipe.unet.config, pipe.vae.config, 1, (side, side), pipe.tokenizer.model_max_length)
+    needed = floor.work(folder, 1, (side, side))
+    assert {name: sum(kinds.values()) for name, kinds in flops.items()} == {n: needed[n][0] for n in ("unet", "vae")}
+    found = profile.stages(pipe, 1, flops)
+    for name, parts in found.items():
+        assert {"convolutions", "products", "attention", "norms"} <= {kind for kind in parts if parts[kind].calls}, name
+        accounted = sum(part.seconds for kind, part in parts.items() if kind != "all")
+        assert 0.5 * parts["all"].seconds < accounted <= 1.01 * parts["all"].seconds
+        text = profile.table(name, parts, 1e12)
+        assert "| norms |" in text and "FLOP/s" in text
+    assert profile.kind_of("cutlass_linear_geglu") == "products" and profile.kind_of("aten::add_") == "other"
+    assert not hasattr(ops.group_norm_silu, "__wrapped__")
 
 
 def test_the_floor_is_products_or_weights() -> None:

@@ -7,6 +7,7 @@ convolution counts 4 / 9 of its products, which is what `upsample_conv2d` needs.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from sdxl_fast.models.config import vae_scale_factor
 
 Work = tuple[int, int]  # multiply-adds counted twice, and parameters
+_KINDS = {"convolution": "convolutions", "addmm": "products", "mm": "products"}
 _FOLDED = 5 / 9  # of a 3×3 convolution's products after upsampling by two, which are not needed
 
 
@@ -27,30 +29,33 @@ def work(folder: Path, batch: int, size: tuple[int, int]) -> dict[str, Work]:
 
     The networks are made of the folder's configs on the meta device: nothing is read but those.
     """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(_config(folder, "unet")).eval()
-        vae = AutoencoderKL.from_config(_config(folder, "vae")).eval()
         texts = [
             kind(CLIPTextConfig(**_config(folder, name))).eval()
             for kind, name in ((CLIPTextModel, "text_encoder"), (CLIPTextModelWithProjection, "text_encoder_2"))
         ]
         tokens = texts[0].config.max_position_embeddings
-        factor = vae_scale_factor(vae.config)
-        latents = torch.empty(batch, unet.config.in_channels, size[0] // factor, size[1] // factor)
-        text = torch.empty(batch, tokens, unet.config.cross_attention_dim)
-        pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
         ids = torch.zeros(batch, tokens, dtype=torch.int64)
-        time = torch.empty(batch)
-        encoders = [_count(tower, lambda tower=tower: tower(ids)) for tower in texts]  # type: ignore[misc]
-        return {
-            "text_encoders": (sum(flops for flops, _ in encoders), sum(size for _, size in encoders)),
-            "unet": _count(unet, lambda: unet(latents, time, text, added_cond_kwargs=added)),
-            "vae": _count(vae.decoder, lambda: vae.decoder(latents[:, : vae.config.latent_channels])),
-        }
+        calls = {f"text {index}": (tower, functools.partial(tower, ids)) for index, tower in enumerate(texts)}
+        calls |= _image_calls(_config(folder, "unet"), _config(folder, "vae"), batch, size, tokens)
+        found = {}
+        for name, (network, call) in calls.items():
+            flops, parameters = sum(_count(call).values()), sum(p.numel() for p in network.parameters())
+            stage = "text_encoders" if name.startswith("text") else name
+            before = found.get(stage, (0, 0))
+            found[stage] = (before[0] + flops, before[1] + parameters)
+        return found
+
+
+def by_kind(
+    unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], batch: int, size: tuple[int, int], tokens: int
+) -> dict[str, dict[str, int]]:
+    """Returns the FLOPs of "unet" and "vae" as "convolutions", "products" and "attention"."""
+    with torch.device("meta"):
+        calls = _image_calls(unet_config, vae_config, batch, size, tokens)
+        return {name: _count(call) for name, (_, call) in calls.items()}
 
 
 def seconds(needed: Mapping[str, Work], dtype: str, ceilings: Mapping[str, Any]) -> dict[str, float]:
@@ -68,11 +73,35 @@ def _config(folder: Path, network: str) -> dict[str, Any]:
     return found
 
 
+def _image_calls(
+    unet_config: Mapping[str, Any], vae_config: Mapping[str, Any], batch: int, size: tuple[int, int], tokens: int
+) -> dict[str, tuple[nn.Module, Callable[[], Any]]]:
+    """UNet and decoder, and a call of each, on the current device."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_config(dict(unet_config)).eval()
+    vae = AutoencoderKL.from_config(dict(vae_config)).eval()
+    factor = vae_scale_factor(vae.config)
+    latents = torch.empty(batch, unet.config.in_channels, size[0] // factor, size[1] // factor)
+    text = torch.empty(batch, tokens, unet.config.cross_attention_dim)
+    pooled = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+    added = {"text_embeds": torch.empty(batch, pooled), "time_ids": torch.empty(batch, 6)}
+    return {
+        "unet": (unet, functools.partial(unet, latents, torch.empty(batch), text, added_cond_kwargs=added)),
+        "vae": (vae.decoder, functools.partial(vae.decoder, latents[:, : vae.config.latent_channels])),
+    }
+
+
 @torch.no_grad()
-def _count(network: nn.Module, call: Callable[[], Any]) -> Work:
+def _count(call: Callable[[], Any]) -> dict[str, int]:
+    """FLOPs by kind of work."""
     counter = FlopCounterMode(display=False)
     with counter:
         call()
-    parts = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
-    spared = _FOLDED * sum(flops for name, flops in parts.items() if name.endswith("upsamplers.0"))
-    return int(counter.get_total_flops() - spared), sum(p.numel() for p in network.parameters())
+    counts = counter.get_flop_counts()
+    found = dict.fromkeys(_KINDS.values(), 0) | {"attention": 0}
+    for op, flops in counts.get("Global", {}).items():
+        found[_KINDS.get(str(op).rpartition(".")[2], "attention")] += flops
+    spared = sum(sum(by_op.values()) for name, by_op in counts.items() if name.endswith("upsamplers.0"))
+    found["convolutions"] -= int(_FOLDED * spared)
+    return found
