@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import command, machine
+from benchmarks import command, machine, report
 from benchmarks.e2e import bench_one_step, floor
 from benchmarks.e2e.bench_one_step import Request
 from benchmarks.e2e.random_model import RANDOM_SDXL
@@ -119,14 +119,18 @@ def stages(pipe: OneStepPipeline, batch: int, flops: Mapping[str, Mapping[str, f
 def table(name: str, parts: Mapping[str, Part], ceiling: float | None) -> str:
     """Markdown: each kind's share of the wall clock, and the rate of those that multiply."""
     whole = parts["all"].seconds
-    lines = [f"## {name}, {whole:.3g} s", "", "| work | time | share | calls | rate | of the machine's |"]
+    lines = [
+        f"## {name}, {report.seconds_text(whole)}",
+        "",
+        "| work | time | share | calls | rate | of the machine's |",
+    ]
     lines.append("|---|---:|---:|---:|---:|---:|")
     kinds = sorted((kind for kind in parts if kind != "all"), key=lambda kind: -parts[kind].seconds)
     for kind in kinds:
         part = parts[kind]
         rate = part.flops / part.seconds if part.seconds else 0.0
         rates = [f"{rate / 1e12:.3g} TFLOP/s", f"{rate / ceiling:.0%}" if ceiling else "–"] if rate else ["–", "–"]
-        cells = [kind, f"{part.seconds * 1e3:.3g} ms", f"{part.seconds / whole:.1%}", str(part.calls), *rates]
+        cells = [kind, report.seconds_text(part.seconds), f"{part.seconds / whole:.1%}", str(part.calls), *rates]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
