@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from .lora import base_prediction_type, find_loras, merge_lora, read_lora
 from .networks import NETWORKS, filled
 from .safetensors_check import check_safetensors
 from .source import TOKENIZERS, Model, completed, form_of, open_model, read_json
-from .weights import weight_files
+from .weights import dtype_of, read_tensor, start_of, weight_files
 
 __all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_few_step_unet", "resolve"]
 
@@ -223,18 +223,24 @@ def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = N
             what = wrong.replace("_", " ")
             raise ModelError(f"{folder / name}: weights do not fit its config: {len(keys)} {what}, first {keys[0]}")
     if place.device.type == "cpu":
-        _unmap(network)
+        _unmap(network, dict(zip(files, headers, strict=True)))
     return _settled(network, place), headers[0].get("__metadata__", {})
 
 
-def _unmap(network: nn.Module) -> None:
+def _unmap(network: nn.Module, headers: Mapping[Path, Mapping[str, Any]]) -> None:
     """Give all weights memory of their own.
 
-    Safetensors leaves them in the mapped file, the whole of which counts as this process's memory as long as one of
-    them is left there, beside whatever packing makes of the others; and another program is free to overwrite it.
+    Safetensors leaves them in the mapped file. What is looked at of that counts as this process's memory, beside
+    whatever packing makes of it, and another program is free to overwrite it. So they are read, not copied.
     """
-    for tensor in (*network.parameters(), *network.buffers()):
-        tensor.data = tensor.data.clone()
+    entries: dict[str, tuple[Path, int, Any]] = {}
+    for file, header in headers.items():
+        start = start_of(file, header)
+        entries |= {name: (file, start, entry) for name, entry in header.items()}
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        file, start, entry = entries.get(name, (Path(), 0, {}))
+        same = dtype_of(entry) == tensor.dtype and tuple(entry["shape"]) == tuple(tensor.shape)
+        tensor.data = read_tensor(file, entry, start) if same else tensor.data.clone()
 
 
 def _settled(network: Any, place: Place) -> Any:

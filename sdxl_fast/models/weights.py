@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -97,6 +97,34 @@ def open_weights(path: str | Path) -> tuple[dict[str, Lazy], dict[str, str]]:
             raise ModelError(f"{path}: {name} is stored as {entry['dtype']}; a quantised file cannot be converted")
         tensors[name] = Lazy(_DTYPES[entry["dtype"]], tuple(entry["shape"]), partial(file.get_tensor, name))
     return tensors, metadata
+
+
+def dtype_of(entry: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype of a tensor's entry in a safetensors header; None where torch has none like it."""
+    return _DTYPES.get(str(entry.get("dtype")))
+
+
+def read_tensor(path: Path, entry: Mapping[str, Any], start: int) -> Tensor:
+    """A tensor of a safetensors file in memory of its own, contiguous; the file is not mapped.
+
+    Args:
+        path: the file.
+        entry: the tensor's in the header, of a dtype that torch has.
+        start: `start_of` the file.
+    """
+    found = torch.empty(entry["shape"], dtype=_DTYPES[entry["dtype"]])
+    with path.open("rb") as file:
+        file.seek(start + entry["data_offsets"][0])
+        count = file.readinto(found.view(-1).view(torch.uint8).numpy().data)
+    if count != found.nbytes:
+        raise ModelError(f"{path}: ends in the middle of a tensor; it has changed since it was checked")
+    return found
+
+
+def start_of(path: Path, header: Mapping[str, Any]) -> int:
+    """Where the tensors of a safetensors file begin: they are its end."""
+    ends = (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return path.stat().st_size - max(ends, default=0)
 
 
 def open_network(folder: Path) -> tuple[dict[str, Lazy], dict[str, str]]:
