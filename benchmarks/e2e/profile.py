@@ -119,12 +119,8 @@ def stages(pipe: OneStepPipeline, batch: int, flops: Mapping[str, Mapping[str, f
 def table(name: str, parts: Mapping[str, Part], ceiling: float | None) -> str:
     """Markdown: each kind's share of the wall clock, and the rate of those that multiply."""
     whole = parts["all"].seconds
-    lines = [
-        f"## {name}, {report.seconds_text(whole)}",
-        "",
-        "| work | time | share | calls | rate | of the machine's |",
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    head = ["| work | time | share | calls | rate | of the machine's |", "|---|---:|---:|---:|---:|---:|"]
+    lines = [f"## {name}, {report.seconds_text(whole)}", "", *head]
     kinds = sorted((kind for kind in parts if kind != "all"), key=lambda kind: -parts[kind].seconds)
     for kind in kinds:
         part = parts[kind]

@@ -104,8 +104,8 @@ class Sampler:
             first = first.repeat_interleave(len(x_t) // len(first), 0)
             x_t = math.sqrt(kept) * first.to(x_t.dtype) + math.sqrt(1.0 - kept) * start.to(x_t.dtype)
         end = 0 if self.preset.sampler == "tcd" else -1  # TCD stops at the lowest level, not at clean latents
-        steps = zip(self.timesteps, (*self.timesteps[1:], end), [*fresh, *([None] * len(self.timesteps))], strict=False)
-        for index, (now, then, noise) in enumerate(steps):
+        for index, (now, then) in enumerate(zip(self.timesteps, (*self.timesteps[1:], end), strict=True)):
+            noise = fresh[index] if index < len(fresh) else None
             t, t_next = (torch.full((len(x_t),), level, device=x_t.device) for level in (now, then))
             x_t = self._move(x_t, predict(x_t, now), t, t_next, noise)
             if on_step is not None:

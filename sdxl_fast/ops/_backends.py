@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -70,8 +70,13 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
 
 
+def recorded(values: Iterable[Any]) -> bool:
+    """Returns whether gradients of a call with these arguments are recorded."""
+    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values)
+
+
 def _recorded(values: Values) -> bool:
-    return torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in values.values())
+    return recorded(values.values())
 
 
 def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
@@ -79,8 +84,8 @@ def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
 
     One of our operations is then an ``autograd.Function`` of Python, some 40 us more than one of PyTorch's.
     """
-    recorded = Condition("no gradients are recorded, and for that alone it is there", _recorded)
-    rules = (DeviceType(lead, "cpu"), Dtype(lead, (torch.float32,)), recorded)
+    alone = Condition("no gradients are recorded, and for that alone it is there", _recorded)
+    rules = (DeviceType(lead, "cpu"), Dtype(lead, (torch.float32,)), alone)
     return Backend("library", lambda: (fwd, no_backward), rules, composed=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sdxl_fast.constraints import Condition, DeviceLike, Dtype, IsTensor, Rule, Values
+from sdxl_fast.ops._backends import recorded
 from sdxl_fast.reference._common import FLOAT8
 
 
@@ -37,7 +38,7 @@ def operand_rules(*inputs: str) -> tuple[Rule, ...]:
         ),
         Condition(
             "float8 products have no derivative; call under torch.no_grad()",
-            lambda v: not is_float8(v) or _needs_no_gradient(inputs, v),
+            lambda v: not is_float8(v) or not recorded(v[name] for name in inputs),
         ),
     )
 
@@ -51,14 +52,8 @@ def rules(*inputs: str) -> tuple[Rule, ...]:
         DeviceLike("scale_y", "x"),
         Condition(
             "a float8 result (scale_y) has no derivative; call under torch.no_grad()",
-            lambda v: v["scale_y"] is None or _needs_no_gradient((*inputs, "scale_y"), v),
+            lambda v: v["scale_y"] is None or not recorded(v[name] for name in (*inputs, "scale_y")),
         ),
-    )
-
-
-def _needs_no_gradient(inputs: tuple[str, ...], values: Values) -> bool:
-    return not torch.is_grad_enabled() or not any(
-        t is not None and t.requires_grad for t in (values[name] for name in inputs)
     )
 
 

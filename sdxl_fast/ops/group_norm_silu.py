@@ -202,9 +202,7 @@ def _channels(values: Values) -> int:
 
 def _read_together(x: torch.Tensor, skip: torch.Tensor, others: Sequence[Any]) -> bool:
     """Whether the forwards take the two where they lie; a backward knows x alone."""
-    recorded = torch.is_grad_enabled() and any(
-        isinstance(t, torch.Tensor) and t.requires_grad for t in (x, skip, *others)
-    )
+    recorded = _backends.recorded((x, skip, *others))
     aligned = x.shape[1] % _SKIP_MULTIPLE == 0 and skip.shape[1] % _SKIP_MULTIPLE == 0
     return aligned and not recorded and memory_format(x) == memory_format(skip) == torch.channels_last
 
