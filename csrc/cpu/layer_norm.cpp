@@ -74,11 +74,11 @@ struct Forward {
         }
     }
 
-    // The next row comes while this one is normalised, when the memory would have nothing to do. What fits in the cache
-    // comes by itself: there it costs 3 %, where it does not it saves 10 %.
+    // The next row comes while this one is normalised, when the memory would have nothing to do: a tenth faster. It
+    // comes as far as the L2 cache: in L1 it would drive out what this row still needs (35 KB of 1280 floats).
     void ask_for(int64_t r, int64_t c) const {
-        prefetch(static_cast<const T*>(call.x) + r * call.cols + c);
-        if (call.residual != nullptr) prefetch(static_cast<const T*>(call.residual) + r * call.cols + c);
+        prefetch_to_l2(static_cast<const T*>(call.x) + r * call.cols + c);
+        if (call.residual != nullptr) prefetch_to_l2(static_cast<const T*>(call.residual) + r * call.cols + c);
     }
 
     template <bool streaming, class At>
@@ -92,13 +92,13 @@ struct Forward {
         const V center(mean), scale(rstd);
         if (weight == nullptr) {
             each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto) {
-                if (streaming) ask_for(r + 1, c);
+                ask_for(r + 1, c);
                 write<full.value, streaming>(y + c, (at(c, full, left) - center) * scale, left);
             });
             return;
         }
         each_vector<V>(call.cols, [&](int64_t c, auto full, int64_t left, auto) {
-            if (streaming) ask_for(r + 1, c);
+            ask_for(r + 1, c);
             const V xhat = (at(c, full, left) - center) * scale;
             const V w = fetch<full.value>(weight + c, left), b = fetch<full.value>(bias + c, left);
             write<full.value, streaming>(y + c, fma(xhat, w, b), left);
@@ -166,8 +166,8 @@ struct Backward {
             V w(1), weights(0), biases(0);
             if (weight != nullptr) w = fetch<full.value>(weight + c, left);
             for (int k = 0; k < count; ++k) {
-                prefetch(at(call.dy, r + k + count) + c);
-                prefetch(at(call.s, r + k + count) + c);
+                prefetch_to_l2(at(call.dy, r + k + count) + c);
+                prefetch_to_l2(at(call.s, r + k + count) + c);
                 const V dy = fetch<full.value>(at(call.dy, r + k) + c, left);
                 const V xhat = (fetch<full.value>(at(call.s, r + k) + c, left) - row[k].mean) * row[k].rstd;
                 if (with_parameters) {

@@ -336,6 +336,9 @@ inline void stream_fence() {
 inline void prefetch(const void* p) {
     __builtin_prefetch(p);
 }
+inline void prefetch_to_l2(const void* p) {
+    __builtin_prefetch(p, 0, 2);
+}
 
 inline void put(float* p, float value) {
     *p = value;
