@@ -6,84 +6,26 @@
 // few sets of the L1 cache. Six rows of the weight are then walked along, a strip of columns in registers. bfloat16
 // factors are multiplied in pairs of ranks where the CPU can.
 #include "kernels.h"
-#include "loops.h"
+#include "words.h"
 
 namespace sdxl_fast {
 namespace SDXL_FAST_ISA {
 namespace {
 
-constexpr int kRows = 6;                        // of the weight in registers
-constexpr int kVectors = kWidth >= 16 ? 4 : 2;  // of columns beside them: a strip
 constexpr int64_t kItemRows = 96, kItemCols = 512;
 constexpr int64_t kMostRanks = 512;  // summed over at a time
 constexpr int64_t kCopied = 32768;   // words of `down` together
 
-// Factors as numbers of the type that is summed in.
-template <class V, class F>
-struct Single {
-    using Word = typename V::Scalar;
-    static constexpr int64_t kStep = 1;  // ranks in a word
-
-    static void of_up(Word* to, const F* up, int64_t ranks) {
-        for (int64_t k = 0; k < ranks; k += V::W) {
-            store(to + k, k + V::W <= ranks ? V(load(up + k)) : V(load_some(up + k, ranks - k)));
-        }
-    }
-    // W columns of a rank; `count` of them exist.
-    static void of_down(Word* to, const F* down, int64_t, int64_t, int64_t count) {
-        store(to, count >= V::W ? V(load(down)) : V(load_some(down, count)));
-    }
-    static V sum(V so_far, Word up, const Word* down) { return fma(V(up), V(load(down)), so_far); }
-};
-
-#if defined(__AVX512BF16__)
-// Pairs of ranks, the first in the lower half of a word.
-struct Pair {
-    using Word = uint32_t;
-    static constexpr int64_t kStep = 2;
-
-    static void of_up(Word* to, const BF16* up, int64_t ranks) {
-        to[(ranks - 1) / 2] = 0;
-        memcpy(to, up, static_cast<size_t>(ranks) * sizeof(BF16));
-    }
-    static void of_down(Word* to, const BF16* down, int64_t ranks, int64_t cols, int64_t count) {
-        const __m512i first = _mm512_cvtepu16_epi32(columns(down, count));
-        const __m512i second = ranks > 1 ? _mm512_cvtepu16_epi32(columns(down + cols, count)) : _mm512_setzero_si512();
-        _mm512_storeu_si512(to, _mm512_or_si512(first, _mm512_slli_epi32(second, 16)));
-    }
-    static VecF sum(VecF so_far, Word up, const Word* down) {
-        const __m512i pairs = _mm512_set1_epi32(static_cast<int>(up));
-        return _mm512_dpbf16_ps(so_far.v, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(down));
-    }
-
-    static __m256i columns(const BF16* from, int64_t count) {
-        const __mmask16 mask = count >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count > 0 ? count : 0)) - 1);
-        return _mm256_maskz_loadu_epi16(mask, from);
-    }
-};
-#endif
-
-template <class T, class F>
-struct FormOf {
-    using Type = Single<typename VecOf<T>::Type, F>;
-};
-#if defined(__AVX512BF16__)
-template <class T>
-struct FormOf<T, BF16> {
-    using Type = Pair;
-};
-#endif
-
 template <class T, class F>
 struct Item {
     using V = typename VecOf<T>::Type;
-    using Form = typename FormOf<T, F>::Type;
+    using Form = typename FormOf<V, F>::Type;
     using Word = typename Form::Word;
-    static constexpr int64_t kStrip = kVectors * V::W;
+    static constexpr int64_t kStrip = Form::kStrip, kUpRow = kMostRanks / Form::kStep;
 
     const sdxl_fast_lora_module& m;
     Word down[kCopied];  // strip after strip, in each a row per word of ranks
-    Word up[kRows][kMostRanks / Form::kStep];
+    Word up[kRows * kUpRow];
     V sums[kItemRows][kVectors];  // of the ranks before, if there are more than kMostRanks
 
     explicit Item(const sdxl_fast_lora_module& module) : m(module) {
@@ -101,27 +43,14 @@ struct Item {
         Word* to = down;
         for (int64_t strip = 0; strip < cols; strip += kStrip) {
             for (int64_t k = 0; k < ranks; k += Form::kStep, to += kStrip) {
-                for (int64_t c = 0; c < kStrip; c += V::W) {
-                    const int64_t at = strip + c;
-                    Form::of_down(to + c, from + k * m.cols + at, ranks - k, m.cols, cols - at);
-                }
+                Form::of_rows(to, from + k * m.cols + strip, m.cols, ranks - k, cols - strip);
             }
         }
     }
 
     void copy_up(int64_t row, int64_t rows, int64_t first, int64_t ranks) {
         for (int64_t i = 0; i < rows; ++i) {
-            Form::of_up(up[i], static_cast<const F*>(m.up) + (row + i) * m.rank + first, ranks);
-        }
-    }
-
-    void multiply(V (&sum)[kRows][kVectors], const Word* of_down, int64_t words) const {
-        for (int64_t k = 0; k < words; ++k) {
-            for (int i = 0; i < kRows; ++i) {
-                for (int v = 0; v < kVectors; ++v) {
-                    sum[i][v] = Form::sum(sum[i][v], up[i][k], of_down + k * kStrip + v * V::W);
-                }
-            }
+            Form::of_row(up + i * kUpRow, static_cast<const F*>(m.up) + (row + i) * m.rank + first, ranks);
         }
     }
 
@@ -170,7 +99,7 @@ struct Item {
                     } else {
                         memset(sum, 0, sizeof(sum));
                     }
-                    multiply(sum, down + c * words, words);
+                    multiply<Form>(sum, up, kUpRow, down + c * words, words);
                     if (last) {
                         add<streaming>(sum, row + i, some, col + c, width);
                     } else {

@@ -10,6 +10,7 @@
 #include "kernels.h"
 #include "rows.h"
 #include "vec_math.h"
+#include "words.h"
 
 namespace sdxl_fast {
 namespace SDXL_FAST_ISA {
@@ -17,79 +18,24 @@ namespace {
 
 using V = VecF;
 
-constexpr int kRows = 6;                        // queries whose sums are in registers
-constexpr int kVectors = kWidth >= 16 ? 4 : 2;  // of keys or channels beside them: a strip
-constexpr int64_t kStrip = kVectors * V::W;
-constexpr int64_t kPart = 128;  // words summed up at a time
-constexpr float kOut = -1e30f;  // score of a key that is not there
+constexpr int64_t kStrip = kVectors * V::W;  // of keys or channels
+constexpr int64_t kPart = 128;               // words summed up at a time
+constexpr float kOut = -1e30f;               // score of a key that is not there
 
 static_assert(kStreamedQueries % kRows == 0 && kStreamedKeys % kStrip == 0 && kStreamedChannels % kStrip == 0);
 
-// Elements as numbers of the products: a float each.
-template <class T>
-struct Singles {
-    using Word = float;
-    static constexpr int64_t kStep = 1;  // elements in a word
-
-    // Elements side by side as words.
-    static void of_row(Word* to, const T* from, int64_t count) {
-        for (int64_t c = 0; c < count; c += V::W) {
-            const V v = c + V::W <= count ? V(load(from + c)) : V(load_some(from + c, count - c));
-            store_some(to + c, v, smaller(V::W, count - c));
-        }
-    }
-    // Elements of the `rows` <= kStep rows from `from` on that lie above one another.
-    static void of_rows(Word* to, const T* from, int64_t, int64_t, int64_t count) { of_row(to, from, count); }
-    static void of_exponentials(Word* to, const float* from, int64_t count) {
-        memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-    }
-    static V sum(V so_far, Word a, const Word* b) { return fma(V(a), load(b), so_far); }
-};
-
+// Exponentials as words of the second product.
+inline void of_exponentials(float* to, const float* from, int64_t count) {
+    memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+}
 #if defined(__AVX512BF16__)
-// Pairs of elements, the first in the lower half of a word.
-struct Pairs {
-    using Word = uint32_t;
-    static constexpr int64_t kStep = 2;
-
-    static void of_row(Word* to, const BF16* from, int64_t count) {
-        to[(count - 1) / 2] = 0;
-        memcpy(to, from, static_cast<size_t>(count) * sizeof(BF16));
+inline void of_exponentials(uint32_t* to, const float* from, int64_t count) {
+    for (int64_t j = 0; j < count; j += 2 * V::W) {
+        const V second = j + V::W < count ? load(from + j + V::W) : V(0.0f);
+        const __m512bh pair = _mm512_cvtne2ps_pbh(second.v, load(from + j).v);
+        memcpy(to + j / 2, &pair, sizeof(pair));
     }
-    static void of_rows(Word* to, const BF16* from, int64_t row, int64_t rows, int64_t count) {
-        for (int64_t c = 0; c < count; ++c) {
-            to[c] = bits(from[c]) | (rows > 1 ? bits(from[row + c]) << 16 : 0);
-        }
-    }
-    static void of_exponentials(Word* to, const float* from, int64_t count) {
-        for (int64_t j = 0; j < count; j += 2 * V::W) {
-            const V second = j + V::W < count ? load(from + j + V::W) : V(0.0f);
-            const __m512bh pair = _mm512_cvtne2ps_pbh(second.v, load(from + j).v);
-            memcpy(to + j / 2, &pair, sizeof(pair));
-        }
-    }
-    static V sum(V so_far, Word a, const Word* b) {
-        const __m512i pairs = _mm512_set1_epi32(static_cast<int>(a));
-        return _mm512_dpbf16_ps(so_far.v, (__m512bh)pairs, (__m512bh)_mm512_loadu_si512(b));
-    }
-
-    static Word bits(BF16 x) {
-        uint16_t found;
-        memcpy(&found, &x, sizeof(found));
-        return found;
-    }
-};
-#endif
-
-template <class T>
-struct FormOf {
-    using Type = Singles<T>;
-};
-#if defined(__AVX512BF16__)
-template <>
-struct FormOf<BF16> {
-    using Type = Pairs;
-};
+}
 #endif
 
 inline float highest(V v) {
@@ -106,7 +52,7 @@ inline V exponential(V x) {
 
 template <class T>
 struct Streamed {
-    using Form = typename FormOf<T>::Type;
+    using Form = typename FormOf<V, T>::Type;
     using Word = typename Form::Word;
     static constexpr int64_t kStep = Form::kStep;
 
@@ -146,27 +92,20 @@ struct Streamed {
         for (int64_t j = 0; j < words; ++j) {
             for (int64_t c = 0; c < width; c += kStrip) {
                 Word* const to = values + c * (kStreamedKeys / kStep) + j * kStrip;
-                const int64_t some = smaller(kStrip, shape.d - c);
-                Form::of_rows(to, token(call.v, head, first + j * kStep) + c, call.v.token, count - j * kStep, some);
-                for (int64_t i = some; i < kStrip; ++i) to[i] = Word(0);
+                const T* const from = token(call.v, head, first + j * kStep) + c;
+                Form::of_rows(to, from, call.v.token, count - j * kStep, shape.d - c);
             }
         }
     }
 
     // to[r][c] (+)= sum over words k of a[r][k] b[k][c], for kRows rows and a strip of columns.
     template <bool add>
-    static void multiply(const Word* a, int64_t a_row, const Word* b, int64_t words, float* to, int64_t to_row) {
+    static void tile(const Word* a, int64_t a_row, const Word* b, int64_t words, float* to, int64_t to_row) {
         V sum[kRows][kVectors];
         for (int r = 0; r < kRows; ++r) {
             for (int v = 0; v < kVectors; ++v) sum[r][v] = V(0.0f);
         }
-        for (int64_t k = 0; k < words; ++k) {
-            for (int r = 0; r < kRows; ++r) {
-                for (int v = 0; v < kVectors; ++v) {
-                    sum[r][v] = Form::sum(sum[r][v], a[r * a_row + k], b + k * kStrip + v * V::W);
-                }
-            }
-        }
+        multiply<Form>(sum, a, a_row, b, words);
         for (int r = 0; r < kRows; ++r) {
             for (int v = 0; v < kVectors; ++v) {
                 float* const at = to + r * to_row + v * V::W;
@@ -182,9 +121,9 @@ struct Streamed {
         for (int64_t r = 0; r < rows; r += kRows) {
             const Word* const from = a + r * a_row;
             float* const at = to + r * to_row;
-            multiply<add>(from, a_row, b, smaller(kPart, words), at, to_row);
+            tile<add>(from, a_row, b, smaller(kPart, words), at, to_row);
             for (int64_t k = kPart; k < words; k += kPart) {
-                multiply<true>(from + k, a_row, b + k * kStrip, smaller(kPart, words - k), at, to_row);
+                tile<true>(from + k, a_row, b + k * kStrip, smaller(kPart, words - k), at, to_row);
             }
         }
     }
@@ -227,7 +166,7 @@ struct Streamed {
         }
         of.most[r] = most;
         of.sum[r] += sum_of(sum);
-        Form::of_exponentials(of.probability + r * (kStreamedKeys / kStep), score, end);
+        of_exponentials(of.probability + r * (kStreamedKeys / kStep), score, end);
     }
 
     void item(int64_t i) const {

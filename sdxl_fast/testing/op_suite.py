@@ -19,6 +19,7 @@ from sdxl_fast.dispatch import available_backends, explain, use_backend
 from sdxl_fast.op import FusedOp
 from sdxl_fast.testing.cases import Case
 from sdxl_fast.testing.compare import Comparison, Scale, assert_all, compare_all, error_scale
+from sdxl_fast.testing.fence import fenced
 
 Tensors = dict[str, torch.Tensor]
 Values = dict[str, Any]
@@ -178,7 +179,7 @@ class OpSuite:
     def incoming(self, y: torch.Tensor, dtype: torch.dtype, index: int = 0) -> torch.Tensor:
         """Returns a gradient for output ``index`` that depends on its shape alone, rounded to ``dtype``."""
         dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(7 + index)).to(dtype)
-        return torch.empty_like(y).copy_(dy)
+        return fenced(torch.empty_like(y).copy_(dy))
 
     def roots(self, result: Any) -> list[torch.Tensor]:
         """Returns the outputs that carry gradients."""
@@ -264,13 +265,17 @@ class OpSuite:
         )
 
     def place(self, values: Values, backend: str, layout: str = "contiguous") -> Values:
-        """Returns copies on the backend's device; those with the lead tensor's shape get the memory format."""
+        """Returns copies on the backend's device; those with the lead tensor's shape get the memory format.
+
+        The C++ backend gets them fenced: nobody would see it read past them otherwise.
+        """
         shape = values[self.op.parameters[0]].shape
         placed = dict(values)
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().to(device_of(backend), copy=True)
-                placed[name] = FORMATS[layout](value) if value.shape == shape and value.ndim > 1 else value
+                value = FORMATS[layout](value) if value.shape == shape and value.ndim > 1 else value
+                placed[name] = fenced(value) if backend == "cpu" else value
         return placed
 
     def ready(self, backend: str, case: Case | None = None, dtype: torch.dtype = torch.float32) -> Values:

@@ -18,6 +18,7 @@ from sdxl_fast.nn import PreparedConv2d, PreparedLinear, fuse, restore
 from sdxl_fast.ops import _kept, _packed
 from sdxl_fast.reference.upsample_conv2d import phase_weights
 from sdxl_fast.testing.compare import error_scale
+from sdxl_fast.testing.fence import fenced
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 
@@ -94,7 +95,8 @@ def test_own_convolution_of_any_size(shape: tuple[int, ...], isa: None) -> None:
     x = torch.randn(n, ins, h, w).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(outs, ins, kernel, kernel), torch.randn(outs)
     for b in (bias, None):
-        y = _packed.conv2d(x, _packed.packed(weight), b, outs, kernel, stride, padding)
+        ordered = fenced(_packed.packed(weight))
+        y = _packed.conv2d(fenced(x), ordered, b if b is None else fenced(b), outs, kernel, stride, padding)
         exact = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), stride, padding)
         assert y.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
@@ -106,7 +108,8 @@ def test_own_upsampling_of_any_size(shape: tuple[int, ...], isa: None) -> None:
     torch.manual_seed(2)
     x = torch.randn(n, ins, h, w).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(outs, ins, 3, 3), torch.randn(outs)
-    y = _packed.upsample_conv2d(x, _packed.packed_phases(phase_weights(weight)), bias, outs)
+    ordered = fenced(_packed.packed_phases(phase_weights(weight)))
+    y = _packed.upsample_conv2d(fenced(x), ordered, fenced(bias), outs)
     exact = F.conv2d(F.interpolate(x.double(), scale_factor=2.0), weight.double(), bias.double(), padding=1)
     torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 

@@ -15,6 +15,7 @@ from sdxl_fast.dispatch import BACKENDS, explain, record
 from sdxl_fast.ops.lora_merge import _OP
 from sdxl_fast.reference import lora_merge as reference
 from sdxl_fast.testing.compare import Scale, assert_all, compare_all, error_scale
+from sdxl_fast.testing.fence import fenced
 from sdxl_fast.testing.op_suite import DTYPES, device_of, require
 
 HAVE = [backend.name for backend in _OP.backends]
@@ -103,6 +104,16 @@ def test_takes_unaligned_memory(backend):
         assert all(t.data_ptr() % 16 for t in shifted[0])
         got = _merged(backend, *shifted, drawn[3])
         assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize(("dtype", "factors"), KINDS, ids=lambda name: name)
+def test_the_cpu_reads_nothing_past_its_arguments(dtype, factors):
+    """Some columns fill whole vectors, and others none, of the strip that a product takes."""
+    require("cpu", "lora_merge")
+    *parts, scales = _draw([((7, cols), 5) for cols in (1, 15, 16, 17, 33, 48, 80)], DTYPES[dtype], DTYPES[factors])
+    expected = _merged("cpu", [w.clone() for w in parts[0]], *parts[1:], scales)
+    got = _merged("cpu", *([fenced(t) for t in part] for part in parts), scales)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("backend", HAVE)
