@@ -189,7 +189,7 @@ def _composed(
 ) -> tuple[torch.Tensor]:
     x = reference.joined(x, skip)
     total = x if shift is None else x + shift[:, :, None, None]
-    y = F.group_norm(total, num_groups, weight, bias, eps)
+    y = torch.group_norm(total, num_groups, weight, bias, eps)
     return (F.silu(y) if activation == "silu" else y,)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sdxl_fast.constraints import (
     DeviceLike,
@@ -150,7 +149,7 @@ def _composed(
     scale_y: MaybeTensor = None,
 ) -> tuple[torch.Tensor, ...]:
     total = x if residual is None else x + residual
-    y = F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+    y = torch.layer_norm(total, total.shape[-1:], weight, bias, eps)
     return (y,) if residual is None else (y, total)
 
 
