@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CPU benchmark in one run, 10 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
+"""Every CPU benchmark in one run, 13 minutes on two cores: ``python -m benchmarks.cpu --out benchmarks/results``.
 
 The machine should have nothing else to do: another process on the same cores slows both by up to a hundred times.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import command, machine
+from benchmarks import command, machine, training
 from benchmarks.e2e import bench_fuse
 from benchmarks.e2e.bench_one_step import Request, run
 from benchmarks.ops import benches
@@ -21,7 +21,7 @@ from benchmarks.timing import clock_for
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the op benchmarks and one-step generation, writing the file as it goes; exit status 1 for a failed gate."""
+    """Runs all, writing the file as it goes; exit status 1 for a failed gate."""
     given = list(sys.argv[1:] if argv is None else argv)
     parser = command.parser("benchmarks.cpu", "All CPU benchmarks.")
     parser.add_argument("--model", help="for one-step generation; default: the embedded pipeline")
@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = Request(arguments.model, "float32", rounds=options.rounds, budget_s=4 * options.budget_s)
     run([request], "cpu", clock, results)
     bench_fuse.run([bench_fuse.Request(arguments.model, n, options.rounds) for n in bench_fuse.BATCHES], results)
+    short = {"rounds": 1, "steps": 1, "batch": 4} if arguments.quick else {}
+    training.write(results, training.measure(threads=arguments.threads, **short, compiled=arguments.compile))
     raise SystemExit(command.finish(results))
 
 

@@ -265,8 +265,9 @@ def _stage_verdict(row: Mapping[str, Any], target: Mapping[str, Any]) -> tuple[s
         name, other = target["contestant"], target["memory_of"]
         mine, its = (contestants.get(n, {}).get("memory_bytes") for n in (name, other))
         share = mine / its if mine and its else None
-        what = f"{name}, no more memory than {other}"
-        return what, share, share is not None and share <= 1 + SAME_MEMORY
+        most = target.get("share", 1)
+        what = f"{name}, no more memory than {other}" if most == 1 else f"{name}, at most {most:g} of {other}'s memory"
+        return what, share, share is not None and share <= most * (1 + SAME_MEMORY)
     reached = row["ratios"].get(target["stage"])
     value = None if reached is None else reached["median"]
     # As above, where not to be slower is all that is asked.

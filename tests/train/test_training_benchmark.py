@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ sys.path.append(str(ROOT))  # benchmarks/ is not installed
 from benchmarks import training  # noqa: E402
 from benchmarks.plain_training import PlainLoop  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
-from benchmarks.suite import GATE_FAILED  # noqa: E402
+from benchmarks.suite import GATE_FAILED, stage_verdicts  # noqa: E402
 from benchmarks.training_ground import Ground, RandomSource, Scene  # noqa: E402
 
 PLAIN = list(training.PLAIN)
@@ -42,14 +41,23 @@ def test_a_loop_that_computes_something_else_is_not_timed(monkeypatch: pytest.Mo
     assert all(GATE_FAILED in found["refused"] for found in row["contestants"].values())
 
 
-def test_what_the_row_says_follows_from_the_best_layout_and_the_leanest(tmp_path: Path) -> None:
-    def found(seconds: float, mebibytes: int) -> dict[str, Any]:
-        timed = {"median": seconds, "best": seconds, "low": seconds, "high": seconds, "rounds": 1, "spread": 0.0}
-        return {"stages": {training.TIMED: timed}, "gate": "", "peak_bytes": mebibytes * training.MIB}
+def test_what_the_row_says_of_memory() -> None:
+    held = {PLAIN[0]: 400, PLAIN[1]: 600, training.OURS: 300}
+    said = training.about({name: {"memory_bytes": size * training.MIB} for name, size in held.items()})
+    assert "sdxl_fast 300 MiB" in said and "ours over the leaner plain one 0.75" in said
 
-    said = training.about({training.OURS: found(1.0, 300), PLAIN[0]: found(1.5, 400), PLAIN[1]: found(1.2, 600)})
-    assert "over ours, by best samples: 1.20 in time" in said
-    assert "ours over the leaner plain one 0.75" in said
+
+def test_a_row_is_judged_by_the_faster_and_the_leaner_plain_loop() -> None:
+    seconds = {PLAIN[0]: [3.0, 3.0], PLAIN[1]: [2.0, 4.0], training.OURS: [2.0, 2.0], training.COMPILED: [1.0, 2.0]}
+    held = dict(zip(seconds, (500, 400, 300, 290), strict=True))
+    contestants = {name: {"memory_bytes": held[name]} for name in seconds}
+    row = {"contestants": contestants, **training.judged("sdxl", seconds, contestants)}
+    (_, speed, fast), (what, share, lean) = stage_verdicts(row)
+    assert (speed, fast) == (2.25, True)
+    assert share == 290 / 400 and not lean and what == f"{training.COMPILED}, at most 0.7 of {PLAIN[1]}'s memory"
+    contestants[training.COMPILED]["memory_bytes"] = 285
+    assert stage_verdicts(row)[1][2]
+    assert training.judged("embedded", seconds, {PLAIN[0]: contestants[PLAIN[0]]}) == {"ratios": {}, "targets": []}
 
 
 def test_frozen_weights_and_recomputation_are_the_same_on_both_sides() -> None:
@@ -91,4 +99,4 @@ def test_each_contestant_is_timed_in_a_process_of_its_own(tmp_path: Path) -> Non
     for name in training.NAMES:
         contestant = row["contestants"][name]
         assert contestant["stages"][training.TIMED]["best"] > 0
-        assert contestant["peak_bytes"] > 30 * training.MIB, "weights, gradients and moments alone"
+        assert contestant["memory_bytes"] > 30 * training.MIB, "weights, gradients and moments alone"
