@@ -7,9 +7,9 @@
     python -m benchmarks.claims --report                 # the page anew from what has been measured
     python -m benchmarks.claims --start emoji-lightning  # from a finished run of your own
 
-Each variant takes about 20 minutes on two cores; all claims get one seed before the headline ones get their others.
-What is done is kept, in `--out` and in the cache: the same command goes on where the last one was stopped, in the
-middle of a training too.
+Each variant takes about 20 minutes on a core; all claims get one seed before the headline ones get their others. What
+is done is kept, in `--out` and in the cache: the same command goes on where the last one was stopped, in the middle of
+a training too, and as many as there are cores (`OMP_NUM_THREADS=1`) share the work.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from benchmarks.claims import page
 from benchmarks.claims.claims import CLAIMS, ONE_SEED, Claim
 from benchmarks.claims.start import COMMITTED, NotRunError, StoppedError
+from benchmarks.claims.turns import BusyError
 from benchmarks.claims.variants import VARIANTS, Variant
 from benchmarks.claims.work import Options, Workshop
 
@@ -51,22 +52,35 @@ def seeds_of(claim: Claim, variant: Variant, asked: Sequence[int] | None) -> Seq
 
 def work_off(claims: Sequence[Claim], workshop: Workshop, seeds: Sequence[int] | None) -> list[str]:
     """Runs what the claims need, first seed first, and writes the page after each; the reasons of what was not run."""
-    refused: dict[str, str] = {}
     jobs = [
-        (index, claim, VARIANTS[name], seed)
+        (index, name, seed)
         for claim in claims
         for name in claim.variants
         for index, seed in enumerate(seeds_of(claim, VARIANTS[name], seeds))
     ]
-    for _, _, variant, seed in sorted(jobs, key=lambda job: job[0]):
-        try:
-            workshop.result(variant, seed)
-        except StoppedError as error:
-            return [*(f"{name}: {reason}" for name, reason in refused.items()), str(error)]
-        except Exception as error:  # one variant that cannot be trained is reported and keeps none from being tried
-            refused[variant.name] = f"{type(error).__name__}: {error}"
-            continue
-        page.write(CLAIMS, workshop.options.out)
+    left = list(dict.fromkeys((name, seed) for _, name, seed in sorted(jobs, key=lambda job: job[0])))
+    refused: dict[str, str] = {}
+    while left:
+        busy: dict[tuple[str, int], str] = {}
+        for name, seed in left:
+            try:
+                workshop.result(VARIANTS[name], seed)
+            except StoppedError as error:
+                return [*_said(refused), str(error)]
+            except BusyError as error:
+                busy[name, seed] = str(error)
+                continue
+            except Exception as error:  # one variant that cannot be trained keeps none from being tried
+                refused[name] = f"{type(error).__name__}: {error}"
+                continue
+            page.write(CLAIMS, workshop.options.out)
+        if len(busy) == len(left):  # what others are at may be done by now, once something else has been
+            return [*_said(refused), *busy.values()]
+        left = list(busy)
+    return _said(refused)
+
+
+def _said(refused: dict[str, str]) -> list[str]:
     return [f"{name}: {reason}" for name, reason in refused.items()]
 
 

@@ -6,17 +6,22 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.claims.variants import Sampler
 from sdxl_fast.diffusion import sampling, schedule
 from sdxl_fast.diffusion.prediction import PredictionType
 from sdxl_fast.diffusion.stochastic import ancestral_move, renoise_move
+from sdxl_fast.eval.dataset import Questions
 from sdxl_fast.eval.features import Extractor
+from sdxl_fast.eval.report import BATCH
 from sdxl_fast.eval.sources import decode
+from sdxl_fast.files import replacing
 from sdxl_fast.models.conditioning import encode_prompts, time_ids
 from sdxl_fast.models.config import vae_scale_factor
 from sdxl_fast.random import derive_seed
@@ -77,6 +82,24 @@ class Drawer:
             output = predict(x_t, t)
             x_t = move(x_t, output, t, torch.full_like(t, then), self._noise(seeds, now), table, self.prediction_type)
         return x_t
+
+
+def draw_all(draw: Drawer, questions: Questions) -> Tensor:
+    """Pictures of all questions, in batches, on the CPU."""
+    starts: Sequence[int] = range(0, len(questions.prompts), BATCH)
+    parts = [draw(questions.prompts[at : at + BATCH], questions.seeds[at : at + BATCH]).cpu() for at in starts]
+    return torch.cat(parts).clamp(0.0, 1.0)
+
+
+def keep(path: Path, pictures: Tensor) -> None:
+    """Writes pictures of 0..1 as bytes."""
+    with replacing(path) as writing:
+        save_file({"pictures": (255.0 * pictures).round().byte().contiguous()}, writing)
+
+
+def kept(path: Path) -> Tensor:
+    """Reads what `keep` wrote."""
+    return load_file(path)["pictures"].float() / 255.0
 
 
 def reconstruct(vae: Any) -> Callable[[Tensor], Tensor]:

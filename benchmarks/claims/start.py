@@ -80,9 +80,9 @@ def link(source: Path, target: Path) -> None:
     """The same file, if there is one, under another name, or a copy where the disk has no such thing."""
     if not source.is_file() or (target.is_file() and source.samefile(target)):
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+    with replacing(target) as writing:
+        writing.unlink()
+        try:
+            os.link(source, writing)
+        except OSError:
+            shutil.copyfile(source, writing)

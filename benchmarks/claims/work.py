@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any, cast
 import torch
 import yaml
 from diffusers import StableDiffusionXLPipeline
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.claims import page
-from benchmarks.claims.draw import Drawer, Remembering, flow_distance, grain, reconstruct
+from benchmarks.claims.draw import Drawer, Remembering, draw_all, flow_distance, grain, keep, kept, reconstruct
 from benchmarks.claims.logs import d_accuracy
 from benchmarks.claims.start import (
     COMMITTED,
@@ -30,6 +29,7 @@ from benchmarks.claims.start import (
     regressed_unit,
     regressions,
 )
+from benchmarks.claims.turns import alone
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS, Variant
 from sdxl_fast.data import emoji
 from sdxl_fast.diffusion.prediction import PredictionType
@@ -294,8 +294,8 @@ class Workshop:
             pipe = open_pipeline(self.config.teacher, self.config.vae).to(self.config.torch_device)
             kind = cast(PredictionType, pipe.scheduler.config.prediction_type)
             draw = Drawer(pipe, kind, GUIDED_STEPS, guidance=self.config.guidance_scale)
-            _keep(path, _draw_all(draw, questions))
-        return load_file(path)["pictures"].float() / 255.0
+            keep(path, draw_all(draw, questions))
+        return kept(path)
 
     def _teachers_key(self, questions: Questions) -> str:
         told = [self.config.teacher, self.config.vae, self.config.guidance_scale, questions.prompts, questions.seeds]
@@ -304,7 +304,11 @@ class Workshop:
     # ---- all of it ----
 
     def result(self, variant: Variant, seed: int) -> dict[str, Any]:
-        """The numbers of one variant and seed, from its file if it was measured as asked for."""
+        """The numbers of one variant and seed, from its file if it was measured as asked for.
+
+        Raises:
+            BusyError: another process is at it.
+        """
         path = self.options.out / "results" / f"{variant.name}-{seed}.json"
         key = self.key(variant, seed)
         if path.is_file():
@@ -313,8 +317,15 @@ class Workshop:
                 return found
         if variant.base is not None:
             self.result(VARIANTS[variant.base], seed)
+        with alone(self.folder(variant, seed)):
+            found = self._found(variant, seed, key)
+            with replacing(path) as writing:
+                writing.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        return found
+
+    def _found(self, variant: Variant, seed: int, key: str) -> dict[str, Any]:
         seconds = 0.0 if variant.recipe is None else self.train(variant, seed)
-        found = {
+        return {
             **{"variant": variant.name, "seed": seed, "key": key, "about": variant.about},
             **{"images": self._images(variant, seed), "seconds": round(seconds, 1), "scale": self.options.scale},
             **{"images_before": self._images_before(variant), "d_accuracy": d_accuracy(self.folder(variant, seed))},
@@ -322,9 +333,6 @@ class Workshop:
             "shown": self._shown(variant)[0],
             "environment": report.environment(),
         }
-        with replacing(path) as writing:
-            writing.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        return found
 
     def _images(self, variant: Variant, seed: int) -> int:
         """Trained on, without what came before."""
@@ -344,7 +352,7 @@ class Workshop:
         rows = {}
         for steps in variant.steps:
             started = time.perf_counter()
-            pictures = _draw_all(Drawer(pipe, kind, steps, variant.sampler), questions)
+            pictures = draw_all(Drawer(pipe, kind, steps, variant.sampler), questions)
             seconds = time.perf_counter() - started
             found = report.evaluate(
                 {**teacher, "student": pictures},
@@ -355,7 +363,7 @@ class Workshop:
             row = {**found["rows"]["student"], "seconds": round(seconds, 2), "grain": grain(pictures)}
             row["flow"] = None if ends is None else flow_distance(pictures, ends)
             rows[str(steps)] = row
-            _keep(self.pictures_file(variant, seed, steps), pictures)
+            keep(self.pictures_file(variant, seed, steps), pictures)
             strip = page.strip_file(self.options.out / "results", variant.name, seed, steps)
             page.write_strip(strip, pictures[self._shown(variant)[1]])
         return rows
@@ -383,18 +391,4 @@ class Workshop:
 
     def pictures(self, variant: Variant, seed: int, steps: int) -> Tensor:
         """The pictures of a row, float [N, 3, H, W] in 0..1."""
-        return load_file(self.pictures_file(variant, seed, steps))["pictures"].float() / 255.0
-
-
-def _draw_all(draw: Drawer, questions: Questions) -> Tensor:
-    starts: Sequence[int] = range(0, len(questions.prompts), report.BATCH)
-    parts = [
-        draw(questions.prompts[at : at + report.BATCH], questions.seeds[at : at + report.BATCH]).cpu() for at in starts
-    ]
-    return torch.cat(parts).clamp(0.0, 1.0)
-
-
-def _keep(path: Path, pictures: Tensor) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as writing:
-        save_file({"pictures": (255.0 * pictures).round().byte().contiguous()}, writing)
+        return kept(self.pictures_file(variant, seed, steps))

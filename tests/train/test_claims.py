@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from benchmarks.claims.claims import CLAIMS, Claim, Comparison  # noqa: E402
 from benchmarks.claims.draw import Drawer, flow_distance, grain  # noqa: E402
 from benchmarks.claims.rules import compare, judge  # noqa: E402
 from benchmarks.claims.start import NotRunError, StoppedError, committed_run, regressed_unit  # noqa: E402
+from benchmarks.claims.turns import alone  # noqa: E402
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS  # noqa: E402
 from benchmarks.claims.work import Options, Workshop  # noqa: E402
 from sdxl_fast.train import checkpoint, trainer  # noqa: E402
@@ -344,6 +346,27 @@ def test_one_that_fails_keeps_none_from_being_tried_and_being_stopped_ends_all(
     tried.clear()
     stops = flow.variants[1]
     assert command.work_off([flow], workshop, [0])[-1] == "stopped" and tried == flow.variants[:2]
+
+
+def test_two_processes_share_the_work(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = next(claim for claim in CLAIMS if claim.name == "flow")
+    first, *others = flow.variants
+    results: list[str] = []
+
+    def found(self: Workshop, variant: Any, seed: int, key: str) -> dict[str, Any]:
+        results.append(variant.name)
+        if variant.name == others[-1]:
+            held.close()  # the other process is done
+        return {"variant": variant.name, "seed": seed, "key": key}
+
+    monkeypatch.setattr(Workshop, "_found", found)
+    monkeypatch.setattr(page, "write", lambda *arguments: "")
+    held = ExitStack()
+    held.enter_context(alone(workshop.folder(VARIANTS[first], 0)))
+    assert command.work_off([flow], workshop, [0]) == [] and results == [*others, first]
+    with alone(workshop.folder(VARIANTS[first], 1)):
+        (reason,) = command.work_off([replace(flow, also=())], workshop, [1])
+    assert f"another process is at {first}-1-" in reason and results.count(first) == 1
 
 
 def test_all_can_start_from_what_is_committed(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
