@@ -96,4 +96,5 @@ PYBIND11_MODULE(_C, m) {
     EXPOSE(streamed_attention_workspace_cpu);
     EXPOSE(streamed_attention_fwd_cpu);
     EXPOSE(packed_conv2d_fwd_cpu);
+    EXPOSE(winograd_conv2d_fwd_cpu);
 }

@@ -18,7 +18,7 @@ from typing import Any
 from sdxl_fast.errors import BuildMismatchError, UnavailableError
 
 # The SDXL_FAST_ABI that the callers in sdxl_fast/ops are written for.
-ABI = 11
+ABI = 12
 
 _REBUILD = "rebuild it with `pip install .` (or `pip install -e . --no-build-isolation`) in the checkout"
 

@@ -246,10 +246,12 @@ def test_bad_arguments_get_a_status_not_a_crash():
     assert binding.attention_fwd_cpu(*attention[:7], 257, *attention[8:], 0.5, 0, 1) == 1, "too many keys"
     assert binding.attention_fwd_cpu(*attention, 0.5, 4, 1) == 2
     convolution = (p, p, p, p, 1, 2, 2, 4, 4)
-    assert binding.packed_conv2d_fwd_cpu(*convolution, 5, 1, 1, 0, 1) == 1, "no such kernel"
-    assert binding.packed_conv2d_fwd_cpu(*convolution, 3, 1, 1, 1, 1) == 1, "of a phase it is 2"
-    assert binding.packed_conv2d_fwd_cpu(*convolution, 3, 1, 0, 0, 1) == 1, "larger than the map"
-    assert binding.packed_conv2d_fwd_cpu(0, 0, 0, 0, 0, 2, 2, 4, 4, 3, 1, 1, 0, 1) == 0
+    assert binding.packed_conv2d_fwd_cpu(*convolution, 5, 1, 1, 1) == 1, "no such kernel"
+    assert binding.packed_conv2d_fwd_cpu(*convolution, 3, 1, 0, 1) == 1, "larger than the map"
+    assert binding.packed_conv2d_fwd_cpu(0, 0, 0, 0, 0, 2, 2, 4, 4, 3, 1, 1, 1) == 0
+    assert binding.winograd_conv2d_fwd_cpu(p, p, p, p, 1, 2, 2, 513, 4, 0, 1) == 1, "more channels than it has room for"
+    assert binding.winograd_conv2d_fwd_cpu(*convolution, 2, 1) == 1, "neither doubled nor not"
+    assert binding.winograd_conv2d_fwd_cpu(0, 0, 0, 0, 0, 2, 2, 4, 4, 0, 1) == 0
     gradient = (p, p, p, p, 0, 0, 0, 0, 1, 2, 2, 1, 8, *(16, 8, 8) * 4)
     assert binding.attention_bwd_cpu(*gradient, 0.5, 0, 1) == 1, "no log-sum-exp"
 

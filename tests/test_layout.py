@@ -46,7 +46,7 @@ MISSING_ON_PURPOSE: dict[str, str] = {
 }
 
 # Budgets a file or function may exceed, and why: {"path" or "path::function": "reason"}.
-OVER_BUDGET: dict[str, str] = {}
+OVER_BUDGET: dict[str, str] = {"csrc/include/sdxl_fast.h": "the whole C ABI: a prototype a function, of many arguments"}
 
 # Public functions with more than eight arguments, and why.
 MANY_ARGUMENTS: dict[str, str] = {

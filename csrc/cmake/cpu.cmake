@@ -12,7 +12,8 @@ set(kernel_sources
     cpu/packed_conv2d.cpp
     cpu/streamed_attention.cpp
     cpu/to_uint8.cpp
-    cpu/token_head.cpp)
+    cpu/token_head.cpp
+    cpu/winograd_conv2d.cpp)
 
 # Multiply-adds are written as fma() where one is meant: contraction would make the numbers depend on the compiler.
 set(kernel_flags -O3 -ffp-contract=off -fno-math-errno -fno-trapping-math)

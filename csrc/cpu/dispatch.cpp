@@ -27,6 +27,7 @@ namespace {
      isa::streamed_attention_fwd,       \
      isa::streamed_attention_workspace, \
      isa::packed_conv2d_fwd,            \
+     isa::winograd_conv2d_fwd,          \
      isa::geglu_fwd,                    \
      isa::geglu_bwd,                    \
      isa::forward_diffusion_fwd,        \

@@ -24,6 +24,7 @@ struct KernelTable {
     void (*streamed_attention_fwd)(const AttentionForward&);
     int64_t (*streamed_attention_workspace)(const AttentionForward&);
     void (*packed_conv2d_fwd)(const PackedConv2dCall&);
+    void (*winograd_conv2d_fwd)(const WinogradCall&);
     void (*geglu_fwd)(const GegluCall&);
     void (*geglu_bwd)(const GegluCall&);
     void (*forward_diffusion_fwd)(const DiffusionForward&);

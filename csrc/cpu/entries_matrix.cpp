@@ -5,6 +5,7 @@
 #include "dispatch.h"
 #include "packed_conv2d_plan.h"
 #include "sdxl_fast.h"
+#include "winograd_conv2d_plan.h"
 
 namespace sdxl_fast {
 namespace {
@@ -25,7 +26,6 @@ bool streams(int32_t dtype) {
 
 bool bad_shape(const PackedConv2dShape& s) {
     if (any_negative({s.n, s.h, s.w}) || s.c_in < 1 || s.c_out < 1) return true;
-    if (s.upsample) return s.kernel != 2 || s.stride != 1 || s.padding != 1;
     return (s.kernel != 1 && s.kernel != 3) || s.stride < 1 || s.stride > 2 || s.padding < 0 || s.padding > 1 ||
            s.h + 2 * s.padding < s.kernel || s.w + 2 * s.padding < s.kernel;
 }
@@ -120,14 +120,27 @@ int32_t sdxl_fast_attention_bwd_cpu(const void* dout, const void* q, const void*
 
 int32_t sdxl_fast_packed_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias, float* y, int64_t n,
                                         int64_t h, int64_t w, int64_t c_in, int64_t c_out, int64_t kernel,
-                                        int64_t stride, int64_t padding, int32_t upsample, int32_t num_threads) {
-    const PackedConv2dShape shape{n, h, w, c_in, c_out, kernel, stride, padding, upsample == 1};
-    if (!is_flag(upsample) || bad_shape(shape)) return SDXL_FAST_INVALID_ARGUMENT;
+                                        int64_t stride, int64_t padding, int32_t num_threads) {
+    const PackedConv2dShape shape{n, h, w, c_in, c_out, kernel, stride, padding};
+    if (bad_shape(shape)) return SDXL_FAST_INVALID_ARGUMENT;
     if (n * h * w == 0) return SDXL_FAST_OK;
     if (any_null({x, weight, y})) return SDXL_FAST_INVALID_ARGUMENT;
-    const PackedConv2dPlan plan = plan_packed_conv2d(shape, 1);
-    const float* const zeros = weight + plan.offset(plan.phases, 0);
+    const float* const zeros = weight + plan_packed_conv2d(shape, 1).weight.end();
     kernels(SDXL_FAST_F32).packed_conv2d_fwd({x, weight, zeros, bias, y, shape, num_threads});
+    return SDXL_FAST_OK;
+}
+
+int32_t sdxl_fast_winograd_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias, float* y, int64_t n,
+                                          int64_t h, int64_t w, int64_t c_in, int64_t c_out, int32_t upsample,
+                                          int32_t num_threads) {
+    const WinogradShape shape{n, h, w, c_in, c_out, upsample == 1};
+    if (any_negative({n, h, w}) || c_in < 1 || c_in > kWinogradChannels || c_out < 1 || !is_flag(upsample)) {
+        return SDXL_FAST_INVALID_ARGUMENT;
+    }
+    if (n * h * w == 0) return SDXL_FAST_OK;
+    if (any_null({x, weight, y})) return SDXL_FAST_INVALID_ARGUMENT;
+    const float* const zeros = weight + plan_winograd(shape).weight.end();
+    kernels(SDXL_FAST_F32).winograd_conv2d_fwd({x, weight, zeros, bias, y, shape, num_threads});
     return SDXL_FAST_OK;
 }
 

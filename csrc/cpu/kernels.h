@@ -134,16 +134,27 @@ struct AttentionBackward {
     int32_t dtype, num_threads;
 };
 
-// With `upsample` the map is first doubled, and the kernel that of a phase, 2; stride and padding are then 1.
 struct PackedConv2dShape {
     int64_t n, h, w, c_in, c_out, kernel, stride, padding;
-    bool upsample;
 };
 
 struct PackedConv2dCall {
     const float *x, *weight, *zeros, *bias;
     float* y;
     PackedConv2dShape shape;
+    int32_t num_threads;
+};
+
+// A 3x3 convolution of stride 1 and padding 1, with `upsample` of the map doubled.
+struct WinogradShape {
+    int64_t n, h, w, c_in, c_out;
+    bool upsample;
+};
+
+struct WinogradCall {
+    const float *x, *weight, *zeros, *bias;
+    float* y;
+    WinogradShape shape;
     int32_t num_threads;
 };
 
@@ -181,6 +192,7 @@ struct LoraMergeCall {
     int64_t streamed_attention_workspace(const AttentionForward& call); \
     void attention_bwd(const AttentionBackward& call);                  \
     void packed_conv2d_fwd(const PackedConv2dCall& call);               \
+    void winograd_conv2d_fwd(const WinogradCall& call);                 \
     void to_uint8_fwd(const ToUint8Call& call);                         \
     void lora_merge_fwd(const LoraMergeCall& call);                     \
     }

@@ -2,8 +2,7 @@
 //
 // Convolutions of small channels_last maps, whose weight has been put in order once: y = sum over taps of x w + bias.
 // A tile is kTileRows output positions times two vectors of output channels; of the weight it reads a panel of 32
-// channels from one end to the other. Positions beyond the map read a row of zeros. The four phases of an upsampling
-// are four convolutions whose positions lie two apart in the output.
+// channels from one end to the other. Positions beyond the map read a row of zeros.
 #include "kernels.h"
 #include "packed_conv2d_plan.h"
 #include "tiles.h"
@@ -22,14 +21,14 @@ struct Convolution {
         const float* at[kMostTaps][kTileRows];
     };
 
-    void find_rows(int64_t phase, int64_t tile, Rows& rows) const {
+    void find_rows(int64_t tile, Rows& rows) const {
         const PackedConv2dShape& s = call.shape;
         for (int r = 0; r < kTileRows; ++r) {
             const int64_t position = tile * kTileRows + r;
             const int64_t j = position % plan.q, i = position / plan.q % plan.p, n = position / plan.q / plan.p;
-            for (int64_t tap = 0; tap < plan.taps; ++tap) {
-                const int64_t row = i * s.stride + tap / s.kernel - plan.before(phase / 2);
-                const int64_t column = j * s.stride + tap % s.kernel - plan.before(phase % 2);
+            for (int64_t tap = 0; tap < plan.weight.taps; ++tap) {
+                const int64_t row = i * s.stride + tap / s.kernel - s.padding;
+                const int64_t column = j * s.stride + tap % s.kernel - s.padding;
                 const bool inside = n < s.n && row >= 0 && row < s.h && column >= 0 && column < s.w;
                 rows.at[tap][r] = inside ? call.x + ((n * s.h + row) * s.w + column) * s.c_in : call.zeros;
             }
@@ -38,7 +37,7 @@ struct Convolution {
 
     // The tile's sums of U vectors of channels from `channel` on, of which `left` exist.
     template <int U>
-    void columns(const Rows& rows, const float* panel, int64_t width, int64_t phase, int64_t tile, int64_t channel,
+    void columns(const Rows& rows, const float* panel, int64_t width, int64_t tile, int64_t channel,
                  int64_t left) const {
         const PackedConv2dShape& s = call.shape;
         Tile<V, U> sum;
@@ -49,15 +48,13 @@ struct Convolution {
                                                               : load_some(call.bias + channel + u * V::W, rest);
             for (int r = 0; r < kTileRows; ++r) sum[r][u] = start;
         }
-        for (int64_t tap = 0; tap < plan.taps; ++tap) {
+        for (int64_t tap = 0; tap < plan.weight.taps; ++tap) {
             accumulate<V, U>(sum, rows.at[tap], 1, panel + tap * s.c_in * width, width, s.c_in);
         }
         for (int r = 0; r < kTileRows; ++r) {
             const int64_t position = tile * kTileRows + r;
             if (position >= plan.positions) return;
-            const int64_t j = position % plan.q, i = position / plan.q % plan.p, n = position / plan.q / plan.p;
-            const int64_t row = (n * plan.p + i) * plan.step + phase / 2;
-            float* const y = call.y + (row * plan.q * plan.step + j * plan.step + phase % 2) * s.c_out + channel;
+            float* const y = call.y + position * s.c_out + channel;
             for (int u = 0; u < U; ++u) {
                 const int64_t rest = left - u * V::W;
                 if (rest >= V::W) {
@@ -71,19 +68,18 @@ struct Convolution {
 
     void item(int64_t i) const {
         const PackedConv2dShape& s = call.shape;
-        const int64_t group = i % plan.groups, panel = i / plan.groups % plan.panels,
-                      phase = i / plan.groups / plan.panels;
-        const int64_t first = panel * kPanel, width = plan.width(panel);
-        const float* const weight = call.weight + plan.offset(phase, panel);
+        const int64_t group = i % plan.groups, panel = i / plan.groups;
+        const int64_t first = panel * kPanel, width = plan.weight.width(panel);
+        const float* const weight = call.weight + plan.weight.offset(panel);
         const int64_t end = smaller((group + 1) * plan.group_tiles, plan.tiles);
         for (int64_t tile = group * plan.group_tiles; tile < end; ++tile) {
             Rows rows;
-            find_rows(phase, tile, rows);
+            find_rows(tile, rows);
             int64_t at = 0;
             for (; at + V::W < width; at += 2 * V::W) {
-                columns<2>(rows, weight + at, width, phase, tile, first + at, s.c_out - first - at);
+                columns<2>(rows, weight + at, width, tile, first + at, s.c_out - first - at);
             }
-            if (at < width) columns<1>(rows, weight + at, width, phase, tile, first + at, s.c_out - first - at);
+            if (at < width) columns<1>(rows, weight + at, width, tile, first + at, s.c_out - first - at);
         }
     }
 };
@@ -93,8 +89,8 @@ struct Convolution {
 void packed_conv2d_fwd(const PackedConv2dCall& call) {
     const Convolution convolution{call};
     const PackedConv2dPlan& plan = convolution.plan;
-    const int64_t work = plan.phases * plan.positions * plan.taps * call.shape.c_in * call.shape.c_out / 8;
-    parallel(plan.phases * plan.panels * plan.groups, threads_for(work, call.num_threads),
+    const int64_t work = plan.positions * plan.weight.taps * call.shape.c_in * call.shape.c_out / 8;
+    parallel(plan.weight.count() * plan.groups, threads_for(work, call.num_threads),
              [&](int64_t i) { convolution.item(i); });
 }
 

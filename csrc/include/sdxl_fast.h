@@ -18,7 +18,7 @@
 
 #include <stdint.h>
 
-#define SDXL_FAST_ABI 11
+#define SDXL_FAST_ABI 12
 
 #if defined(__GNUC__)
 #define SDXL_FAST_API __attribute__((visibility("default")))
@@ -385,14 +385,22 @@ SDXL_FAST_API int32_t sdxl_fast_streamed_attention_fwd_cpu(const void* q, const 
 /* ---- packed_conv2d: y = conv2d(x, weight) + bias, its weight in the order of the kernel; for small maps ----
  * x: [n, h, w, c_in], y: [n, p, q, c_out] in memory, bias: [c_out], all of f32. kernel is 1 or 3, stride 1 or 2,
  * padding 0 or 1. The weight: output channels padded to a multiple of 32, or 16 if that is enough, then cut to panels
- * of 32 (the last 16 or 32), each [kernel * kernel, c_in, channels of the panel], and behind the last panel c_in zeros.
- * With upsample, y is conv2d of the map doubled in both directions, kernel is 2, stride and padding are 1, and the
- * weight is four such weights, of the outputs at (even, even), (even, odd), (odd, even), (odd, odd), and then zeros. */
+ * of 32 (the last 16 or 32), each [kernel * kernel, c_in, channels of the panel], and behind the last c_in zeros. */
 
 SDXL_FAST_API int32_t sdxl_fast_packed_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias_or_null,
                                                       float* y, int64_t n, int64_t h, int64_t w, int64_t c_in,
                                                       int64_t c_out, int64_t kernel, int64_t stride, int64_t padding,
-                                                      int32_t upsample, int32_t num_threads);
+                                                      int32_t num_threads);
+
+/* ---- winograd_conv2d: y = conv2d(x, weight, stride 1, padding 1) + bias by Winograd's F(2x2, 3x3) ----
+ * x: [n, h, w, c_in], y: [n, h, w, c_out] in memory, bias: [c_out], all of f32; c_in is at most 512. The weight: of
+ * every 3x3 kernel g the 4x4 of G g G^T, row by row in place of the 9 taps, cut to panels and followed by zeros as
+ * above. With upsample, y: [n, 2 h, 2 w, c_out] is the convolution of the map doubled by nearest neighbours, and the
+ * weight has rows and columns 0, 1 and 3 of each 4x4. An input that is not finite spoils two positions around it. */
+
+SDXL_FAST_API int32_t sdxl_fast_winograd_conv2d_fwd_cpu(const float* x, const float* weight, const float* bias_or_null,
+                                                        float* y, int64_t n, int64_t h, int64_t w, int64_t c_in,
+                                                        int64_t c_out, int32_t upsample, int32_t num_threads);
 
 #ifdef __cplusplus
 }

@@ -269,7 +269,7 @@ class UpsampledConv:
         self._kept.forget()
 
     def __call__(self, x: Tensor) -> Tensor:
-        y = self._kept.upsample_conv2d(x, self.phases, self.bias) if _by_library(x) else None
+        y = self._kept.upsample_conv2d(x, self.weight, self.bias) if _by_library(x) else None
         return ops.upsample_conv2d(x, self.weight, self.bias, phases=self.phases) if y is None else y
 
 

@@ -47,7 +47,7 @@ class Upsample2D(StockUpsample2D):
 
 
 class PreparedUpsample2D(Upsample2D):
-    """`Upsample2D` that keeps the sums of its weights, for inference.
+    """`Upsample2D` that keeps what it makes of its weights, for inference.
 
     They are made again when the weight has another address or autograd's version counter says that it was written to;
     a write through `.data` leaves no trace, and `forget` has to be called (`fuse` does so). Where the weight needs a
@@ -73,9 +73,10 @@ class PreparedUpsample2D(Upsample2D):
             return super()._upsampled(x, weight, bias)
         if self._phases is None or self._kept is None:
             self._phases, self._kept = Derived(), KeptWeight()
-        phases = self._phases.of(weight, phase_weights)
-        y = None if forced_backend() else self._kept.upsample_conv2d(x, phases, bias)
-        return ops.upsample_conv2d(x, weight, bias, phases=phases) if y is None else y
+        y = None if forced_backend() else self._kept.upsample_conv2d(x, weight, bias)
+        if y is not None:
+            return y
+        return ops.upsample_conv2d(x, weight, bias, phases=self._phases.of(weight, phase_weights))
 
 
 def why_not_fused(module: StockUpsample2D) -> str | None:

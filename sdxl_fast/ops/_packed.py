@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small convolutions and linear layers on a CPU, the weight in the order of csrc/cpu/packed_conv2d.cpp.
+"""Convolutions and small linear layers on a CPU whose weight has been put in order, for inference in float32.
 
-For inference in float32: the order is made once and kept by whoever calls.
+The order, of csrc/cpu/packed_conv2d.cpp or of csrc/cpu/winograd_conv2d.cpp, is made once and kept by whoever calls.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from sdxl_fast.ops import _native
 
 # Output channels of a panel, of csrc/cpu/packed_conv2d_plan.h.
 _PANEL = 32
+# Input channels that the Winograd kernel takes, of csrc/cpu/winograd_conv2d_plan.h.
+WINOGRAD_CHANNELS = 512
 
 
 @functools.cache
@@ -49,57 +51,60 @@ def packed(weight: torch.Tensor) -> torch.Tensor:
     return torch.cat([*_panels(weight), weight.new_zeros(weight.shape[1])])
 
 
-def packed_phases(phases: torch.Tensor) -> torch.Tensor:
-    """Returns the phases [C_in, C_out, 4, 4] of an upsampling (``phase_weights``) in the kernel's order, flat."""
-    # Of the transposed convolution of stride 2, an even output sees taps 3 and 1, an odd one 2 and 0.
-    taps = ([3, 1], [2, 0])
-    kernels = (phases[:, :, rows][:, :, :, columns].transpose(0, 1) for rows in taps for columns in taps)
-    panels = [panel for kernel in kernels for panel in _panels(kernel)]
-    return torch.cat([*panels, phases.new_zeros(phases.shape[0])])
+def winograd(weight: torch.Tensor, *, upsample: bool = False) -> torch.Tensor:
+    """Returns the weight [C_out, C_in, 3, 3] as ``winograd_conv2d`` takes it: G g Gᵀ, in the kernel's order, flat."""
+    g = torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    if upsample:
+        g = g[[0, 1, 3]]
+    return packed((g @ weight.double() @ g.T).to(weight.dtype))
 
 
 def conv2d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c_out: int, kernel: int, stride: int, padding: int
 ) -> torch.Tensor:
     """Returns the convolution of x [N,C,H,W], channels_last float32 on a CPU, with a ``packed`` weight."""
-    n, _, h, w = x.shape
+    n, c_in, h, w = x.shape
     p, q = ((size + 2 * padding - kernel) // stride + 1 for size in (h, w))
-    return _run(x, weight, bias, (n, c_out, p, q), (kernel, stride, padding, 0))
+    y = torch.empty((n, c_out, p, q), dtype=x.dtype, memory_format=torch.channels_last)
+    _call("packed_conv2d_fwd_cpu", x, weight, bias, y, (n, h, w, c_in, c_out, kernel, stride, padding))
+    return y
 
 
-def upsample_conv2d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c_out: int) -> torch.Tensor:
-    """Returns the convolution of x [N,C,H,W], channels_last float32 on a CPU, doubled, with ``packed_phases``."""
-    n, _, h, w = x.shape
-    return _run(x, weight, bias, (n, c_out, 2 * h, 2 * w), (2, 1, 1, 1))
+def winograd_conv2d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c_out: int, *, upsample: bool = False
+) -> torch.Tensor:
+    """Returns the 3x3 convolution of x [N,C,H,W], channels_last float32 on a CPU, stride 1, padding 1; or of x doubled.
+
+    With 16 multiplications where there are 36, 9 of a doubled map (Winograd's F(2x2, 3x3)). C is at most
+    ``WINOGRAD_CHANNELS``; the weight is one of ``winograd``.
+    """
+    n, c_in, h, w = x.shape
+    size = (2 * h, 2 * w) if upsample else (h, w)
+    y = torch.empty((n, c_out, *size), dtype=x.dtype, memory_format=torch.channels_last)
+    _call("winograd_conv2d_fwd_cpu", x, weight, bias, y, (n, h, w, c_in, c_out, int(upsample)))
+    return y
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c_out: int) -> torch.Tensor:
     """Returns the linear layer of x [..., C], contiguous float32 on a CPU, with a ``packed`` weight."""
     y = x.new_empty((*x.shape[:-1], c_out))
-    _call(x, weight, bias, y, (1, 1, x.numel() // x.shape[-1], x.shape[-1], c_out, 1, 1, 0, 0))
-    return y
-
-
-def _run(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    shape: tuple[int, int, int, int],
-    how: tuple[int, int, int, int],
-) -> torch.Tensor:
-    n, c_in, h, w = x.shape
-    y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-    _call(x, weight, bias, y, (n, h, w, c_in, shape[1], *how))
+    rows, c_in = x.numel() // x.shape[-1], x.shape[-1]
+    _call("packed_conv2d_fwd_cpu", x, weight, bias, y, (1, 1, rows, c_in, c_out, 1, 1, 0))
     return y
 
 
 def _call(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, sizes: tuple[int, ...]
+    name: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    sizes: tuple[int, ...],
 ) -> None:
     library = _library()
     if library is None:
         raise UnavailableError("there is no native library; ask available() first")
     addresses = (x.data_ptr(), weight.data_ptr(), _native.pointer(bias), y.data_ptr())
-    status = library.packed_conv2d_fwd_cpu(*addresses, *sizes, torch.get_num_threads())
+    status = getattr(library, name)(*addresses, *sizes, torch.get_num_threads())
     if status:
-        _native.fail(library, status, "packed_conv2d_fwd_cpu", x, bias)
+        _native.fail(library, status, name, x, bias)

@@ -16,7 +16,6 @@ from sdxl_fast.errors import KernelLaunchError
 from sdxl_fast.inference.packing import Conv
 from sdxl_fast.nn import PreparedConv2d, PreparedLinear, fuse, restore
 from sdxl_fast.ops import _kept, _packed
-from sdxl_fast.reference.upsample_conv2d import phase_weights
 from sdxl_fast.testing.compare import error_scale
 from sdxl_fast.testing.fence import fenced
 
@@ -24,16 +23,16 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 
 # channels in and out, kernel, stride, size
 SHAPES = [(4, 32, 3, 1, 8), (32, 48, 3, 2, 21), (96, 96, 3, 1, 8), (192, 64, 3, 1, 10), (24, 8, 3, 1, 31)]
-KEPT = [True, False]  # whether this package's kernel runs, or oneDNN's with the order kept
 
 
-@pytest.fixture(params=KEPT, ids=["own", "onednn"])
-def own(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Which of the two kernels takes the convolutions."""
-    if request.param and not _packed.available():
+@pytest.fixture(params=["own", "onednn", "winograd"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel takes the convolutions: this package's, oneDNN's with the order kept, or Winograd's, of stride 1."""
+    if request.param != "onednn" and not _packed.available():
         pytest.skip("no native library")
-    monkeypatch.setattr(_kept, "OWN_POSITIONS", dict.fromkeys((1, 3, "upsample"), 4096 if request.param else 0))
-    return bool(request.param)
+    monkeypatch.setattr(_kept, "OWN_POSITIONS", dict.fromkeys((1, 3), 0 if request.param == "onednn" else 4096))
+    monkeypatch.setattr(_kept, "WINOGRAD_POSITIONS", 1 if request.param == "winograd" else 1 << 30)
+    return str(request.param)
 
 
 def _network(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[nn.Sequential, torch.Tensor]:
@@ -60,7 +59,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_same_result(shape: tuple[int, ...], dtype: torch.dtype, kept: list[bool], own: bool) -> None:
+def test_same_result(shape: tuple[int, ...], dtype: torch.dtype, kept: list[bool], kernel: str) -> None:
     network, x = _network(shape, dtype)
     with torch.no_grad():
         stock, exact = network(x), network.double()(x.double())
@@ -102,16 +101,34 @@ def test_own_convolution_of_any_size(shape: tuple[int, ...], isa: None) -> None:
         torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 3, 4, 4), (2, 24, 40, 3, 5), (1, 16, 16, 1, 1)])
-def test_own_upsampling_of_any_size(shape: tuple[int, ...], isa: None) -> None:
+# samples, channels in and out, height, width: ragged tiles and vectors, one position, several panels and blocks
+WINOGRAD = [
+    (1, 5, 3, 4, 4),
+    (2, 24, 40, 3, 5),
+    (1, 16, 16, 1, 1),
+    (3, 130, 70, 7, 9),
+    (1, 512, 17, 2, 6),
+    (2, 8, 3, 33, 30),
+]
+
+
+@pytest.mark.parametrize("upsample", [False, True])
+@pytest.mark.parametrize("shape", WINOGRAD)
+def test_winograd_of_any_size(shape: tuple[int, ...], upsample: bool, isa: None) -> None:
+    """Exact to what a float32 convolution is allowed, with bias and without, of the map and of it doubled."""
     n, ins, outs, h, w = shape
     torch.manual_seed(2)
     x = torch.randn(n, ins, h, w).contiguous(memory_format=torch.channels_last)
     weight, bias = torch.randn(outs, ins, 3, 3), torch.randn(outs)
-    ordered = fenced(_packed.packed_phases(phase_weights(weight)))
-    y = _packed.upsample_conv2d(fenced(x), ordered, fenced(bias), outs)
-    exact = F.conv2d(F.interpolate(x.double(), scale_factor=2.0), weight.double(), bias.double(), padding=1)
-    torch.testing.assert_close(y.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max().item())
+    seen = F.interpolate(x, scale_factor=2.0) if upsample else x
+    ordered = fenced(_packed.winograd(weight, upsample=upsample))
+    for b in (bias, None):
+        y = _packed.winograd_conv2d(fenced(x), ordered, b if b is None else fenced(b), outs, upsample=upsample)
+        exact = F.conv2d(seen.double(), weight.double(), None if b is None else b.double(), padding=1)
+        stock = F.conv2d(seen, weight, b, padding=1)
+        assert y.shape == exact.shape and y.is_contiguous(memory_format=torch.channels_last)
+        bound = 2 * error_scale(stock, exact).relative + 4 * torch.finfo(torch.float32).eps
+        assert error_scale(y, exact).relative <= bound
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -120,12 +137,18 @@ def test_own_product_does_not_depend_on_threads_or_batch(threads: int) -> None:
         pytest.skip("no native library")
     torch.manual_seed(3)
     x = torch.randn(5, 24, 6, 6).contiguous(memory_format=torch.channels_last)
-    weight = _packed.packed(torch.randn(40, 24, 3, 3))
-    alone = [_packed.conv2d(part, weight, None, 40, 3, 1, 1) for part in x.split(1)]
+    weight = torch.randn(40, 24, 3, 3)
+    ordered, transformed = _packed.packed(weight), _packed.winograd(weight)
+    products = (
+        lambda part: _packed.conv2d(part, ordered, None, 40, 3, 1, 1),
+        lambda part: _packed.winograd_conv2d(part, transformed, None, 40),
+    )
+    alone = [[product(part) for part in x.split(1)] for product in products]
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(_packed.conv2d(x, weight, None, 40, 3, 1, 1), torch.cat(alone))
+        for product, parts in zip(products, alone, strict=True):
+            assert torch.equal(product(x), torch.cat(parts))
     finally:
         torch.set_num_threads(before)
 
@@ -159,7 +182,7 @@ def test_own_kernel_refuses_what_it_does_not_do() -> None:
         _packed.conv2d(x, _packed.packed(torch.randn(4, 4, 5, 5)), None, 4, 5, 1, 1)
 
 
-def test_a_weight_that_is_written_to_counts(kept: list[bool], own: bool) -> None:
+def test_a_weight_that_is_written_to_counts(kept: list[bool], kernel: str) -> None:
     network, x = _network(SHAPES[0])
     fuse(network, training=False)
     with torch.no_grad():
@@ -221,6 +244,7 @@ def test_packed_convolution_is_refreshed() -> None:
 def test_stock_runs_where_nothing_is_kept(reason: str, kept: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     if reason.endswith("map"):
         monkeypatch.setattr(_kept, "OWN_POSITIONS", {})
+        monkeypatch.setattr(_kept, "WINOGRAD_POSITIONS", 1 << 30)
     network, x = _network(SHAPES[2])
     wanted = network(x)
     fuse(network, training=False)
@@ -238,6 +262,7 @@ def test_stock_runs_where_nothing_is_kept(reason: str, kept: list[bool], monkeyp
                 monkeypatch.setattr(_kept, "KEPT_POSITIONS", (200, 2048))
             elif reason == "large weight":
                 monkeypatch.setattr(_kept, "KEPT_BYTES", 1000)
+                monkeypatch.setattr(_kept, "WINOGRAD_BYTES", 1000)
             elif reason == "dtype":
                 network.double()
                 x = x.double()
