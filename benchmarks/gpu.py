@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from benchmarks.suite import FORWARD, OpBench, Options, Work, works
 from benchmarks.timing import Clock, clock_for
 
 TEST_SECONDS = 150
+SANITIZER_SECONDS = 90
+# Whole tests of the CUDA kernels whose sizes fill no vector and no block, and of one element.
+SMALL = "test_matches_oracle and cuda and contiguous and (ragged or one) and (fp32 or bf16)"
+CUDA_FOLDERS = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
 
 RANDOM = "SDXL's configuration with random weights"
 
@@ -56,33 +61,60 @@ def build() -> str:
     return cuda_problem()
 
 
-def run_tests(results: ResultsFile) -> bool:
-    """Runs the op tests of the GPU backends, once per results file; false when one fails.
+def run_tests(results: ResultsFile) -> None:
+    """Runs the op tests of the GPU backends, once per results file, in which their outcome goes.
 
     Their time is bounded, so that there is some left to measure: whatever they did not get to, every number has its
-    own gate. What they said goes into the results file.
+    own gate.
     """
-    selection = ["tests/ops", "-k", "cuda or triton"]
-    case = "pytest " + " ".join(selection)
-    found = results.find("tests", {"case": case})
-    if found is None:
+    _test(results, ["tests/ops", "-k", "cuda or triton"], TEST_SECONDS)
+
+
+def sanitize(results: ResultsFile) -> None:
+    """Runs small cases of the CUDA kernels under compute-sanitizer where it is installed, once per results file.
+
+    It sees accesses outside of any allocation, so torch does not hand out parts of larger ones meanwhile.
+    """
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *CUDA_FOLDERS]))
+    if tool is None:
+        command.say("compute-sanitizer is not installed")
+        return
+    memcheck = [tool, "--tool", "memcheck", "--error-exitcode", "1"]
+    _test(results, ["tests/ops", "-k", SMALL], SANITIZER_SECONDS, memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _test(
+    results: ResultsFile,
+    selection: Sequence[str],
+    seconds: float,
+    under: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+) -> None:
+    case = " ".join([*(Path(name).name for name in under[:1]), "pytest", *selection])
+    if results.find("tests", {"case": case}) is None:
         command.say(case)
-        found = {"case": case, **_pytest(selection)}
-        results.put("tests", found)
-    return found["passed"] is not False
+        results.put("tests", {"case": case, **_pytest(selection, seconds, under, environment or {})})
 
 
-def _pytest(arguments: Sequence[str]) -> dict[str, Any]:
+def _pytest(
+    arguments: Sequence[str], seconds: float, under: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, Any]:
     """Runs pytest and returns whether it passed, None when it ran out of time, and its last line."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+    pytest = [*under, sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
+    known = {**os.environ, **environment}
     try:
-        done = subprocess.run(pytest, cwd=machine.ROOT, capture_output=True, text=True, timeout=TEST_SECONDS)
+        done = subprocess.run(pytest, cwd=machine.ROOT, env=known, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
-        return {"passed": None, "outcome": f"stopped after {TEST_SECONDS} s without a verdict"}
+        return {"passed": None, "outcome": f"stopped after {seconds:g} s without a verdict"}
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
     passed = done.returncode == 0
     command.say("\n".join(lines[-1:] if passed else lines[-40:]))
     return {"passed": passed, "outcome": lines[-1].strip("= ")}
+
+
+def failed(results: ResultsFile) -> bool:
+    """Whether a test of the run failed."""
+    return any(found["passed"] is False for found in results.data["tests"])
 
 
 def _of_dtype(bench: OpBench, dtype: str) -> OpBench:
@@ -91,7 +123,7 @@ def _of_dtype(bench: OpBench, dtype: str) -> OpBench:
 
 @dataclasses.dataclass(frozen=True)
 class Session:
-    """What the stages of a run share; ``deadline`` in seconds of the monotonic clock."""
+    """What the stages of a run share; ``deadline`` in seconds of the monotonic clock, ``tests`` whether any are run."""
 
     device: str
     clock: Clock
@@ -99,6 +131,7 @@ class Session:
     options: Options
     model: str | None = None
     quick: bool = False
+    tests: bool = True
     deadline: float = float("inf")
 
     def works(self, dtype: str, *, first: int | None = None, rest: bool = False) -> list[Work]:
@@ -148,6 +181,7 @@ def plan(session: Session) -> list[Stage]:
     return [
         ("ops, the maps that cost most, bfloat16", lambda: ops(works("bfloat16"))),
         ("one step", lambda: session.models(RANDOM, session.model)),
+        *([("compute-sanitizer", lambda: sanitize(session.results))] if session.tests else []),
         ("ops against torch.compile", lambda: ops(works("bfloat16", first=2), compile=True)),
         ("one step, four pictures", lambda: session.models(RANDOM, batch=4)),
         ("ops, float32", lambda: ops(works("float32"))),
@@ -223,7 +257,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results.set("complete", False)
     else:
         results = command.start(arguments.out, device, clock, quick=rehearse)
-    good = rehearse or arguments.skip_tests or run_tests(results)
+    tests = not (rehearse or arguments.skip_tests)
+    if tests:
+        run_tests(results)
     options = Options(
         device,
         rounds=3 if rehearse else 15,
@@ -232,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         faults=tuple(results.data["faults"]),
         copy=roofline.fastest_copy(device, quick=rehearse),
     )
-    session = Session(device, clock, results, options, arguments.model, rehearse, deadline)
+    session = Session(device, clock, results, options, arguments.model, rehearse, tests, deadline)
     try:
         finished = run(plan(session), results, deadline=deadline)
     except ContextLostError as lost:
@@ -241,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.say(f"interrupted; what was measured is in {results.path}")
         raise SystemExit(130) from None
     status = command.finish(results, complete=finished)
-    raise SystemExit(status if good and not problem else 1)
+    raise SystemExit(1 if failed(results) or problem else status)
 
 
 if __name__ == "__main__":
