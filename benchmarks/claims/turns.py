@@ -15,13 +15,13 @@ class BusyError(RuntimeError):
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which goes with the process.
+    """Holds the folder's lock, a file beside it, which goes with the process.
 
     Raises:
         BusyError: another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as file:  # inside, a training would take it for a leftover
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -181,7 +181,7 @@ class Workshop:
         before = json.loads(clock.read_text()) if clock.is_file() else {"seconds": 0.0, "finished": False}
         if before["finished"]:
             return float(before["seconds"])
-        path = folder.with_suffix(".yaml")
+        path = Path(f"{folder}.yaml")
         path.write_text(yaml.safe_dump(self.recipe(variant, seed)))
         settings = [*variant.settings, f"run={folder.relative_to(cache_folder() / 'runs').as_posix()}"]
         if variant.recipe == LIGHTNING:

@@ -27,7 +27,7 @@ from benchmarks.claims.claims import CLAIMS, Claim, Comparison  # noqa: E402
 from benchmarks.claims.draw import Drawer, flow_distance, grain  # noqa: E402
 from benchmarks.claims.rules import compare, judge  # noqa: E402
 from benchmarks.claims.start import NotRunError, StoppedError, committed_run, regressed_unit  # noqa: E402
-from benchmarks.claims.turns import alone  # noqa: E402
+from benchmarks.claims.turns import BusyError, alone  # noqa: E402
 from benchmarks.claims.variants import LIGHTNING, TUNED, VARIANTS  # noqa: E402
 from benchmarks.claims.work import Options, Workshop  # noqa: E402
 from sdxl_fast.train import checkpoint, trainer  # noqa: E402
@@ -351,22 +351,22 @@ def test_one_that_fails_keeps_none_from_being_tried_and_being_stopped_ends_all(
 def test_two_processes_share_the_work(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = next(claim for claim in CLAIMS if claim.name == "flow")
     first, *others = flow.variants
-    results: list[str] = []
+    measured, order, other_process = Workshop._measured, [], ExitStack()
 
-    def found(self: Workshop, variant: Any, seed: int, key: str) -> dict[str, Any]:
-        results.append(variant.name)
-        if variant.name == others[-1]:
-            held.close()  # the other process is done
-        return {"variant": variant.name, "seed": seed, "key": key}
+    def measuring(self: Workshop, variant: Any, seed: int) -> dict[str, Any]:
+        with pytest.raises(BusyError), alone(self.folder(variant, seed)):
+            pass
+        order.append(variant.name)
+        other_process.close() if variant.name == others[-1] else None
+        return measured(self, variant, seed)
 
-    monkeypatch.setattr(Workshop, "_found", found)
-    monkeypatch.setattr(page, "write", lambda *arguments: "")
-    held = ExitStack()
-    held.enter_context(alone(workshop.folder(VARIANTS[first], 0)))
-    assert command.work_off([flow], workshop, [0]) == [] and results == [*others, first]
+    monkeypatch.setattr(Workshop, "_measured", measuring)
+    other_process.enter_context(alone(workshop.folder(VARIANTS[first], 0)))
+    assert not command.work_off([flow], workshop, [0])
+    assert [name for name in order if name in flow.variants] == [*others, first]
+    alike = replace(flow, comparisons=(Comparison(f"{first}@4", f"{first}@4", "flow"),), also=())
     with alone(workshop.folder(VARIANTS[first], 1)):
-        (reason,) = command.work_off([replace(flow, also=())], workshop, [1])
-    assert f"another process is at {first}-1-" in reason and results.count(first) == 1
+        assert f"another process is at {first}-1-" in command.work_off([alike], workshop, [1])[0]
 
 
 def test_all_can_start_from_what_is_committed(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
