@@ -38,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     request = Request(arguments.model, "float32", rounds=options.rounds, budget_s=4 * options.budget_s)
     run([request], "cpu", clock, results)
     bench_fuse.run([bench_fuse.Request(arguments.model, n, options.rounds) for n in bench_fuse.BATCHES], results)
-    short = {"rounds": 1, "steps": 1, "batch": 4} if arguments.quick else {}
-    training.write(results, training.measure(threads=arguments.threads, **short, compiled=arguments.compile))
+    lengths = training.QUICK if arguments.quick else {}
+    training.write(results, training.measure(threads=arguments.threads, **lengths, compiled=arguments.compile))
     raise SystemExit(command.finish(results))
 
 

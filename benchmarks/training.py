@@ -44,6 +44,7 @@ PLAIN = {"diffusers + peft, contiguous": False, "diffusers + peft, channels-last
 COMPILED = "sdxl_fast, compiled"
 NAMES = (OURS, *PLAIN)
 TIMED = "D step and student step"
+QUICK = {"rounds": 1, "steps": 1, "batch": 4}  # at most, to try the code
 BOUND = 1e-3  # of the gate, relative L2 in float32
 # Times the speed of the faster plain loop, and the share of the leaner one's memory, by model.
 SPEEDUP = {"embedded": 1.1, "sdxl": 1.5}
@@ -284,8 +285,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         machine.restart_with_warm_allocator("benchmarks.training", given, threads)
     torch.set_num_threads(threads)
     results = command.start(arguments.out, device, clock_for(device, quick=arguments.quick), quick=arguments.quick)
-    rounds, steps, batch = (1, 1, min(batch, 4)) if arguments.quick else (arguments.rounds, arguments.steps, batch)
-    lengths = {"rounds": rounds, "steps": steps, "batch": batch}
+    lengths = {"rounds": arguments.rounds, "steps": arguments.steps, "batch": batch}
+    if arguments.quick:
+        lengths = {name: min(length, QUICK[name]) for name, length in lengths.items()}
     write(results, measure(threads=threads, **lengths, scene=scene, compiled=arguments.compile))
     raise SystemExit(command.finish(results))
 

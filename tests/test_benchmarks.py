@@ -331,7 +331,6 @@ def test_small_cases_run_under_compute_sanitizer_where_there_is_one(
 ) -> None:
     results = ResultsFile.create(None, "", {})
     monkeypatch.setattr(gpu, "CUDA_FOLDERS", [])
-    monkeypatch.setattr(gpu, "SMALL", "test_matches_oracle and tiny and eager and no such test")
     monkeypatch.setenv("PATH", str(tmp_path))
     gpu.sanitize(results)
     assert not results.data["tests"] and not gpu.failed(results)
