@@ -247,7 +247,7 @@ class Conv(Product):
 
 
 class UpsampledConv:
-    """Nearest-neighbour upsampling by two and a 3×3 convolution, as four 2×2 ones whose weights are summed here."""
+    """Nearest-neighbour upsampling by two and a 3×3 convolution: Winograd's, or four 2×2 ones of summed weights."""
 
     def __init__(self, module: Any, name: str) -> None:
         from diffusers.models.upsampling import Upsample2D
@@ -260,17 +260,24 @@ class UpsampledConv:
         if module.conv.kernel_size != (3, 3) or conv.stride != 1 or conv.padding != 1:
             raise NotPackableError(f"{name}.conv is not 3×3 with padding 1")
         self.weight, self.bias = conv.weight, conv.bias
-        self.phases = phase_weights(conv.weight.data)
+        self._phases: Tensor | None = None
         self._kept = KeptWeight()
 
     def refresh(self) -> None:
         """Sum the weights again, in place: a CUDA graph reads them where they are."""
-        self.phases.copy_(phase_weights(self.weight.data))
+        if self._phases is not None:
+            self._phases.copy_(phase_weights(self.weight.data))
         self._kept.forget()
+
+    def _summed(self) -> Tensor:
+        if self._phases is None:
+            with torch.inference_mode(False), torch.no_grad():  # else `refresh` could not write to it
+                self._phases = phase_weights(self.weight.data)
+        return self._phases
 
     def __call__(self, x: Tensor) -> Tensor:
         y = self._kept.upsample_conv2d(x, self.weight, self.bias) if _by_library(x) else None
-        return ops.upsample_conv2d(x, self.weight, self.bias, phases=self.phases) if y is None else y
+        return ops.upsample_conv2d(x, self.weight, self.bias, phases=self._summed()) if y is None else y
 
 
 class Norm:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from sdxl_fast import native
+from sdxl_fast.dispatch import use_backend
 from sdxl_fast.errors import KernelLaunchError
-from sdxl_fast.inference.packing import Conv
+from sdxl_fast.inference.packing import Conv, UpsampledConv
 from sdxl_fast.nn import PreparedConv2d, PreparedLinear, fuse, restore
 from sdxl_fast.ops import _kept, _packed
 from sdxl_fast.testing.compare import error_scale
@@ -236,6 +239,26 @@ def test_packed_convolution_is_refreshed() -> None:
         network[0].weight.data.zero_()
         packed.refresh()
         torch.testing.assert_close(packed(x), network(x))
+
+
+@pytest.mark.parametrize("backend", ["winograd", "eager"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_packed_upsampling_is_refreshed_where_it_is(
+    backend: str, mode: Callable[[], AbstractContextManager[None]]
+) -> None:
+    torch.manual_seed(0)
+    module = Upsample2D(16, use_conv=True).requires_grad_(False)
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    packed = UpsampledConv(module, "up")
+    with mode(), use_backend(backend) if backend == "eager" else nullcontext():
+        torch.testing.assert_close(packed(x), module(x))
+        summed = packed._phases
+        assert (summed is None) == (backend == "winograd")  # what no call needs takes no memory
+    module.conv.weight.data.mul_(2.0)
+    packed.refresh()
+    with mode(), use_backend(backend) if backend == "eager" else nullcontext():
+        torch.testing.assert_close(packed(x), module(x))
+    assert packed._phases is summed  # a CUDA graph reads it where it was
 
 
 @pytest.mark.parametrize(
