@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import ModelError
+from .errors import NotFewStepError
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,11 @@ def feature_network(name: str, device: torch.device | str) -> Extractor:
 
 
 def _generators(options: PromptOptions) -> tuple[dict[int, Generate], str]:
-    """How to draw in each number of steps, and where: students in theirs, the base with guidance in any other."""
+    """How to draw in each number of steps, and where: students in theirs, an undistilled UNet with guidance in others.
+
+    Raises:
+        ValueError: a step count that a few-step model without its base was not distilled for, or no guidance.
+    """
     import torch
 
     from .eval.sources import Teacher
@@ -71,9 +75,10 @@ def _generators(options: PromptOptions) -> tuple[dict[int, Generate], str]:
     pipe: Any = None
     try:
         pipe = OneStepPipeline.from_pretrained(options.model, device=options.device)
-    except ModelError:
+    except NotFewStepError:
         if not options.guidance or not folder.is_dir():  # a plain pipeline draws with guidance, in any number of steps
             raise
+    undistilled = pipe is None or (folder / "unet_base").is_dir()
     device = (
         str(pipe.device) if pipe is not None else options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     )
@@ -90,10 +95,12 @@ def _generators(options: PromptOptions) -> tuple[dict[int, Generate], str]:
     for count in options.steps or own or (32,):
         if count in own:
             found[count] = student(count)
-        elif options.guidance and folder.is_dir():
+        elif options.guidance and undistilled:
             found[count] = Teacher(folder, guidance_scale=options.guidance, num_steps=count, device=device)
         else:
-            raise ValueError(f"--steps {count}: the model draws in {own}; others need its base and a --guidance")
+            counts = ", ".join(map(str, own))
+            lacks = "a --guidance above 0" if undistilled else "an undistilled UNet, which a folder has as unet_base"
+            raise ValueError(f"--steps {count}: {folder.name} draws in {counts}; other step counts need {lacks}")
     return found, device
 
 

@@ -34,3 +34,7 @@ class DataError(SdxlFastError, ValueError):
 
 class ModelError(SdxlFastError, ValueError):
     """A model folder or weight file is missing, unsafe, broken or of another architecture."""
+
+
+class NotFewStepError(ModelError):
+    """Nothing says how a checkpoint is sampled in a few steps: it may be a plain SDXL model, which needs guidance."""

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from ..diffusion import schedule
 from ..diffusion.prediction import PredictionType
-from ..errors import ModelError
+from ..errors import ModelError, NotFewStepError
 from ..models.lora import NUM_STEPS_KEY
 
 Sampler = Literal["euler", "ddim", "euler_ancestral", "lcm", "tcd"]
@@ -121,8 +121,8 @@ def recognise(
         loras: file names of LoRAs on top; one of a known family decides where the checkpoint's own name says nothing.
 
     Raises:
-        ModelError: nothing says how to sample it, or its name and its scheduler config contradict each other; the
-            message gives what is needed.
+        NotFewStepError: nothing says how to sample it in a few steps.
+        ModelError: its name and its scheduler config contradict each other; the message gives what is needed.
     """
     preset = _by_name(name, metadata, scheduler or {})
     of_loras = (_by_name(lora, {}, {}) for lora in loras)
@@ -130,7 +130,7 @@ def recognise(
         return found
     if preset is None:
         if scheduler is None:
-            raise ModelError(f"{name}: cannot tell which few-step checkpoint this is; give preset={_names()}")
+            raise NotFewStepError(f"{name}: cannot tell which few-step checkpoint this is; give preset={_names()}")
         return _by_scheduler(name, scheduler, metadata)
     if scheduler is not None and not borrowed:
         _check_agreement(name, preset, scheduler)
@@ -187,10 +187,10 @@ def _by_scheduler(name: str, scheduler: Mapping[str, Any], metadata: Mapping[str
     sampler = SCHEDULERS.get(kind)
     prediction = prediction_type(scheduler.get("prediction_type", "epsilon"))
     if sampler is None:
-        raise ModelError(f"{name}: its scheduler is {kind}; few-step sampling knows {', '.join(SCHEDULERS)}")
+        raise NotFewStepError(f"{name}: its scheduler is {kind}; few-step sampling knows {', '.join(SCHEDULERS)}")
     spacing = scheduler.get("timestep_spacing", "linspace" if sampler.startswith("euler") else "leading")
     if sampler not in ("lcm", "tcd") and spacing != "trailing":
-        raise ModelError(
+        raise NotFewStepError(
             f"{name}: its {kind} has timestep_spacing={spacing!r}; a few-step checkpoint needs 'trailing' in "
             f"scheduler/scheduler_config.json (this may be a plain SDXL model), or give preset={_names()}"
         )

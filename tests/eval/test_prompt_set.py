@@ -21,6 +21,7 @@ from sdxl_fast.eval.clip_score import Clip, clip_scores
 from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import batches, centre_patch, draw_set, pictures_of, read_picture, read_prompts
 from sdxl_fast.eval.sheets import to_pil
+from sdxl_fast.testing.toy import toy_pipeline
 
 PROMPTS = [f"prompt {k}" for k in range(11)]
 
@@ -245,3 +246,24 @@ def test_one_source_of_prompts_is_asked_for(
 def test_an_unknown_feature_network_is_refused() -> None:
     with pytest.raises(ValueError, match="inception:FILE"):
         feature_network("vgg", "cpu")
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--device", "cpu", "--num-images", "2", *map(str, arguments)])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_student_is_not_drawn_with_guidance(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its UNet is no teacher: only an undistilled one draws in any number of steps."""
+    (tmp_path / "prompts.txt").write_text("red square\ngreen disc\n")
+    student = toy_pipeline(tmp_path / "student", few_steps=())
+    given = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--model", student)
+    error = _refused(capsys, *given, "--steps", 1, "--steps", 32)
+    assert "--steps 32: student draws in 1; other step counts need an undistilled UNet" in error
+    student.rename(tmp_path / "sdxl_lightning_4step")
+    config = tmp_path / "sdxl_lightning_4step" / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
+    assert "its scheduler config is" in _refused(capsys, *given[:-1], tmp_path / "sdxl_lightning_4step", "--steps", 32)
+    assert not (tmp_path / "out").exists()
