@@ -81,6 +81,7 @@ LAYERS: dict[str, int] = {
     "cli_calibrate": 6,
     "cli_data": 6,
     "cli_eval": 6,
+    "cli_eval_rows": 6,
     "cli_export": 6,
     "demo": 6,
     "env": 6,

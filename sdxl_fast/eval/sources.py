@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -51,21 +52,27 @@ class Teacher:
         prediction_type: PredictionType | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.parts = loading.load(Path(folder), dtype=torch.float32, device=device)
-        self.unet = self.parts.unet
-        if (Path(folder) / "unet_base").is_dir():
-            base = UNet2DConditionModel.from_pretrained(
-                folder, subfolder="unet_base", use_safetensors=True, torch_dtype=torch.float32
-            )
-            self.unet = base.to(device).eval().requires_grad_(False)
+        folder, dtype = Path(folder), torch.float32
+        beside = (folder / "unet_base").is_dir()
+        networks = [name for name in loading.NETWORKS if name != "unet" or not beside]
+        self.parts = loading.load(folder, networks=networks, dtype=dtype, device=device)
+        self.unet: Any = self.parts.unet
+        if beside:
+            self.unet = loading.load_base_unet(folder, dtype=dtype, device=device)
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.prediction_type: PredictionType = prediction_type or self._declared_prediction_type()
         self.device = torch.device(device)
 
     def _declared_prediction_type(self) -> PredictionType:
-        own = self.unet is self.parts.unet
+        own = self.parts.unet is not None
         declared = self.parts.scheduler.get("prediction_type") if own else self.parts.base_prediction_type
         return cast(PredictionType, declared or "epsilon")
+
+    def in_steps(self, num_steps: int) -> Teacher:
+        """The same networks drawing in another number of steps."""
+        other = copy.copy(self)
+        other.num_steps = num_steps
+        return other
 
     @property
     def label(self) -> str:

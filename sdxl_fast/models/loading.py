@@ -21,7 +21,7 @@ from .safetensors_check import check_safetensors
 from .source import TOKENIZERS, Model, completed, form_of, open_model, read_json
 from .weights import dtype_of, read_tensor, start_of, weight_files
 
-__all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_few_step_unet", "resolve"]
+__all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_base_unet", "load_few_step_unet", "resolve"]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 """The pipeline that comes with the package."""
@@ -157,10 +157,19 @@ def load_vae(model: str | Path, *, like: nn.Module) -> Any:
     return vae
 
 
+def load_base_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """The undistilled UNet that a pipeline folder has as `unet_base`.
+
+    Raises:
+        ModelError: there is none, or its weights are unsafe or broken.
+    """
+    with _no_progress_bars():
+        return _load_network(folder, "unet_base", Place(dtype, torch.device(device)))[0]  # type: ignore[no-any-return]
+
+
 def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """The base UNet with the LoRA for `num_steps` merged, and what it predicts."""
-    with _no_progress_bars():
-        unet, _ = _load_network(parts.source, "unet_base", Place(dtype, torch.device("cpu")))
+    unet = load_base_unet(parts.source, dtype=dtype)
     lora = read_lora(parts.few_step_loras[num_steps], unet)
     merge_lora(unet, lora)
     return unet, lora.prediction_type or "epsilon"

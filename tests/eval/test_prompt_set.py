@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from sdxl_fast import cli
-from sdxl_fast.cli_eval import feature_network
+from sdxl_fast import cli, cli_eval_rows
+from sdxl_fast.cli_eval import PromptOptions, feature_network
 from sdxl_fast.errors import DataError
 from sdxl_fast.eval import prompt_set
 from sdxl_fast.eval.clip_score import Clip, clip_scores
 from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import batches, centre_patch, draw_set, pictures_of, read_picture, read_prompts
 from sdxl_fast.eval.sheets import to_pil
+from sdxl_fast.eval.sources import Teacher
 from sdxl_fast.testing.toy import toy_pipeline
 
 PROMPTS = [f"prompt {k}" for k in range(11)]
@@ -224,8 +225,8 @@ def test_the_command_draws_measures_and_goes_on(
     pictures = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("0*.png")}
     assert len(pictures) == 12
     assert all(row["content_diversity"] >= 0 and row["layout_diversity"] > 0 for row in report["rows"].values())
-    source = json.loads((tmp_path / "out" / "pictures-32" / "settings.json").read_text())["source"]
-    assert "teacher, 32 steps, guidance 5" in source
+    settings = json.loads((tmp_path / "out" / "pictures-32" / "settings.json").read_text())
+    assert (settings["source"], settings["guidance"]) == ("undistilled", 5.0)
     monkeypatch.setattr(prompt_set, "to_pil", None)  # nothing is drawn again
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -267,3 +268,34 @@ def test_a_student_is_not_drawn_with_guidance(tmp_path: Path, capsys: pytest.Cap
     config.write_text(config.read_text().replace('"trailing"', '"leading"'))
     assert "its scheduler config is" in _refused(capsys, *given[:-1], tmp_path / "sdxl_lightning_4step", "--steps", 32)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undistilled pipeline, whose scheduler says so."""
+    folder = toy_pipeline(tmp_path_factory.mktemp("plain") / "plain", few_steps=(), prediction_type="epsilon")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
+    return folder
+
+
+def _options(tmp_path: Path, **given: Any) -> PromptOptions:
+    (tmp_path / "prompts.txt").write_text("red square\ngreen disc\nblue ring\n")
+    some = {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "model": None, "steps": (), "device": "cpu"}
+    some |= {"reference": None, "features": "efficientnet-lite0", "clip": None, "num_images": 2, "per_prompt": 1}
+    return PromptOptions(**{**some, "seed": 0, "guidance": 5.0, "batch": 2, **given})
+
+
+def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+
+    class Counted(Teacher):
+        def __init__(self, *arguments: Any, **others: Any) -> None:
+            loaded.append(self)
+            super().__init__(*arguments, **others)
+
+    monkeypatch.setattr(cli_eval_rows, "Teacher", Counted)
+    rows, device = cli_eval_rows.find_rows(_options(tmp_path, model=str(plain_folder), steps=(1, 2, 1)))
+    assert ([row.name for row in rows], device, loaded) == (["2 steps", "1 step"], "cpu", [])
+    two, one = (row.generate(["red square"], [3]) for row in rows)
+    assert len(loaded) == 1 and (two - one).abs().max() > 0.01

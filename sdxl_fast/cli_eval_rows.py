@@ -1,0 +1,75 @@
+"""What draws the rows of `sdxl-fast eval --prompts`: a few-step model, and an undistilled one with guidance."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import NotFewStepError
+from .eval.sources import Generate, Teacher
+from .eval.tables import student_row
+from .inference import OneStepPipeline
+from .models import loading
+
+if TYPE_CHECKING:
+    from .cli_eval import PromptOptions
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set of pictures to draw: its name in the report, what draws it, and all that decides how."""
+
+    name: str
+    generate: Generate
+    settings: dict[str, Any]
+
+
+def find_rows(options: PromptOptions) -> tuple[list[Row], str]:
+    """The rows, most steps first, and where they are drawn: a student in its counts, an undistilled UNet in any.
+
+    Raises:
+        ValueError: a step count that a few-step model without its base was not distilled for, or no guidance.
+    """
+    folder = loading.resolve(options.model)
+    pipe: OneStepPipeline | None = None
+    try:
+        pipe = OneStepPipeline.from_pretrained(options.model, device=options.device)
+    except NotFewStepError:
+        if not options.guidance or not folder.is_dir():  # a plain pipeline draws with guidance, in any number of steps
+            raise
+    undistilled = pipe is None or (folder / "unet_base").is_dir()
+    own = () if pipe is None else pipe.num_inference_steps
+    device = str(pipe.device) if pipe else options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @functools.cache
+    def teacher() -> Teacher:  # loaded when it first draws, and once
+        return Teacher(folder, guidance_scale=options.guidance, device=device)
+
+    rows = []
+    for count in sorted({*(options.steps or own or (32,))}, reverse=True):
+        if pipe is not None and count in own:
+            rows.append(Row(student_row(count), _student(pipe, count), {"steps": count, "source": "student"}))
+        elif options.guidance and undistilled:
+            settings = {"steps": count, "source": "undistilled", "guidance": options.guidance}
+            rows.append(Row(student_row(count), _taught(teacher, count), settings))
+        else:
+            counts = ", ".join(map(str, own))
+            lacks = "a --guidance above 0" if undistilled else "an undistilled UNet, which a folder has as unet_base"
+            raise ValueError(f"--steps {count}: {folder.name} draws in {counts}; other step counts need {lacks}")
+    return rows, device
+
+
+def _student(pipe: OneStepPipeline, count: int) -> Generate:
+    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> torch.Tensor:
+        found = pipe(list(prompts), seed=list(seeds), num_inference_steps=count, output_type="pt").images
+        return found  # type: ignore[no-any-return]
+
+    return draw
+
+
+def _taught(teacher: Callable[[], Teacher], count: int) -> Generate:
+    return lambda prompts, seeds: teacher().in_steps(count)(prompts, seeds)
