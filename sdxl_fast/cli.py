@@ -14,17 +14,16 @@ import typer
 from . import __version__
 from .cli_calibrate import calibrate
 from .cli_data import prepare
+from .cli_eval import evaluate
 from .cli_export import export_app
+from .cli_options import DeviceOption, DtypeOption, ModelOption, load_pipeline, model_name, parse_loras
 from .errors import SdxlFastError
 from .files import replacing
 
 if TYPE_CHECKING:
-    import torch
-
     from .inference import OneStepPipeline
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 
 app = typer.Typer(
     help="One-step SDXL: draw, train and measure.",
@@ -37,13 +36,8 @@ data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 data_app.command("prepare")(prepare)
 app.command("calibrate")(calibrate)
+app.command("eval")(evaluate)
 app.add_typer(export_app, name="export")
-
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder, hub id or .safetensors file; the embedded pipeline if left out.")
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
-DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default what is fastest there.")]
 
 
 @app.command()
@@ -83,7 +77,7 @@ def generate(
     files = picture_files(out, texts, seeds)
     start = _start(image, strength)
     others = {"base": base, "vae": vae, "preset": preset, "quantization": quantization, "scales": scales}
-    pipe = _load(model, device, dtype, lora=dict(parse_loras(lora or [])), **others)
+    pipe = load_pipeline(model, device, dtype, lora=dict(parse_loras(lora or [])), **others)
     call = {
         "num_inference_steps": steps,
         "height": height,
@@ -117,7 +111,7 @@ def demo(
     from .demo import PROMPTS, grid
 
     _check_suffix(out)
-    pipe = _load(model, device, dtype)
+    pipe = load_pipeline(model, device, dtype)
     images = pipe(list(PROMPTS), seed=list(range(len(PROMPTS)))).images
     save_picture(grid(images, PROMPTS), out)
     print(f"wrote {out.resolve()}: {len(images)} prompts, {pipe.preset.steps[0]} step each, on {pipe.device}")
@@ -156,70 +150,6 @@ def train(
     from . import train as training
 
     training.run(recipe, settings or [], resume=resume, dry_run=dry_run)
-
-
-@app.command("eval")
-def evaluate(
-    out: Annotated[Path, typer.Option(help="Folder for the report.")],
-    data: Annotated[Path | None, typer.Option(help="Folder made by `sdxl-fast data emoji`.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Instead: prompts, one per line, or JSON lines.")] = None,
-    model: ModelOption = None,
-    steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
-    num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
-    seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
-    device: DeviceOption = None,
-    reference: Annotated[Path | None, typer.Option(help="Of --prompts: folder of real pictures.")] = None,
-    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = "efficientnet-lite0",
-    clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
-    batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
-    per_prompt: Annotated[int, typer.Option(help="Of --prompts: pictures of each, for diversity.")] = 1,
-) -> None:
-    """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
-    if (data is None) == (prompts is None):
-        raise ValueError("give --data for the emoji set or --prompts for a list of prompts, one of them")
-    if prompts is not None:
-        from .cli_eval import PromptOptions, run
-
-        run(
-            PromptOptions(
-                prompts=prompts,
-                out=out,
-                model=model,
-                steps=tuple(steps or ()),
-                reference=reference,
-                features=features,
-                clip=clip,
-                num_images=num_images,
-                per_prompt=per_prompt,
-                seed=seed,
-                guidance=guidance,
-                batch=batch,
-                device=device,
-            )
-        )
-        print(f"wrote {out / 'report.md'}")
-        return
-    assert data is not None
-    from .models import loading
-
-    folder = loading.resolve(model)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: a single file; evaluation needs the folder of a pipeline")
-    pipe = _load(model, device, "float32")
-    base = pipe.base_prediction_type
-    from .eval import report, sources
-
-    def draw(prompts: Any, seeds: Any, num_steps: int) -> torch.Tensor:
-        found = pipe(list(prompts), seed=list(seeds), num_inference_steps=num_steps, output_type="pt").images
-        return found  # type: ignore[no-any-return]
-
-    teacher = None
-    if guidance and base is not None:
-        teacher = sources.Teacher(folder, guidance_scale=guidance, prediction_type=base, device=pipe.device)
-    chosen = steps or list(pipe.num_inference_steps)
-    report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
-    print(f"wrote {out / 'report.md'}")
 
 
 @app.command()
@@ -294,27 +224,6 @@ def described(pipe: OneStepPipeline, settings: dict[str, Any]) -> dict[str, str]
     return {"model": given["model"], "settings": json.dumps(given, sort_keys=True, ensure_ascii=False)}
 
 
-def model_name(model: str | None) -> str:
-    """What to call a model in a picture that others get: a file or folder without where it lies."""
-    if model is None:
-        return "embedded"
-    return Path(model).resolve().name if Path(model).exists() else model
-
-
-def parse_loras(values: list[str]) -> list[tuple[str, float]]:
-    """(file, weight) of every `FILE` or `FILE=WEIGHT`. Raises ValueError for a weight that is no number."""
-    found = []
-    for value in values:
-        file, equals, weight = value.rpartition("=")
-        if not equals or Path(value).exists():
-            file, weight = value, "1"
-        try:
-            found.append((file, float(weight)))
-        except ValueError:
-            raise ValueError(f"--lora {value}: {weight!r} is no number; give FILE or FILE=WEIGHT") from None
-    return found
-
-
 def format_bench(times: list[dict[str, float]], count: int) -> list[str]:
     """A line per stage with the fastest and the median milliseconds of several calls for `count` pictures each."""
     lines = [f"{len(times)} calls, {count} pictures each, milliseconds: fastest, median"]
@@ -328,20 +237,6 @@ def format_timings(timings: dict[str, float], count: int) -> str:
     """One line: milliseconds by stage and in total, and per picture."""
     parts = [f"{name.replace('_', ' ')} {seconds * 1e3:.1f} ms" for name, seconds in timings.items()]
     return f"{', '.join(parts)}; {timings['total'] / count * 1e3:.1f} ms per picture"
-
-
-def _load(model: str | None, device: str | None, dtype: str | None, **others: Any) -> OneStepPipeline:
-    """The pipeline; `others` are further arguments of `from_pretrained`."""
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
-    if model is not None and sys.stderr.isatty():  # seven gigabytes take a while
-        print(f"loading {model} ...", file=sys.stderr)
-    import torch
-
-    from .inference import OneStepPipeline
-
-    precision = None if dtype is None else getattr(torch, _DTYPES[dtype])
-    return OneStepPipeline.from_pretrained(model, device=device, dtype=precision, **others)
 
 
 def _start(image: Path | None, strength: float | None) -> dict[str, Any]:

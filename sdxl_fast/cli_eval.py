@@ -1,15 +1,80 @@
-"""`sdxl-fast eval --prompts`: any SDXL pipeline on a list of prompts, against real pictures."""
+"""`sdxl-fast eval`: a pipeline on the emoji set, or any SDXL pipeline on a list of prompts, against real pictures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_options import DeviceOption, ModelOption, load_pipeline
 
 if TYPE_CHECKING:
     import torch
 
     from .eval.features import Extractor
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")],
+    data: Annotated[Path | None, typer.Option(help="Folder made by `sdxl-fast data emoji`.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Instead: prompts, one per line, or JSON lines.")] = None,
+    model: ModelOption = None,
+    steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
+    num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
+    seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
+    guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
+    device: DeviceOption = None,
+    reference: Annotated[Path | None, typer.Option(help="Of --prompts: folder of real pictures.")] = None,
+    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = "efficientnet-lite0",
+    clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
+    batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
+    per_prompt: Annotated[int, typer.Option(help="Of --prompts: pictures of each, for diversity.")] = 1,
+) -> None:
+    """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
+    if (data is None) == (prompts is None):
+        raise ValueError("give --data for the emoji set or --prompts for a list of prompts, one of them")
+    if prompts is not None:
+        run(
+            PromptOptions(
+                prompts=prompts,
+                out=out,
+                model=model,
+                steps=tuple(steps or ()),
+                reference=reference,
+                features=features,
+                clip=clip,
+                num_images=num_images,
+                per_prompt=per_prompt,
+                seed=seed,
+                guidance=guidance,
+                batch=batch,
+                device=device,
+            )
+        )
+        print(f"wrote {out / 'report.md'}")
+        return
+    assert data is not None
+    from .models import loading
+
+    folder = loading.resolve(model)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: a single file; evaluation needs the folder of a pipeline")
+    pipe = load_pipeline(model, device, "float32")
+    base = pipe.base_prediction_type
+    from .eval import report, sources
+
+    def draw(prompts: Any, seeds: Any, num_steps: int) -> torch.Tensor:
+        found = pipe(list(prompts), seed=list(seeds), num_inference_steps=num_steps, output_type="pt").images
+        return found  # type: ignore[no-any-return]
+
+    teacher = None
+    if guidance and base is not None:
+        teacher = sources.Teacher(folder, guidance_scale=guidance, prediction_type=base, device=pipe.device)
+    chosen = steps or list(pipe.num_inference_steps)
+    report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
+    print(f"wrote {out / 'report.md'}")
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
 def test_output_paths_are_checked_before_anything_is_drawn(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("the model was loaded first"))
+    monkeypatch.setattr(cli, "load_pipeline", lambda *_: pytest.fail("the model was loaded first"))
     (tmp_path / "file").touch()
     (tmp_path / "folder.png").mkdir()
     for command, out, message in (

@@ -83,6 +83,7 @@ LAYERS: dict[str, int] = {
     "cli_eval": 6,
     "cli_eval_rows": 6,
     "cli_export": 6,
+    "cli_options": 6,
     "demo": 6,
     "env": 6,
     "__main__": 6,
