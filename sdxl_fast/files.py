@@ -10,10 +10,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_PIECE = 1 << 20  # bytes
+
 
 def file_sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    """The hexadecimal SHA-256 of a file's content, which is never in memory as a whole."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while part := file.read(_PIECE):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
-from sdxl_fast.files import replacing, replacing_folder
+from sdxl_fast.files import file_sha256, replacing, replacing_folder
 
 
 def test_the_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
@@ -63,3 +65,13 @@ def test_a_failure_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.Mon
             raise OSError("writing")
     assert os.listdir(tmp_path) == ["model"]
     assert (target / "old.txt").read_text() == "old"
+
+
+def test_a_digest_does_not_hold_the_file(tmp_path: Path) -> None:
+    content = os.urandom(9 << 20)
+    (tmp_path / "weights").write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    tracemalloc.start()
+    assert file_sha256(tmp_path / "weights") == expected
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
