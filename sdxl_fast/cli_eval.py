@@ -136,10 +136,9 @@ def run(options: PromptOptions) -> dict[str, Any]:
     rows, device = find_rows(options)
     sets = {}
     for row in rows:
-        settings = {"model": str(options.model or "embedded"), **row.settings}
         folder = options.out / f"pictures-{row.settings['steps']}"
         sets[row.name] = draw_set(
-            folder, prompts, row.generate, seed=options.seed, batch=options.batch, settings=settings
+            folder, prompts, row.generate, seed=options.seed, batch=options.batch, settings=row.settings
         )
     clip = None if options.clip is None else Clip(options.clip, device=device)
     extract = feature_network(options.features, device)

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .cli_options import model_name
 from .errors import NotFewStepError
+from .eval.report import model_digest
 from .eval.sources import Generate, Teacher
 from .eval.tables import student_row
 from .inference import OneStepPipeline
@@ -49,13 +51,16 @@ def find_rows(options: PromptOptions) -> tuple[list[Row], str]:
     def teacher() -> Teacher:  # loaded when it first draws, and once
         return Teacher(folder, guidance_scale=options.guidance, device=device)
 
+    common = {"model": model_name(options.model), "weights_sha256": model_digest(folder)}
+    common["device"] = torch.device(device).type  # numbers differ a little between kinds of device
     rows = []
     for count in sorted({*(options.steps or own or (32,))}, reverse=True):
         if pipe is not None and count in own:
-            rows.append(Row(student_row(count), _student(pipe, count), {"steps": count, "source": "student"}))
+            how = {"steps": count, "source": "student", "dtype": str(pipe.dtype).removeprefix("torch.")}
+            rows.append(Row(student_row(count), _student(pipe, count), how | common))
         elif options.guidance and undistilled:
-            settings = {"steps": count, "source": "undistilled", "guidance": options.guidance}
-            rows.append(Row(student_row(count), _taught(teacher, count), settings))
+            how = {"steps": count, "source": "undistilled", "dtype": "float32", "guidance": options.guidance}
+            rows.append(Row(student_row(count), _taught(teacher, count), how | common))
         else:
             counts = ", ".join(map(str, own))
             lacks = "a --guidance above 0" if undistilled else "an undistilled UNet, which a folder has as unet_base"

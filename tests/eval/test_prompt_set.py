@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,10 @@ from sdxl_fast.eval import prompt_set
 from sdxl_fast.eval.clip_score import Clip, clip_scores
 from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import batches, centre_patch, draw_set, pictures_of, read_picture, read_prompts
+from sdxl_fast.eval.report import model_digest
 from sdxl_fast.eval.sheets import to_pil
 from sdxl_fast.eval.sources import Teacher
+from sdxl_fast.files import file_sha256
 from sdxl_fast.testing.toy import toy_pipeline
 
 PROMPTS = [f"prompt {k}" for k in range(11)]
@@ -299,3 +303,42 @@ def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, m
     assert ([row.name for row in rows], device, loaded) == (["2 steps", "1 step"], "cpu", [])
     two, one = (row.generate(["red square"], [3]) for row in rows)
     assert len(loaded) == 1 and (two - one).abs().max() > 0.01
+
+
+def test_pictures_of_a_model_that_has_changed_are_not_taken_for_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Same folder, same settings, other weights; what else lies in the folder, such as the report, is no part of it."""
+    student = toy_pipeline(tmp_path / "student", few_steps=())
+    (tmp_path / "prompts.txt").write_text("red square\ngreen disc\n")
+    given = ("--prompts", tmp_path / "prompts.txt", "--out", student / "report", "--model", student, "--steps", 1)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["eval", "--device", "cpu", "--num-images", "2", *map(str, given)])
+        assert stopped.value.code == 0, capsys.readouterr().err
+    settings = json.loads((student / "report" / "pictures-1" / "settings.json").read_text())
+    assert (settings["dtype"], settings["device"], settings["model"]) == ("float32", "cpu", "student")
+    weights = student / "unet" / "diffusion_pytorch_model.safetensors"
+    facts = weights.stat()
+    other = toy_pipeline(tmp_path / "other", seed=1, few_steps=())
+    weights.write_bytes((other / "unet" / weights.name).read_bytes())
+    os.utime(weights, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert weights.stat().st_size == facts.st_size, "size and time say nothing"
+    assert "holds pictures with other weights_sha256" in _refused(capsys, *given)
+
+
+def test_a_models_digest_is_of_what_it_is_loaded_from(tmp_path: Path, toy_folder: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(toy_folder, copy)
+    digest = model_digest(copy)
+    assert digest == model_digest(toy_folder) and len(digest) == 64
+    (copy / "README.md").write_text("x")
+    (copy / "samples.json").write_text("{}")
+    assert model_digest(copy) == digest
+    for name in ("unet_base/config.json", "tokenizer/vocab.json", "toy_4step_lora.safetensors", "model_index.json"):
+        content = (copy / name).read_bytes()
+        (copy / name).write_bytes(content + b" ")
+        assert model_digest(copy) != digest, name
+        (copy / name).write_bytes(content)
+    assert model_digest(copy / "toy_4step_lora.safetensors") == file_sha256(copy / "toy_4step_lora.safetensors")
+    assert model_digest(copy / "unet") != model_digest(copy / "unet_base")
