@@ -49,13 +49,17 @@ _COLUMNS = (
 
 @dataclass
 class Measured:
-    """Features of a set: of whole pictures, of their middles, CLIP's; each picture's edges, and itself at 16 x 16."""
+    """Features of a set: of whole pictures, of their middles, CLIP's; each picture's edges, and itself at 16 x 16.
+
+    `sizes` are the heights and widths that occur, in pixels.
+    """
 
     whole: Tensor
     patch: Tensor
     clip: Tensor | None
     edges: Tensor
     layouts: Tensor
+    sizes: frozenset[tuple[int, int]]
     count: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -64,16 +68,22 @@ class Measured:
 
 def measure(files: Sequence[Path], extract: Extractor, clip: Clip | None = None) -> Measured:
     """Reads a set once, batch by batch; pictures may differ in size."""
-    whole, patch, seen, edges, layouts = [], [], [], [], []
+    whole, patch, seen, edges, layouts, sizes = [], [], [], [], [], set()
     for images in batches(files):
         whole.append(extract(images))
         patch.append(extract(centre_patch(images)))
+        sizes.add((images.shape[2], images.shape[3]))
         edges.append(laplacian_variance(images))
         layouts.append(functional.adaptive_avg_pool2d(images, LAYOUT_SIZE))
         if clip is not None:
             seen.append(clip(images))
     return Measured(
-        torch.cat(whole), torch.cat(patch), torch.cat(seen) if seen else None, torch.cat(edges), torch.cat(layouts)
+        torch.cat(whole),
+        torch.cat(patch),
+        torch.cat(seen) if seen else None,
+        torch.cat(edges),
+        torch.cat(layouts),
+        frozenset(sizes),
     )
 
 
@@ -100,7 +110,9 @@ def compare(
         row["content_diversity"], row["layout_diversity"] = diversity.content, diversity.layout
     if real is None:
         return row
-    row["sharpness"] = row["laplacian_variance"] / real.edges.mean().item()
+    base = real.edges.mean().item()
+    if found.sizes == real.sizes and len(real.sizes) == 1 and base > 0:  # the Laplacian is per pixel
+        row["sharpness"] = row["laplacian_variance"] / base
     for name in ("whole", "patch"):
         ours, theirs = getattr(found, name), getattr(real, name)
         smaller = min(len(ours), len(theirs))
@@ -143,8 +155,9 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: the middle 299 px at "
         f"native resolution. CLIP score: 100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how "
         "often a picture's own prompt is the nearest by it. Sharpness: the Laplacian's variance over that of the real "
-        "pictures. Diversity: 1 - cosine of the features, and root mean square difference at 16 x 16, between "
-        "pictures of one prompt. –: not measured, too few pictures for a covariance, or one picture a prompt.",
+        "pictures, where all have one size. Diversity: 1 - cosine of the features, and root mean square difference at "
+        "16 x 16, between pictures of one prompt. –: not measured, too few pictures for a covariance, or one picture a "
+        "prompt.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
@@ -58,3 +59,23 @@ class ColourGrid:
 @pytest.fixture
 def colour_grid() -> ColourGrid:
     return ColourGrid()
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny CLIP with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    from sdxl_fast.models.tokenizer import save_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = train_tokenizer(["red square", "green disc"], vocab_size=520, max_tokens=16)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**small, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = {**small, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+    model.save_pretrained(folder, safe_serialization=True)
+    save_tokenizer(tokenizer, folder)
+    return folder
