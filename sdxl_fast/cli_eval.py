@@ -13,7 +13,7 @@ from .cli_options import DeviceOption, ModelOption, load_pipeline
 if TYPE_CHECKING:
     import torch
 
-    from .eval.features import Extractor
+    from .eval.features import PatchExtractor
 
 
 def evaluate(
@@ -96,7 +96,7 @@ class PromptOptions:
     device: str | None
 
 
-def feature_network(name: str, device: torch.device | str) -> Extractor:
+def feature_network(name: str, device: torch.device | str) -> PatchExtractor:
     """`efficientnet-lite0`, `inception` (its weights downloaded), `inception:FILE`, or `clip:FOLDER-OR-ID`.
 
     Raises:

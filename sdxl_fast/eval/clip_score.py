@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.eval.features import check_images
+from sdxl_fast.eval.patches import PATCH, centre_patch
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP and its heirs
 
@@ -57,6 +58,15 @@ class Clip:
         """
         check_images(images)
         return torch.cat([self._pictures(part) for part in images.split(self.batch_size)])
+
+    @property
+    def patch_side(self) -> int:
+        """The side of its input, but not more than FID-Patch's 299 pixels."""
+        return min(PATCH, self.size)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Embeddings of the middle `patch_side` pixels as they are; smaller pictures are resized as whole ones."""
+        return self(centre_patch(images, self.patch_side))
 
     def _pictures(self, images: Tensor) -> Tensor:
         x = images.to(self.device, torch.float32)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.errors import UnavailableError
+from sdxl_fast.eval.patches import PATCH, centre_patch
 from sdxl_fast.files import file_sha256
 
 DIMENSIONS = 1280
@@ -45,6 +46,15 @@ class Extractor(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def provenance(self) -> dict[str, str | int]: ...
+
+
+class PatchExtractor(Extractor, Protocol):
+    """One that also sees texture: features of the middle `patch_side` pixels of pictures at native resolution."""
+
+    @property
+    def patch_side(self) -> int: ...
+
+    def patches(self, images: Tensor) -> Tensor: ...
 
 
 class FeatureExtractor:
@@ -94,11 +104,30 @@ class FeatureExtractor:
             float32 [N, 1280] on the CPU, values in 0..6 (the last activation is ReLU6).
         """
         check_images(images)
-        return torch.cat([self._batch(part) for part in images.split(self.batch_size)])
+        return self._features(images, self.input_size)
 
-    def _batch(self, images: Tensor) -> Tensor:
+    @property
+    def patch_side(self) -> int:
+        """What `patches` sees of FID-Patch's 299 px: the network's padding fits multiples of 32."""
+        return PATCH // 32 * 32
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Features of the middle `patch_side` pixels as they are; of smaller pictures, those of the whole.
+
+        Of 48 grainy pictures that lose everything finer than 2 px, the kernel distance to 48 others is 18 times its
+        standard error, where resizing the middle to 128 px leaves 4.
+
+        Args, returns: as of a call.
+        """
+        patch = centre_patch(check_images(images), self.patch_side)
+        small = min(patch.shape[-2:]) < self.patch_side
+        return self._features(patch, self.input_size if small else self.patch_side)
+
+    def _features(self, images: Tensor, side: int) -> Tensor:
+        return torch.cat([self._batch(part, (side, side)) for part in images.split(self.batch_size)])
+
+    def _batch(self, images: Tensor, size: tuple[int, int]) -> Tensor:
         x = images.to(self.device, torch.float32)
-        size = (self.input_size, self.input_size)
         if x.shape[-2:] != size:
             x = functional.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
         x = ((x - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)

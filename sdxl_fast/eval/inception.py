@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sdxl_fast.errors import UnavailableError
 from sdxl_fast.eval.features import check_images
+from sdxl_fast.eval.patches import PATCH, centre_patch
 from sdxl_fast.files import file_sha256
 
 
@@ -53,3 +54,12 @@ class Inception:
         check_images(images)
         pixels = (images * 255.0).round().byte()
         return torch.cat([self.net(part.to(self.device))[0].float().cpu() for part in pixels.split(self.batch_size)])
+
+    @property
+    def patch_side(self) -> int:
+        """FID-Patch's, which is the network's own input."""
+        return PATCH
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Features of the middle 299 pixels as they are; smaller pictures are resized as whole ones."""
+        return self(centre_patch(images))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures sets of pictures of the same prompts against real ones, as SDXL-Lightning §4 does.
 
-FID-Whole is the Fréchet distance of whole pictures, which the feature network resizes; FID-Patch that of the middle 299
-pixels at native resolution, which sees texture that resizing hides. Both are "FID" only with Inception's features; a
-report names the network. Sets with no more pictures than features have no covariance: the unbiased kernel distance
-stands beside it for any size.
+FID-Whole is the Fréchet distance of whole pictures, which the feature network resizes; FID-Patch that of their middle
+at native resolution, 299 pixels or as many of them as the network takes, which sees texture that resizing hides. Both
+are "FID" only with Inception's features; a report names the network. Sets with no more pictures
+than features have no covariance: the unbiased kernel distance stands beside it for any size.
 
 Retrieval is text-to-image: how often a picture's own prompt is the nearest of all prompts to it, by CLIP (R-precision,
 Park et al. 2021). Diversity is the distance within a prompt that has several pictures, in content and in layout.
@@ -25,9 +25,9 @@ from torch.nn import functional
 from sdxl_fast.eval import kid, retrieval
 from sdxl_fast.eval.clip_score import Clip, clip_scores
 from sdxl_fast.eval.diversity import LAYOUT_SIZE, within_prompt_diversity
-from sdxl_fast.eval.features import Extractor
+from sdxl_fast.eval.features import PatchExtractor
 from sdxl_fast.eval.frechet import frechet_distance
-from sdxl_fast.eval.prompt_set import batches, centre_patch, read_picture
+from sdxl_fast.eval.prompt_set import batches, read_picture
 from sdxl_fast.eval.report import environment
 from sdxl_fast.eval.sharpness import laplacian_variance
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
@@ -66,12 +66,12 @@ class Measured:
         self.count = len(self.whole)
 
 
-def measure(files: Sequence[Path], extract: Extractor, clip: Clip | None = None) -> Measured:
+def measure(files: Sequence[Path], extract: PatchExtractor, clip: Clip | None = None) -> Measured:
     """Reads a set once, batch by batch; pictures may differ in size."""
     whole, patch, seen, edges, layouts, sizes = [], [], [], [], [], set()
     for images in batches(files):
         whole.append(extract(images))
-        patch.append(extract(centre_patch(images)))
+        patch.append(extract.patches(images))
         sizes.add((images.shape[2], images.shape[3]))
         edges.append(laplacian_variance(images))
         layouts.append(functional.adaptive_avg_pool2d(images, LAYOUT_SIZE))
@@ -143,23 +143,26 @@ def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The table and what its numbers are."""
+    inputs = report["inputs"]
     header = ["", "images", *(title for _, title, _ in _COLUMNS)]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
     for name, row in report["rows"].items():
         cells = [name, str(row["images"]), *(_cell(row, key, digits) for key, _, digits in _COLUMNS)]
         lines.append("| " + " | ".join(cells) + " |")
-    inputs = report["inputs"]
-    lines += [
-        "",
+    return "\n".join([*lines, "", *_notes(inputs)]) + "\n"
+
+
+def _notes(inputs: Mapping[str, Any]) -> list[str]:
+    """What the columns are."""
+    patch = f"the middle {inputs['patch']['side']} px at native resolution"
+    return [
         f"{inputs['prompts']} prompts, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
-        f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: the middle 299 px at "
-        f"native resolution. CLIP score: 100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how "
-        "often a picture's own prompt is the nearest by it. Sharpness: the Laplacian's variance over that of the real "
-        "pictures, where all have one size. Diversity: 1 - cosine of the features, and root mean square difference at "
-        "16 x 16, between pictures of one prompt. –: not measured, too few pictures for a covariance, or one picture a "
-        "prompt.",
+        f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: {patch}. CLIP score: "
+        f"100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how often a picture's own prompt is "
+        "the nearest by it. Sharpness: the Laplacian's variance over that of the real pictures, where all have one "
+        "size. Diversity: 1 - cosine of the features, and root mean square difference at 16 x 16, between pictures of "
+        "one prompt. –: not measured, too few pictures for a covariance, or one picture a prompt.",
     ]
-    return "\n".join(lines) + "\n"
 
 
 def write_report(
@@ -167,7 +170,7 @@ def write_report(
     sets: Mapping[str, Sequence[Path]],
     prompts: Sequence[str],
     *,
-    extract: Extractor,
+    extract: PatchExtractor,
     reference: Sequence[Path] = (),
     clip: Clip | None = None,
     seed: int = 0,
@@ -198,6 +201,7 @@ def write_report(
             "pictures_per_row": len(prompts),
             "seed": seed,
             "features": extract.provenance(),
+            "patch": {"side": extract.patch_side},
             "clip": None if clip is None else clip.source,
             "reference": f"{len(reference)} real pictures" if reference else None,
         },

@@ -21,7 +21,6 @@ from sdxl_fast.eval.sources import Generate
 from sdxl_fast.files import replacing
 from sdxl_fast.random import derive_seed
 
-PATCH = 299  # side of FID-Patch's centre crop, pixels (SDXL-Lightning §4)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -117,10 +116,3 @@ def batches(files: Sequence[Path], size: int = 16) -> Iterator[Tensor]:
         waiting.append(picture)
     if waiting:
         yield torch.stack(waiting)
-
-
-def centre_patch(images: Tensor, side: int = PATCH) -> Tensor:
-    """The middle `side` x `side` pixels at native resolution, [N, 3, side, side]; a smaller picture as it is."""
-    height, width = images.shape[-2:]
-    top, left = max(0, (height - side) // 2), max(0, (width - side) // 2)
-    return images[..., top : top + min(side, height), left : left + min(side, width)]

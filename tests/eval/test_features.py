@@ -58,6 +58,22 @@ def test_shapes_are_found_again_blur_and_grain_are_seen(extract: FeatureExtracto
         assert farther > 3 * error
 
 
+def test_patches_are_seen_as_they_are(extract: FeatureExtractor) -> None:
+    """The middle 288 px, not resized: stripes that an input of 96 px cannot show are seen; of small pictures, all."""
+    images = torch.rand(2, 3, 300, 400, generator=torch.Generator().manual_seed(0))
+    assert extract.patch_side == 288
+    with torch.inference_mode():
+        by_hand = extract.net.extract_features((images[..., 6:294, 56:344] * 255.0 - 127.0) / 128.0).mean((2, 3))
+    assert torch.allclose(extract.patches(images), by_hand, atol=1e-4)
+    small = images[..., :64, :64]
+    assert torch.equal(extract.patches(small), extract(small))
+    stripes = torch.full((1, 3, 299, 299), 0.3)
+    stripes[..., ::2] = 0.7
+    flat = torch.full_like(stripes, 0.5)
+    seen, hidden = ((f(stripes) - f(flat)).norm() / f(flat).norm() for f in (extract.patches, extract))
+    assert seen > 5 * hidden
+
+
 def test_provenance_names_the_weights(extract: FeatureExtractor) -> None:
     facts = extract.provenance()
     assert facts["weights_sha256"] == "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.eval.clip_score import Clip, clip_scores
+from sdxl_fast.eval.patches import centre_patch
 from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import pictures_of
 from sdxl_fast.eval.sheets import to_pil
@@ -39,6 +40,11 @@ class Mean:
 
     def provenance(self) -> dict[str, str | int]:
         return {"network": "means"}
+
+    patch_side = 16
+
+    def patches(self, images: Tensor) -> Tensor:
+        return self(centre_patch(images, self.patch_side))
 
 
 def test_blur_shows_in_the_patch_and_in_sharpness(tmp_path: Path) -> None:
@@ -79,6 +85,12 @@ def test_clip_embeds_like_transformers(clip_folder: Path) -> None:
         clip_scores(torch.zeros(2, 3), torch.zeros(3, 3))
 
 
+def test_clip_sees_the_middle_at_native_resolution(clip_folder: Path) -> None:
+    clip = Clip(str(clip_folder))
+    images = torch.rand(2, 3, 40, 64, generator=torch.Generator().manual_seed(1))
+    assert clip.patch_side == 32 and torch.equal(clip.patches(images), clip(images[..., 4:36, 16:48]))
+
+
 def test_the_report_says_what_it_measured(tmp_path: Path, clip_folder: Path) -> None:
     sets = {"1 step": _noise(tmp_path / "one", 11, (24, 32), seed=0)}
     reference = _noise(tmp_path / "real", 11, (24, 32), seed=7)
@@ -88,6 +100,7 @@ def test_the_report_says_what_it_measured(tmp_path: Path, clip_folder: Path) -> 
     assert row["images"] == 11 and row["clip_score"] is not None and row["fid_patch"] is not None
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     text = (tmp_path / "out" / "report.md").read_text()
+    assert "the middle 16 px at native resolution" in text
     assert "| 1 step | 11 |" in text and "11 prompts" in text and str(clip_folder) in text
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sdxl_fast.errors import DataError
-from sdxl_fast.eval.prompt_set import batches, centre_patch, draw_set, pictures_of, read_prompts
+from sdxl_fast.eval.patches import centre_patch
+from sdxl_fast.eval.prompt_set import batches, draw_set, pictures_of, read_prompts
 from sdxl_fast.eval.sheets import to_pil
 
 PROMPTS = [f"prompt {k}" for k in range(11)]
