@@ -14,6 +14,8 @@ from sdxl_fast.eval.features import check_images
 from sdxl_fast.eval.patches import PATCH, centre_patch
 from sdxl_fast.files import file_sha256
 
+NETWORK = "Inception v3 (torch-fidelity)"
+
 
 class Inception:
     """The Inception of the original FID, 2048 features; pictures are rounded to 8 bits and resized to 299 px inside.
@@ -46,7 +48,7 @@ class Inception:
         digest = "torch-fidelity's own"
         if self.path is not None:
             digest = file_sha256(self.path)
-        return {"network": "Inception v3 (torch-fidelity)", "weights_sha256": digest, "input_size": 299}
+        return {"network": NETWORK, "weights_sha256": digest, "input_size": 299}
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:

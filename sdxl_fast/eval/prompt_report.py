@@ -3,7 +3,7 @@
 
 FID-Whole is the Fréchet distance of whole pictures, which the feature network resizes; FID-Patch that of their middle
 at native resolution, 299 pixels or as many of them as the network takes, which sees texture that resizing hides. Both
-are "FID" only with Inception's features; a report names the network. Sets with no more pictures
+are called so only with Inception's features, else "Fréchet"; a report names the network. Sets with no more pictures
 than features have no covariance: the unbiased kernel distance stands beside it for any size.
 
 Retrieval is text-to-image: how often a picture's own prompt is the nearest of all prompts to it, by CLIP (R-precision,
@@ -27,6 +27,7 @@ from sdxl_fast.eval.clip_score import Clip, clip_scores
 from sdxl_fast.eval.diversity import LAYOUT_SIZE, within_prompt_diversity
 from sdxl_fast.eval.features import PatchExtractor
 from sdxl_fast.eval.frechet import frechet_distance
+from sdxl_fast.eval.inception import NETWORK as INCEPTION
 from sdxl_fast.eval.prompt_set import batches, read_picture
 from sdxl_fast.eval.report import environment
 from sdxl_fast.eval.sharpness import laplacian_variance
@@ -35,8 +36,8 @@ from sdxl_fast.files import replacing
 
 SHEET_ROWS = 8
 _COLUMNS = (
-    ("fid_whole", "FID-Whole", 2),
-    ("fid_patch", "FID-Patch", 2),
+    ("frechet_whole", "{}-Whole", 2),
+    ("frechet_patch", "{}-Patch", 2),
     ("kid_whole", "KID ×10³", 2),
     ("kid_patch", "KID-Patch ×10³", 2),
     ("clip_score", "CLIP score", 2),
@@ -117,7 +118,7 @@ def compare(
         ours, theirs = getattr(found, name), getattr(real, name)
         smaller = min(len(ours), len(theirs))
         if smaller > ours.shape[1]:
-            row[f"fid_{name}"] = frechet_distance(ours, theirs)
+            row[f"frechet_{name}"] = frechet_distance(ours, theirs)
         if smaller >= 4:
             distance = kid.kernel_distance(ours, theirs, blocks=min(kid.BLOCKS, smaller // 2))
             row[f"kid_{name}"], row[f"kid_{name}_error"] = distance.value, distance.standard_error
@@ -144,7 +145,8 @@ def _cell(row: Mapping[str, Any], name: str, digits: int) -> str:
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The table and what its numbers are."""
     inputs = report["inputs"]
-    header = ["", "images", *(title for _, title, _ in _COLUMNS)]
+    distance = "FID" if inputs["features"]["network"] == INCEPTION else "Fréchet"
+    header = ["", "images", *(title.format(distance) for _, title, _ in _COLUMNS)]
     lines = ["| " + " | ".join(header) + " |", "|" + "|".join(["---"] + ["---:"] * (len(header) - 1)) + "|"]
     for name, row in report["rows"].items():
         cells = [name, str(row["images"]), *(_cell(row, key, digits) for key, _, digits in _COLUMNS)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.eval.clip_score import Clip, clip_scores
+from sdxl_fast.eval.inception import NETWORK
 from sdxl_fast.eval.patches import centre_patch
 from sdxl_fast.eval.prompt_report import Measured, compare, measure, write_report
 from sdxl_fast.eval.prompt_set import pictures_of
@@ -52,10 +53,10 @@ def test_blur_shows_in_the_patch_and_in_sharpness(tmp_path: Path) -> None:
     same, soft = (_noise(tmp_path / f"{b}", 60, (24, 24), seed=1, blur=b) for b in (False, True))
     same_row, blurred = (compare(measure(files, Mean()), real, None) for files in (same, soft))
     assert 0.8 < same_row["sharpness"] < 1.2 and blurred["sharpness"] < 0.3
-    assert blurred["fid_whole"] > 3 * same_row["fid_whole"] > 0
+    assert blurred["frechet_whole"] > 3 * same_row["frechet_whole"] > 0
     assert same_row["clip_score"] is None
     few = compare(measure(same[:5], Mean()), real, None)
-    assert few["fid_whole"] is None and few["kid_whole"] is not None
+    assert few["frechet_whole"] is None and few["kid_whole"] is not None
 
 
 def test_sharpness_is_not_compared_across_sizes(tmp_path: Path) -> None:
@@ -97,12 +98,25 @@ def test_the_report_says_what_it_measured(tmp_path: Path, clip_folder: Path) -> 
     clip = Clip(str(clip_folder))
     report = write_report(tmp_path / "out", sets, PROMPTS, extract=Mean(), reference=reference, clip=clip)
     row = report["rows"]["1 step"]
-    assert row["images"] == 11 and row["clip_score"] is not None and row["fid_patch"] is not None
+    assert row["images"] == 11 and row["clip_score"] is not None and row["frechet_patch"] is not None
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     text = (tmp_path / "out" / "report.md").read_text()
     assert "the middle 16 px at native resolution" in text
     assert "| 1 step | 11 |" in text and "11 prompts" in text and str(clip_folder) in text
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+
+def test_fid_is_said_of_inception_alone(tmp_path: Path) -> None:
+    files = _noise(tmp_path / "one", 11, (24, 32), seed=0)
+
+    class Inception(Mean):
+        def provenance(self) -> dict[str, str | int]:
+            return {"network": NETWORK}
+
+    for extract, title in ((Mean(), "Fréchet"), (Inception(), "FID")):
+        write_report(tmp_path / title, {"1 step": files}, PROMPTS, extract=extract, reference=files)
+        text = (tmp_path / title / "report.md").read_text()
+        assert f"| {title}-Whole | {title}-Patch |" in text and ("FID" in text) == (title == "FID")
 
 
 def test_retrieval_and_diversity_within_a_prompt() -> None:
