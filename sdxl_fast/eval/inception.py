@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdxl_fast.errors import UnavailableError
+from sdxl_fast.errors import ModelError, UnavailableError
 from sdxl_fast.eval.features import check_images
 from sdxl_fast.eval.patches import PATCH, centre_patch
 from sdxl_fast.files import file_sha256
@@ -26,22 +26,17 @@ class Inception:
         batch_size: pictures per pass.
 
     Raises:
-        UnavailableError: torch-fidelity is missing (extra `eval`).
+        UnavailableError: torch-fidelity is missing (extra `eval`) or cannot be imported, or its weights not be fetched.
+        ModelError: a file that does not hold its weights.
+        OSError: no such file.
     """
 
     def __init__(
         self, weights: str | Path | None = None, *, device: torch.device | str = "cpu", batch_size: int = 16
     ) -> None:
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ModuleNotFoundError as error:
-            raise UnavailableError(f"{error.name} is missing; pip install 'sdxl_fast[eval]' brings it") from error
-        path = None if weights is None else str(weights)
-        if path is not None:
-            torch.load(path, map_location="cpu", weights_only=True)  # refuses a pickle that holds more than tensors
-        net: Any = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
-        self.net = net.to(device)
-        self.path, self.device, self.batch_size = path, torch.device(device), batch_size
+        self.path = None if weights is None else str(weights)
+        self.net = _network(self.path).to(device)
+        self.device, self.batch_size = torch.device(device), batch_size
 
     def provenance(self) -> dict[str, str | int]:
         """What decides the features' values, for reports."""
@@ -65,3 +60,25 @@ class Inception:
     def patches(self, images: Tensor) -> Tensor:
         """Features of the middle 299 pixels as they are; smaller pictures are resized as whole ones."""
         return self(centre_patch(images))
+
+
+def _network(path: str | None) -> Any:
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"{error.name} is missing; pip install 'sdxl_fast[eval]' brings it") from error
+    except (ImportError, RuntimeError, AttributeError) as error:  # what a torchvision of another torch raises
+        remedy = f"its torchvision has to be built for torch {torch.__version__}"
+        raise UnavailableError(f"torch-fidelity cannot be imported ({error}); {remedy}") from error
+    if path is None:
+        try:
+            return FeatureExtractorInceptionV3("inception", ["2048"])
+        except OSError as error:
+            raise UnavailableError(f"Inception's weights cannot be fetched ({error}); give inception:FILE") from error
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)  # refuses a pickle that holds more than tensors
+        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=path)
+    except OSError:
+        raise
+    except Exception as error:  # unpickling raises anything
+        raise ModelError(f"{path}: does not hold the weights of torch-fidelity's Inception ({error})") from error
