@@ -30,6 +30,10 @@ def evaluate(
     features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = "efficientnet-lite0",
     clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
     batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
+    resize: Annotated[str, typer.Option(help="Of inception: bicubic, as clean-fid, or tf1, as its own.")] = "bicubic",
+    patch_from: Annotated[
+        int | None, typer.Option(help="Enlarge smaller pictures to it before the patch: 1024.")
+    ] = None,
     per_prompt: Annotated[int, typer.Option(help="Of --prompts: pictures of each, for diversity.")] = 1,
 ) -> None:
     """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
@@ -44,6 +48,8 @@ def evaluate(
                 steps=tuple(steps or ()),
                 reference=reference,
                 features=features,
+                resize=resize,
+                patch_from=patch_from,
                 clip=clip,
                 num_images=num_images,
                 per_prompt=per_prompt,
@@ -87,6 +93,8 @@ class PromptOptions:
     steps: tuple[int, ...]
     reference: Path | None
     features: str
+    resize: str
+    patch_from: int | None
     clip: str | None
     num_images: int
     per_prompt: int
@@ -96,13 +104,15 @@ class PromptOptions:
     device: str | None
 
 
-def feature_network(name: str, device: torch.device | str) -> PatchExtractor:
+def feature_network(name: str, device: torch.device | str, *, resize: str = "bicubic") -> PatchExtractor:
     """`efficientnet-lite0`, `inception` (its weights downloaded), `inception:FILE`, or `clip:FOLDER-OR-ID`.
 
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a `resize` that it does not have.
     """
     kind, _, source = name.partition(":")
+    if resize != "bicubic" and kind != "inception":
+        raise ValueError(f"--resize is {resize!r}, which is of inception; --features {name} has bicubic alone")
     if kind == "efficientnet-lite0" and not source:
         from .eval.features import FeatureExtractor
 
@@ -110,7 +120,7 @@ def feature_network(name: str, device: torch.device | str) -> PatchExtractor:
     if kind == "inception":
         from .eval.inception import Inception
 
-        return Inception(source or None, device=device)
+        return Inception(source or None, resize=resize, device=device)
     if kind == "clip" and source:
         from .eval.clip_score import Clip
 
@@ -141,5 +151,14 @@ def run(options: PromptOptions) -> dict[str, Any]:
             folder, prompts, row.generate, seed=options.seed, batch=options.batch, settings=row.settings
         )
     clip = None if options.clip is None else Clip(options.clip, device=device)
-    extract = feature_network(options.features, device)
-    return write_report(options.out, sets, prompts, extract=extract, reference=reference, clip=clip, seed=options.seed)
+    extract = feature_network(options.features, device, resize=options.resize)
+    return write_report(
+        options.out,
+        sets,
+        prompts,
+        extract=extract,
+        reference=reference,
+        clip=clip,
+        patch_from=options.patch_from,
+        seed=options.seed,
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sdxl_fast.errors import ModelError, UnavailableError
 from sdxl_fast.eval.features import check_images
@@ -15,42 +16,61 @@ from sdxl_fast.eval.patches import PATCH, centre_patch
 from sdxl_fast.files import file_sha256
 
 NETWORK = "Inception v3 (torch-fidelity)"
+SIDE = 299
+RESIZES = {"bicubic": "bicubic, antialiased", "tf1": "bilinear of TensorFlow 1, not antialiased"}
 
 
 class Inception:
-    """The Inception of the original FID, 2048 features; pictures are rounded to 8 bits and resized to 299 px inside.
+    """The Inception of the original FID, 2048 features.
 
     Args:
         weights: file of torch-fidelity's weights; None lets it download them.
+        resize: how pictures come to its 299 px. "bicubic": antialiased, as clean-fid does (Parmar et al. 2022), which
+            SDXL-Lightning §4 cites; rounded to 8 bits after it, because the network takes nothing else, where clean-fid
+            keeps the fractions. "tf1": torch-fidelity's own, TensorFlow 1's bilinear without antialiasing.
         device: where it runs.
         batch_size: pictures per pass.
 
     Raises:
+        ValueError: another `resize`.
         UnavailableError: torch-fidelity is missing (extra `eval`) or cannot be imported, or its weights not be fetched.
         ModelError: a file that does not hold its weights.
         OSError: no such file.
     """
 
     def __init__(
-        self, weights: str | Path | None = None, *, device: torch.device | str = "cpu", batch_size: int = 16
+        self,
+        weights: str | Path | None = None,
+        *,
+        resize: str = "bicubic",
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
     ) -> None:
+        if resize not in RESIZES:
+            raise ValueError(f"resize is {resize!r}; allowed: {', '.join(RESIZES)}")
         self.path = None if weights is None else str(weights)
         self.net = _network(self.path).to(device)
-        self.device, self.batch_size = torch.device(device), batch_size
+        self.resize, self.device, self.batch_size = resize, torch.device(device), batch_size
 
     def provenance(self) -> dict[str, str | int]:
         """What decides the features' values, for reports."""
         digest = "torch-fidelity's own"
         if self.path is not None:
             digest = file_sha256(self.path)
-        return {"network": NETWORK, "weights_sha256": digest, "input_size": 299}
+        return {"network": NETWORK, "weights_sha256": digest, "input_size": SIDE, "resize": RESIZES[self.resize]}
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """float [N, 3, H, W] in 0..1 to float32 [N, 2048] on the CPU."""
         check_images(images)
-        pixels = (images * 255.0).round().byte()
-        return torch.cat([self.net(part.to(self.device))[0].float().cpu() for part in pixels.split(self.batch_size)])
+        return torch.cat([self._batch(part) for part in images.split(self.batch_size)])
+
+    def _batch(self, images: Tensor) -> Tensor:
+        x = images.to(self.device, torch.float32)
+        if self.resize == "bicubic" and x.shape[-2:] != (SIDE, SIDE):
+            x = functional.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        features: Tensor = self.net((x.clamp(0.0, 1.0) * 255.0).round().byte())[0]
+        return features.float().cpu()
 
     @property
     def patch_side(self) -> int:

@@ -28,6 +28,7 @@ from sdxl_fast.eval.diversity import LAYOUT_SIZE, within_prompt_diversity
 from sdxl_fast.eval.features import PatchExtractor
 from sdxl_fast.eval.frechet import frechet_distance
 from sdxl_fast.eval.inception import NETWORK as INCEPTION
+from sdxl_fast.eval.patches import enlarged
 from sdxl_fast.eval.prompt_set import batches, read_picture
 from sdxl_fast.eval.report import environment
 from sdxl_fast.eval.sharpness import laplacian_variance
@@ -67,12 +68,17 @@ class Measured:
         self.count = len(self.whole)
 
 
-def measure(files: Sequence[Path], extract: PatchExtractor, clip: Clip | None = None) -> Measured:
-    """Reads a set once, batch by batch; pictures may differ in size."""
+def measure(
+    files: Sequence[Path], extract: PatchExtractor, clip: Clip | None = None, *, patch_from: int | None = None
+) -> Measured:
+    """Reads a set once, batch by batch; pictures may differ in size.
+
+    Those smaller than `patch_from` pixels are enlarged to them before their middle is cut out.
+    """
     whole, patch, seen, edges, layouts, sizes = [], [], [], [], [], set()
     for images in batches(files):
         whole.append(extract(images))
-        patch.append(extract.patches(images))
+        patch.append(extract.patches(enlarged(images, patch_from)))
         sizes.add((images.shape[2], images.shape[3]))
         edges.append(laplacian_variance(images))
         layouts.append(functional.adaptive_avg_pool2d(images, LAYOUT_SIZE))
@@ -156,10 +162,13 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 def _notes(inputs: Mapping[str, Any]) -> list[str]:
     """What the columns are."""
-    patch = f"the middle {inputs['patch']['side']} px at native resolution"
+    features, patch = inputs["features"], f"the middle {inputs['patch']['side']} px at native resolution"
+    if inputs["patch"]["from"] is not None:
+        patch += f", of all pictures below {inputs['patch']['from']} px after enlarging them to it (bicubic)"
+    resize = f"Whole: resized to {features['input_size']} px ({features.get('resize', 'bicubic, antialiased')})"
     return [
         f"{inputs['prompts']} prompts, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
-        f"{inputs['features']['network']} to {inputs['reference'] or 'no real pictures'}; Patch: {patch}. CLIP score: "
+        f"{features['network']} to {inputs['reference'] or 'no real pictures'}. {resize}; Patch: {patch}. CLIP score: "
         f"100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how often a picture's own prompt is "
         "the nearest by it. Sharpness: the Laplacian's variance over that of the real pictures, where all have one "
         "size. Diversity: 1 - cosine of the features, and root mean square difference at 16 x 16, between pictures of "
@@ -175,6 +184,7 @@ def write_report(
     extract: PatchExtractor,
     reference: Sequence[Path] = (),
     clip: Clip | None = None,
+    patch_from: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Measures sets of pictures of the same prompts and writes `report.json`, `report.md` and `contact_sheet.png`.
@@ -186,16 +196,18 @@ def write_report(
         extract: the feature network of the distances.
         reference: real pictures.
         clip: of the CLIP score.
+        patch_from: shorter side in pixels to which smaller pictures are enlarged before their middle is cut out.
         seed: which the sets were drawn with.
 
     Returns:
         the report, as written.
     """
-    real = measure(reference, extract) if reference else None
+    real = measure(reference, extract, patch_from=patch_from) if reference else None
     texts = None if clip is None else clip.texts(prompts)
     index = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
     asked = torch.tensor([index[prompt] for prompt in prompts])
-    rows = {name: compare(measure(files, extract, clip), real, texts, asked) for name, files in sets.items()}
+    found = {name: measure(files, extract, clip, patch_from=patch_from) for name, files in sets.items()}
+    rows = {name: compare(one, real, texts, asked) for name, one in found.items()}
     report: dict[str, Any] = {
         "rows": rows,
         "inputs": {
@@ -203,7 +215,7 @@ def write_report(
             "pictures_per_row": len(prompts),
             "seed": seed,
             "features": extract.provenance(),
-            "patch": {"side": extract.patch_side},
+            "patch": {"side": extract.patch_side, "from": patch_from},
             "clip": None if clip is None else clip.source,
             "reference": f"{len(reference)} real pictures" if reference else None,
         },

@@ -106,7 +106,15 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _options(tmp_path: Path, **given: Any) -> PromptOptions:
     (tmp_path / "prompts.txt").write_text("red square\ngreen disc\nblue ring\n")
     some = {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "model": None, "steps": (), "device": "cpu"}
-    some |= {"reference": None, "features": "efficientnet-lite0", "clip": None, "num_images": 2, "per_prompt": 1}
+    some |= {
+        "reference": None,
+        "features": "efficientnet-lite0",
+        "resize": "bicubic",
+        "patch_from": None,
+        "clip": None,
+        "num_images": 2,
+        "per_prompt": 1,
+    }
     return PromptOptions(**{**some, "seed": 0, "guidance": 5.0, "batch": 2, **given})
 
 

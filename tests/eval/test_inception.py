@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from sdxl_fast.cli_eval import feature_network
@@ -64,6 +66,25 @@ def test_pictures_come_as_bytes_in_batches(weights: Path) -> None:
     assert torch.equal(torch.cat(extract.net.seen), (images * 255).round().byte())
     assert extract.provenance()["network"] == NETWORK
     assert extract.provenance()["weights_sha256"] == file_sha256(weights)
+
+
+def test_whole_pictures_are_resized_as_by_clean_fid(weights: Path) -> None:
+    """Channel by channel by Pillow in floating point, clipped; or left to torch-fidelity, or refused."""
+    images = (_images(500, 400) * 255).round() / 255
+    extract = Inception(weights)
+    extract(images)
+    for image, seen in zip(images, extract.net.seen[0], strict=True):
+        for channel, found in zip(image, seen, strict=True):
+            picture = Image.fromarray((channel * 255).round().numpy()).resize((299, 299), Image.Resampling.BICUBIC)
+            assert abs(np.asarray(picture).clip(0, 255) - found.numpy()).max() < 0.51  # rounded, and float32's error
+    extract = Inception(weights, resize="tf1")
+    extract(images)
+    assert torch.equal(extract.net.seen[0], (images * 255).round().byte())
+    assert "bilinear" in str(extract.provenance()["resize"])
+    with pytest.raises(ValueError, match="allowed: bicubic, tf1"):
+        Inception(weights, resize="lanczos")
+    with pytest.raises(ValueError, match="--resize is 'tf1'"):
+        feature_network("efficientnet-lite0", "cpu", resize="tf1")
 
 
 def test_patches_are_the_middle_299_pixels(weights: Path) -> None:

@@ -40,7 +40,7 @@ class Mean:
         return torch.cat([images.mean((2, 3)), edges], dim=1)
 
     def provenance(self) -> dict[str, str | int]:
-        return {"network": "means"}
+        return {"network": "means", "input_size": 24}
 
     patch_side = 16
 
@@ -111,12 +111,30 @@ def test_fid_is_said_of_inception_alone(tmp_path: Path) -> None:
 
     class Inception(Mean):
         def provenance(self) -> dict[str, str | int]:
-            return {"network": NETWORK}
+            return {"network": NETWORK, "input_size": 299, "resize": "so or so"}
 
     for extract, title in ((Mean(), "Fréchet"), (Inception(), "FID")):
         write_report(tmp_path / title, {"1 step": files}, PROMPTS, extract=extract, reference=files)
         text = (tmp_path / title / "report.md").read_text()
+        assert f"Whole: resized to {'24 px (bicubic' if title == 'Fréchet' else '299 px (so or so)'}" in text
         assert f"| {title}-Whole | {title}-Patch |" in text and ("FID" in text) == (title == "FID")
+
+
+def test_patches_are_of_one_scale_if_asked_for(tmp_path: Path) -> None:
+    """The middle of pictures of half the side, enlarged, shows what that of the whole side does."""
+    large = [functional.interpolate(torch.rand(1, 3, 5, 5), size=(48, 64), mode="bicubic").clamp(0, 1) for _ in "abc"]
+    small = [functional.interpolate(image, size=(24, 32), mode="bicubic", antialias=True) for image in large]
+    files = {}
+    for name, pictures in {"large": large, "small": small}.items():
+        (tmp_path / name).mkdir()
+        for index, picture in enumerate(pictures):
+            to_pil(picture.clamp(0, 1))[0].save(tmp_path / name / f"{index}.png")
+        files[name] = pictures_of(tmp_path / name)
+    whole = measure(files["large"], Mean(), patch_from=48).patch
+    native, scaled = (measure(files["small"], Mean(), patch_from=side).patch for side in (None, 48))
+    assert (scaled - whole).abs().max() < 0.02 < (native - whole).abs().max()
+    write_report(tmp_path, {"1 step": files["small"]}, PROMPTS[:3], extract=Mean(), patch_from=48)
+    assert "below 48 px after enlarging them to it" in (tmp_path / "report.md").read_text()
 
 
 def test_retrieval_and_diversity_within_a_prompt() -> None:
