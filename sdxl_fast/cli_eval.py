@@ -131,27 +131,38 @@ def feature_network(name: str, device: torch.device | str, *, resize: str = "bic
 
 
 def run(options: PromptOptions) -> dict[str, Any]:
-    """Draws what is missing of every set, measures all, and writes the report."""
+    """Draws what is missing of every set, measures all, and writes the report.
+
+    Raises:
+        ValueError: options, files or packages that it could not do so with; nothing has been drawn then.
+    """
+    import torch
+
     from .cli_eval_rows import find_rows
     from .eval.clip_score import Clip
     from .eval.prompt_report import write_report
     from .eval.prompt_set import draw_set, pictures_of, read_prompts
+    from .inference.request import check_device
 
-    if options.per_prompt < 1:
-        raise ValueError(f"--per-prompt is {options.per_prompt}; allowed: 1 or more")
+    for name in ("num_images", "per_prompt", "batch"):
+        if (value := getattr(options, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
     several = -(-options.num_images // options.per_prompt)
     prompts = [text for text in read_prompts(options.prompts, several) for _ in range(options.per_prompt)]
     prompts = prompts[: options.num_images]
     reference = [] if options.reference is None else pictures_of(options.reference)
-    rows, device = find_rows(options)
+    device = check_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    extract = feature_network(options.features, device, resize=options.resize)  # before hours of drawing
+    clip = None if options.clip is None else Clip(options.clip, device=device)
+    if options.patch_from is not None and options.patch_from < extract.patch_side:
+        raise ValueError(f"--patch-from is {options.patch_from}; allowed: the patch's {extract.patch_side} px or more")
+    rows = find_rows(options, device)
     sets = {}
     for row in rows:
         folder = options.out / f"pictures-{row.settings['steps']}"
         sets[row.name] = draw_set(
             folder, prompts, row.generate, seed=options.seed, batch=options.batch, settings=row.settings
         )
-    clip = None if options.clip is None else Clip(options.clip, device=device)
-    extract = feature_network(options.features, device, resize=options.resize)
     return write_report(
         options.out,
         sets,

@@ -30,8 +30,8 @@ class Row:
     settings: dict[str, Any]
 
 
-def find_rows(options: PromptOptions) -> tuple[list[Row], str]:
-    """The rows, most steps first, and where they are drawn: a student in its counts, an undistilled UNet in any.
+def find_rows(options: PromptOptions, device: torch.device) -> list[Row]:
+    """The rows, most steps first, drawn on `device`: by a student in its counts, by an undistilled UNet in any.
 
     Raises:
         ValueError: a step count that a few-step model without its base was not distilled for, or no guidance.
@@ -39,20 +39,19 @@ def find_rows(options: PromptOptions) -> tuple[list[Row], str]:
     folder = loading.resolve(options.model)
     pipe: OneStepPipeline | None = None
     try:
-        pipe = OneStepPipeline.from_pretrained(options.model, device=options.device)
+        pipe = OneStepPipeline.from_pretrained(options.model, device=device)
     except NotFewStepError:
         if not options.guidance or not folder.is_dir():  # a plain pipeline draws with guidance, in any number of steps
             raise
     undistilled = pipe is None or (folder / "unet_base").is_dir()
     own = () if pipe is None else pipe.num_inference_steps
-    device = str(pipe.device) if pipe else options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
     @functools.cache
     def teacher() -> Teacher:  # loaded when it first draws, and once
         return Teacher(folder, guidance_scale=options.guidance, device=device)
 
     common = {"model": model_name(options.model), "weights_sha256": model_digest(folder)}
-    common["device"] = torch.device(device).type  # numbers differ a little between kinds of device
+    common["device"] = device.type  # numbers differ a little between kinds of device
     rows = []
     for count in sorted({*(options.steps or own or (32,))}, reverse=True):
         if pipe is not None and count in own:
@@ -65,7 +64,7 @@ def find_rows(options: PromptOptions) -> tuple[list[Row], str]:
             counts = ", ".join(map(str, own))
             lacks = "a --guidance above 0" if undistilled else "an undistilled UNet, which a folder has as unet_base"
             raise ValueError(f"--steps {count}: {folder.name} draws in {counts}; other step counts need {lacks}")
-    return rows, device
+    return rows
 
 
 def _student(pipe: OneStepPipeline, count: int) -> Generate:

@@ -6,10 +6,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from sdxl_fast import cli, cli_eval_rows
 from sdxl_fast.cli_eval import PromptOptions, feature_network
@@ -127,8 +130,8 @@ def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, m
             super().__init__(*arguments, **others)
 
     monkeypatch.setattr(cli_eval_rows, "Teacher", Counted)
-    rows, device = cli_eval_rows.find_rows(_options(tmp_path, model=str(plain_folder), steps=(1, 2, 1)))
-    assert ([row.name for row in rows], device, loaded) == (["2 steps", "1 step"], "cpu", [])
+    rows = cli_eval_rows.find_rows(_options(tmp_path, model=str(plain_folder), steps=(1, 2, 1)), torch.device("cpu"))
+    assert ([row.name for row in rows], loaded) == (["2 steps", "1 step"], [])
     two, one = (row.generate(["red square"], [3]) for row in rows)
     assert len(loaded) == 1 and (two - one).abs().max() > 0.01
 
@@ -170,3 +173,47 @@ def test_a_models_digest_is_of_what_it_is_loaded_from(tmp_path: Path, toy_folder
         (copy / name).write_bytes(content)
     assert model_digest(copy / "toy_4step_lora.safetensors") == file_sha256(copy / "toy_4step_lora.safetensors")
     assert model_digest(copy / "unet") != model_digest(copy / "unet_base")
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (("--features", "inceptionn"), "--features is 'inceptionn'; allowed"),
+        (("--features", "inception:none.pth"), "none.pth"),
+        (("--features", "inception"), "is missing; pip install"),
+        (("--clip", "no/such/folder"), "no/such/folder"),
+        (("--reference", "no-folder"), "no-folder"),
+        (("--patch-from", 64), "--patch-from is 64; allowed: the patch's 288 px or more"),
+        (("--device", "gpu"), "device"),
+        (("--batch", 0), "--batch is 0; allowed: 1 or more"),
+        (("--num-images", 0), "--num-images is 0; allowed: 1 or more"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_drawn(
+    mistake: tuple[object, ...],
+    message: str,
+    toy_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    if mistake[1] == "inception:none.pth":
+        _stand_in(monkeypatch)
+    elif mistake[1] == "inception":
+        monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "prompts.txt").write_text("red square\ngreen disc\n")
+    given = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--model", toy_folder, "--steps", 1)
+    assert message in _refused(capsys, *given, *mistake)
+    assert not (tmp_path / "out").exists()
+
+
+def _stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch-fidelity that can be imported."""
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    module = ModuleType(name)
+    module.FeatureExtractorInceptionV3 = None  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, name, module)
