@@ -25,20 +25,34 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_prompts(path: str | Path, limit: int | None = None) -> list[str]:
-    """Prompts of a file: one per line, or JSON lines with `text`; at most the first `limit`.
+    """Prompts of a file: one per line, or in a `.jsonl` JSON objects with `text`; at most the first `limit`.
+
+    UTF-8, with a byte order mark or without; empty lines are passed over.
 
     Raises:
-        DataError: no such file, no prompts, or a line without `text`.
+        DataError: no such file, another encoding, no prompts, or a line that is no object with `text`.
     """
     path = Path(path)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [json.loads(line)["text"] for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: cannot be read as prompts, one per line or JSON lines with text ({error})") from error
-    if not prompts:
+        content = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as prompts in UTF-8 ({error})") from error
+    lines = [(number, line.strip()) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
         raise DataError(f"{path} holds no prompts")
-    return prompts[:limit]
+    lines = lines[:limit]
+    return [_text_of(line, f"{path} line {number}") if path.suffix == ".jsonl" else line for number, line in lines]
+
+
+def _text_of(line: str, where: str) -> str:
+    """`text` of a JSON object; raises DataError for anything else."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is no JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str) or not row["text"].strip():
+        raise DataError(f'{where}: is {line[:80]}; allowed: an object whose text is not empty, as {{"text": "a cat"}}')
+    return row["text"].strip()
 
 
 def draw_set(

@@ -59,11 +59,23 @@ def test_prompt_files(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "a.txt", 2) == ["one", "two"]
     (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two", "id": 3}\n')
     assert read_prompts(tmp_path / "b.jsonl") == ["one", "two"]
-    (tmp_path / "c.jsonl").write_text('{"caption": "one"}\n')
-    (tmp_path / "d.txt").write_text("\n")
-    for name in ("c.jsonl", "d.txt", "none.txt"):
+    (tmp_path / "c.txt").write_bytes("one\r\n\u2028two\n".encode("utf-8-sig"))
+    assert read_prompts(tmp_path / "c.txt") == ["one", "two"], "neither a byte order mark nor ends of lines stay"
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    for name in ("empty.txt", "latin.txt", "none.txt"):
         with pytest.raises(DataError, match=name):
             read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "line", ['"a"', '["a"]', "7", '{"text": 5}', '{"text": " "}', '{"caption": "one"}', "{", "one"]
+)
+def test_a_line_without_text_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n' + line + "\n")
+    with pytest.raises(DataError, match=r"a\.jsonl line 3: is "):
+        read_prompts(tmp_path / "a.jsonl")
+    assert read_prompts(tmp_path / "a.jsonl", 1) == ["one"]
 
 
 def test_the_patch_is_the_middle_at_native_resolution() -> None:
