@@ -34,6 +34,23 @@ def test_frechet_distance(dimensions: int) -> None:
     assert frechet_distance(a, b) == pytest.approx(float(expected), rel=1e-6)
 
 
+def test_frechet_distance_of_singular_covariances() -> None:
+    """As a network gives them: 512 features, many zero, 9 always, spread over six orders, hardly more pictures."""
+    draw = np.random.default_rng(0)
+    mix = draw.normal(size=(512, 512)) * np.geomspace(1e-3, 2, 512)
+    x = np.maximum(draw.normal(size=(700, 512)) @ mix, 0)
+    y = np.maximum(draw.normal(size=(600, 512)) @ mix + 0.1, 0)
+    x[:, :9] = y[:, :9] = 0
+    covariances = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    assert max(np.linalg.matrix_rank(c) for c in covariances) <= 503
+    # the trace of the root is the sum of the eigenvalues' roots; sqrtm warns of singular matrices
+    root = np.sqrt(np.maximum(linalg.eigvals(covariances[0] @ covariances[1]).real, 0)).sum()
+    shift = x.mean(0) - y.mean(0)
+    expected = float(shift @ shift + np.trace(covariances[0] + covariances[1]) - 2 * root)
+    found = frechet_distance(torch.from_numpy(x), torch.from_numpy(y))
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
 def test_kernel_distance_is_the_u_statistic() -> None:
     a, b = _features(23, 5, 2), _features(31, 5, 3)
     x, y = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
