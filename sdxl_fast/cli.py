@@ -16,7 +16,18 @@ from .cli_calibrate import calibrate
 from .cli_data import prepare
 from .cli_eval import evaluate
 from .cli_export import export_app
-from .cli_options import DeviceOption, DtypeOption, ModelOption, load_pipeline, model_name, parse_loras
+from .cli_options import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    LoraOption,
+    ModelOption,
+    PresetOption,
+    SideOption,
+    load_pipeline,
+    model_name,
+    parse_loras,
+)
 from .errors import SdxlFastError
 from .files import replacing
 
@@ -44,19 +55,17 @@ app.add_typer(export_app, name="export")
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture or more each.")] = None,
     model: ModelOption = None,
-    base: Annotated[str | None, typer.Option(help="Pipeline that a --model which is a UNet or LoRA is for.")] = None,
+    base: BaseOption = None,
     steps: Annotated[int | None, typer.Option(help="1, 2, 4 or 8, as far as the model can.")] = None,
     seed: Annotated[int | None, typer.Option(help="Picture k of every prompt gets seed + k.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")] = None,
+    height: SideOption = None,
+    width: SideOption = None,
     out: Annotated[Path, typer.Option(help="A picture file, or a folder to put them in.")] = Path(),
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Which published checkpoint it is, if its name does not say.")
-    ] = None,
-    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE=WEIGHT; may be repeated.")] = None,
+    preset: PresetOption = None,
+    lora: LoraOption = None,
     vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, such as an AutoencoderTiny.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[

@@ -8,12 +8,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_options import DeviceOption, ModelOption, load_pipeline
+from .cli_options import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    LoraOption,
+    ModelOption,
+    PresetOption,
+    SideOption,
+    load_pipeline,
+    parse_loras,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from .eval.features import PatchExtractor
+
+FEATURES = "efficientnet-lite0"
 
 
 def evaluate(
@@ -24,44 +36,62 @@ def evaluate(
     steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Of the teacher, the base UNet in 32 steps; 0 leaves it out.")] = 5.0,
+    guidance: Annotated[float, typer.Option(help="Of an undistilled UNet, in 32 steps; 0 leaves it out.")] = 5.0,
     device: DeviceOption = None,
-    reference: Annotated[Path | None, typer.Option(help="Of --prompts: folder of real pictures.")] = None,
-    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = "efficientnet-lite0",
-    clip: Annotated[str | None, typer.Option(help="Of --prompts: folder or id of the CLIP for CLIP scores.")] = None,
-    batch: Annotated[int, typer.Option(help="Of --prompts: pictures drawn at once.")] = 8,
+    dtype: DtypeOption = None,
+    base: BaseOption = None,
+    preset: PresetOption = None,
+    lora: LoraOption = None,
+    height: SideOption = None,
+    width: SideOption = None,
+    reference: Annotated[Path | None, typer.Option(help="Folder of real pictures.")] = None,
+    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = FEATURES,
+    clip: Annotated[str | None, typer.Option(help="Folder or id of the CLIP for CLIP scores.")] = None,
     resize: Annotated[str, typer.Option(help="Of inception: bicubic, as clean-fid, or tf1, as its own.")] = "bicubic",
     patch_from: Annotated[
         int | None, typer.Option(help="Enlarge smaller pictures to it before the patch: 1024.")
     ] = None,
-    per_prompt: Annotated[int, typer.Option(help="Of --prompts: pictures of each, for diversity.")] = 1,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
+    per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt, for diversity.")] = 1,
 ) -> None:
-    """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped."""
+    """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped.
+
+    The options from --dtype on are of --prompts.
+    """
     if (data is None) == (prompts is None):
         raise ValueError("give --data for the emoji set or --prompts for a list of prompts, one of them")
+    of_prompts: dict[str, Any] = {
+        "dtype": dtype,
+        "base": base,
+        "preset": preset,
+        "loras": tuple(parse_loras(lora or [])),
+        "height": height,
+        "width": width,
+        "reference": reference,
+        "clip": clip,
+        "patch_from": patch_from,
+    }
     if prompts is not None:
-        run(
-            PromptOptions(
-                prompts=prompts,
-                out=out,
-                model=model,
-                steps=tuple(steps or ()),
-                reference=reference,
-                features=features,
-                resize=resize,
-                patch_from=patch_from,
-                clip=clip,
-                num_images=num_images,
-                per_prompt=per_prompt,
-                seed=seed,
-                guidance=guidance,
-                batch=batch,
-                device=device,
-            )
-        )
-        print(f"wrote {out / 'report.md'}")
-        return
-    assert data is not None
+        named: dict[str, Any] = {"model": model, "features": features, "resize": resize, "guidance": guidance}
+        numbers: dict[str, Any] = {"num_images": num_images, "per_prompt": per_prompt, "batch": batch, "seed": seed}
+        run(PromptOptions(prompts, out, tuple(steps or ()), device, **named, **numbers, **of_prompts))
+    elif given := [name.removesuffix("s").replace("_", "-") for name, value in of_prompts.items() if value]:
+        raise ValueError(f"--{given[0]} is of --prompts; leave it out with --data")
+    elif data is not None:
+        _evaluate_emoji(out, data, model, steps, num_images, seed, guidance, device)
+    print(f"wrote {out / 'report.md'}")
+
+
+def _evaluate_emoji(
+    out: Path,
+    data: Path,
+    model: str | None,
+    steps: list[int] | None,
+    num_images: int,
+    seed: int,
+    guidance: float,
+    device: str | None,
+) -> None:
     from .models import loading
 
     folder = loading.resolve(model)
@@ -80,28 +110,33 @@ def evaluate(
         teacher = sources.Teacher(folder, guidance_scale=guidance, prediction_type=base, device=pipe.device)
     chosen = steps or list(pipe.num_inference_steps)
     report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
-    print(f"wrote {out / 'report.md'}")
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What the command line says."""
+    """What the command line says; `loras` are files and their weights."""
 
     prompts: Path
     out: Path
-    model: str | None
     steps: tuple[int, ...]
+    device: str | None
+    model: str | None
+    base: str | None
+    preset: str | None
+    loras: tuple[tuple[str, float], ...]
+    height: int | None
+    width: int | None
+    dtype: str | None
+    guidance: float
+    seed: int
+    num_images: int
+    per_prompt: int
+    batch: int
     reference: Path | None
     features: str
     resize: str
     patch_from: int | None
     clip: str | None
-    num_images: int
-    per_prompt: int
-    seed: int
-    guidance: float
-    batch: int
-    device: str | None
 
 
 def feature_network(name: str, device: torch.device | str, *, resize: str = "bicubic") -> PatchExtractor:

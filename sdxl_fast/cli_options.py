@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from .inference import OneStepPipeline
 
 _DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
@@ -18,6 +20,10 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; a GPU if there is one.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16; by default what is fastest there.")]
+BaseOption = Annotated[str | None, typer.Option(help="Pipeline that a --model which is a UNet or LoRA is for.")]
+PresetOption = Annotated[str | None, typer.Option(help="Which published checkpoint it is, if its name does not say.")]
+LoraOption = Annotated[list[str] | None, typer.Option(help="FILE or FILE=WEIGHT; may be repeated.")]
+SideOption = Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")]
 
 
 def model_name(model: str | None) -> str:
@@ -41,15 +47,22 @@ def parse_loras(values: list[str]) -> list[tuple[str, float]]:
     return found
 
 
-def load_pipeline(model: str | None, device: str | None, dtype: str | None, **others: Any) -> OneStepPipeline:
-    """The pipeline; `others` are further arguments of `from_pretrained`."""
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
-    if model is not None and sys.stderr.isatty():  # seven gigabytes take a while
-        print(f"loading {model} ...", file=sys.stderr)
+def precision(dtype: str | None) -> torch.dtype | None:
+    """What `--dtype` says; None where it is left out. Raises ValueError for another."""
     import torch
 
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"--dtype is {dtype}; allowed: float32, bfloat16")
+    return None if dtype is None else getattr(torch, _DTYPES[dtype])
+
+
+def load_pipeline(
+    model: str | None, device: str | torch.device | None, dtype: str | None, **others: Any
+) -> OneStepPipeline:
+    """The pipeline; `others` are further arguments of `from_pretrained`."""
+    wanted = precision(dtype)
+    if model is not None and sys.stderr.isatty():  # seven gigabytes take a while
+        print(f"loading {model} ...", file=sys.stderr)
     from .inference import OneStepPipeline
 
-    precision = None if dtype is None else getattr(torch, _DTYPES[dtype])
-    return OneStepPipeline.from_pretrained(model, device=device, dtype=precision, **others)
+    return OneStepPipeline.from_pretrained(model, device=device, dtype=wanted, **others)

@@ -81,7 +81,8 @@ def draw_set(
     folder.mkdir(parents=True, exist_ok=True)
     wanted = {"seed": seed, **(settings or {}), "prompts": list(prompts)}
     record = folder / "settings.json"
-    if record.is_file():
+    files = [folder / f"{index:06d}.png" for index in range(len(prompts))]
+    if record.is_file() and any(folder.glob("*[0-9].png")):
         found = json.loads(record.read_text())
         other = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
         if other:
@@ -89,7 +90,6 @@ def draw_set(
     else:
         with replacing(record) as writing:
             writing.write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
-    files = [folder / f"{index:06d}.png" for index in range(len(prompts))]
     missing = [index for index, file in enumerate(files) if not file.is_file()]
     for start in tqdm(range(0, len(missing), batch), desc=folder.name, unit="batch", disable=not missing):
         chosen = missing[start : start + batch]

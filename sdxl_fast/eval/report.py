@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sdxl_fast
+from sdxl_fast.errors import ModelError
 from sdxl_fast.eval import dataset, kid, retrieval, sources, tables
 from sdxl_fast.eval.diversity import Diversity, within_prompt_diversity
 from sdxl_fast.eval.features import Extractor, FeatureExtractor, check_images
@@ -203,6 +204,9 @@ def model_digest(path: str | Path) -> str:
     Of a pipeline these are its networks, tokenizers, configurations and few-step LoRAs, not what else lies there.
     Content, because size and time change with a copy and stay with a file restored. SDXL's 7 GB take 12 s on one core
     (575 MiB/s), about as long as it takes to load them.
+
+    Raises:
+        ModelError: no such file, or a folder without a model.
     """
     path = Path(path)
     if path.is_file():
@@ -211,6 +215,8 @@ def model_digest(path: str | Path) -> str:
     if index.is_file():
         parts = (*loading.NETWORKS, "unet_base", *TOKENIZERS, "scheduler")
         files = [index, *find_loras(path).values(), *(file for name in parts for file in model_files(path / name))]
+    if not files:
+        raise ModelError(f"{path}: no such file, or a folder without a model")
     lines = [f"{file_sha256(file)}  {file.relative_to(path).as_posix()}\n" for file in sorted(files)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

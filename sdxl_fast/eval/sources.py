@@ -33,35 +33,45 @@ class Teacher:
     """The base model in many steps with classifier-free guidance, for comparison; plain diffusers modules.
 
     Args:
-        folder: diffusers SDXL folder; its `unet_base` if there is one, else its `unet`.
+        model: diffusers SDXL folder, of which it takes the `unet_base` if there is one, else the `unet`; or an
+            all-in-one file; or, with a `base`, a UNet alone or a LoRA.
         guidance_scale: u + scale (c - u), where u has both embeddings zeroed.
         num_steps: trailing steps.
-        prediction_type: of the base UNet; None is what the LoRAs on it say, or the scheduler of a folder without it.
-        device: where it runs, in float32.
+        prediction_type: of the base UNet; None is what the LoRAs on it say, or the scheduler where there is no such.
+        device: where it runs.
+        dtype: of the networks; latents move in float32.
+        base: folder or file that `model` belongs to.
+
+    Attributes:
+        size: height and width of its pictures in pixels, multiples of the VAE's factor; the native ones at first.
 
     Raises:
-        ModelError: not an SDXL folder, or unsafe or broken weights.
+        ModelError: not an SDXL model, or unsafe or broken weights.
     """
 
     def __init__(
         self,
-        folder: str | Path,
+        model: str | Path,
         *,
         guidance_scale: float,
         num_steps: int = 32,
         prediction_type: PredictionType | None = None,
         device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        base: Path | None = None,
     ) -> None:
-        folder, dtype = Path(folder), torch.float32
-        beside = (folder / "unet_base").is_dir()
+        path = Path(model)
+        beside = base is None and (path / "unet_base").is_dir()
         networks = [name for name in loading.NETWORKS if name != "unet" or not beside]
-        self.parts = loading.load(folder, networks=networks, dtype=dtype, device=device)
+        self.parts = loading.load(path, networks=networks, dtype=dtype, device=device, base=base)
         self.unet: Any = self.parts.unet
         if beside:
-            self.unet = loading.load_base_unet(folder, dtype=dtype, device=device)
+            self.unet = loading.load_base_unet(path, dtype=dtype, device=device)
+        self.factor = vae_scale_factor(self.parts.vae.config)
+        self.size = (self.unet.config.sample_size * self.factor,) * 2
         self.num_steps, self.guidance_scale = num_steps, guidance_scale
         self.prediction_type: PredictionType = prediction_type or self._declared_prediction_type()
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), dtype
 
     def _declared_prediction_type(self) -> PredictionType:
         own = self.parts.unet is not None
@@ -86,17 +96,16 @@ class Teacher:
             prompts, (parts.tokenizer, parts.tokenizer_2), (parts.text_encoder, parts.text_encoder_2)
         )
         condition = {"prompt_embeds": embeds, "pooled": pooled}
-        config = self.unet.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        side = config.sample_size * vae_scale_factor(parts.vae.config)
+        height, width = self.size
+        shape = (self.unet.config.in_channels, height // self.factor, width // self.factor)
 
         def network(x_t: Tensor, timesteps: Tensor, given: dict[str, Tensor]) -> Tensor:
-            ids = time_ids(side, side, batch=len(x_t), device=x_t.device)
+            ids = time_ids(height, width, batch=len(x_t), dtype=self.dtype, device=x_t.device)
             added = {"text_embeds": given["pooled"], "time_ids": ids}
             output: Tensor = self.unet(
-                x_t, timesteps, given["prompt_embeds"], added_cond_kwargs=added, return_dict=False
+                x_t.to(self.dtype), timesteps, given["prompt_embeds"], added_cond_kwargs=added, return_dict=False
             )[0]
-            return output
+            return output.float()
 
         zeros = {key: torch.zeros_like(value) for key, value in condition.items()}
         latents = sampling.sample(
@@ -105,7 +114,7 @@ class Teacher:
             schedule.trailing_timesteps(self.num_steps),
             prediction_type=self.prediction_type,
         )
-        return decode(parts.vae, latents)
+        return decode(parts.vae, latents.to(self.dtype))
 
 
 def decode(vae: torch.nn.Module, latents: Tensor) -> Tensor:

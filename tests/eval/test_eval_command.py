@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -108,16 +109,9 @@ def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _options(tmp_path: Path, **given: Any) -> PromptOptions:
     (tmp_path / "prompts.txt").write_text("red square\ngreen disc\nblue ring\n")
-    some = {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "model": None, "steps": (), "device": "cpu"}
-    some |= {
-        "reference": None,
-        "features": "efficientnet-lite0",
-        "resize": "bicubic",
-        "patch_from": None,
-        "clip": None,
-        "num_images": 2,
-        "per_prompt": 1,
-    }
+    some: dict[str, Any] = dict.fromkeys(field.name for field in fields(PromptOptions))
+    some |= {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "steps": (), "device": "cpu", "loras": ()}
+    some |= {"features": "efficientnet-lite0", "resize": "bicubic", "num_images": 2, "per_prompt": 1}
     return PromptOptions(**{**some, "seed": 0, "guidance": 5.0, "batch": 2, **given})
 
 
