@@ -203,6 +203,8 @@ def run(options: PromptOptions) -> dict[str, Any]:
         sets,
         prompts,
         extract=extract,
+        about={row.name: row.settings for row in rows},
+        source=options.prompts,
         reference=reference,
         clip=clip,
         patch_from=options.patch_from,

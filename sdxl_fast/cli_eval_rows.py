@@ -17,8 +17,10 @@ from .eval.sources import Generate, Teacher
 from .eval.tables import student_row
 from .inference import OneStepPipeline
 from .inference.adapters import Adapters
+from .inference.presets import Preset
 from .inference.request import check_size
 from .models import loading
+from .models.facts import TRAILING_EULER
 
 if TYPE_CHECKING:
     from .cli_eval import PromptOptions
@@ -61,11 +63,14 @@ def find_rows(options: PromptOptions, device: torch.device) -> list[Row]:
         if pipe is not None and count in own:
             size = check_size(options.height, options.width, pipe.default_size, pipe.vae_scale_factor)
             how = {"steps": count, "source": "student", "guidance": 0.0, "dtype": _word(pipe.dtype)}
+            how["scheduler"] = _scheduler(pipe.preset, count)
             rows.append(Row(student_row(count), _student(pipe, count, size), how | common))
         elif options.guidance and undistilled:
             dtype = _word(precision(options.dtype) or TEACHER_DTYPE)
             how = {"steps": count, "source": "undistilled", "guidance": options.guidance, "dtype": dtype}
-            rows.append(Row(student_row(count), _taught(teacher, count), how | common))
+            how["scheduler"] = TRAILING_EULER
+            name = f"{student_row(count)}, guidance {options.guidance:g}"
+            rows.append(Row(name, _taught(teacher, count), how | common))
         else:
             counts = ", ".join(map(str, own))
             lacks = "a --guidance above 0" if undistilled else "an undistilled UNet, which a folder has as unet_base"
@@ -94,6 +99,13 @@ def _common(options: PromptOptions, paths: dict[str, Path], device: torch.device
         "width": options.width,
         "device": device.type,  # numbers differ a little between kinds of device
     }
+
+
+def _scheduler(preset: Preset, count: int) -> str:
+    """What a student is sampled by: the pipeline's own preset, or the few-step LoRA beside it for another count."""
+    if count not in preset.steps:
+        return TRAILING_EULER
+    return f"{preset.scheduler}, timesteps {' '.join(map(str, preset.grid(count)))}"
 
 
 def _word(dtype: torch.dtype) -> str:

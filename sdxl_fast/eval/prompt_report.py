@@ -33,7 +33,7 @@ from sdxl_fast.eval.prompt_set import batches, read_picture
 from sdxl_fast.eval.report import environment
 from sdxl_fast.eval.sharpness import laplacian_variance
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
-from sdxl_fast.files import replacing
+from sdxl_fast.files import file_sha256, replacing
 
 SHEET_ROWS = 8
 _COLUMNS = (
@@ -106,6 +106,7 @@ def compare(
         asked: int64 [N], which of the distinct prompts each picture is of; None: of all different ones.
     """
     row: dict[str, Any] = {"images": found.count, "laplacian_variance": found.edges.mean().item()}
+    row["size"] = list(*found.sizes) if len(found.sizes) == 1 else None
     row.update(dict.fromkeys((name for name, _, _ in _COLUMNS)))
     if texts is not None and found.clip is not None:
         scores = clip_scores(found.clip, texts)
@@ -157,7 +158,22 @@ def to_markdown(report: Mapping[str, Any]) -> str:
     for name, row in report["rows"].items():
         cells = [name, str(row["images"]), *(_cell(row, key, digits) for key, _, digits in _COLUMNS)]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *_notes(inputs)]) + "\n"
+    origins = [_origin(name, row) for name, row in report["rows"].items() if "settings" in row]
+    return "\n".join([*lines, "", *origins, *([""] if origins else []), *_notes(inputs)]) + "\n"
+
+
+def _origin(name: str, row: Mapping[str, Any]) -> str:
+    """What drew a row, and how."""
+    how = row["settings"]
+    weights = {part: f"sha256 {digest[:12]}" for part, digest in how["weights_sha256"].items()}
+    model = f"{how['model']} ({weights.pop('model')})"
+    if how["base"] is not None:
+        model += f" on {how['base']} ({weights.pop('base')})"
+    loras = "".join(f", LoRA {lora} at {weight:g} ({weights[f'LoRA {lora}']})" for lora, weight in how["loras"].items())
+    guidance = f"guidance {how['guidance']:g}" if how["guidance"] else "no guidance"
+    size = "several sizes" if row["size"] is None else "{} x {} px (height x width)".format(*row["size"])
+    facts = (how["source"], guidance, how["scheduler"], f"{how['dtype']} on {how['device']}", size)
+    return f"- {name}: {model}{loras}, {', '.join(facts)}"
 
 
 def _notes(inputs: Mapping[str, Any]) -> list[str]:
@@ -165,10 +181,16 @@ def _notes(inputs: Mapping[str, Any]) -> list[str]:
     features, patch = inputs["features"], f"the middle {inputs['patch']['side']} px at native resolution"
     if inputs["patch"]["from"] is not None:
         patch += f", of all pictures below {inputs['patch']['from']} px after enlarging them to it (bicubic)"
+    given, real = inputs["reference"], "no real pictures"
+    if given is not None:
+        real = f"{given['pictures']} real pictures of {given['folder']}"
+    source = ""
+    if inputs["prompts_file"] is not None:
+        source = f" of {inputs['prompts_file']} (sha256 {inputs['prompts_sha256'][:12]})"
     resize = f"Whole: resized to {features['input_size']} px ({features.get('resize', 'bicubic, antialiased')})"
     return [
-        f"{inputs['prompts']} prompts, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
-        f"{features['network']} to {inputs['reference'] or 'no real pictures'}. {resize}; Patch: {patch}. CLIP score: "
+        f"{inputs['prompts']} prompts{source}, seed {inputs['seed']}. Fréchet and kernel distances on the features of "
+        f"{features['network']} to {real}. {resize}; Patch: {patch}. CLIP score: "
         f"100 times the cosine, of {inputs['clip'] or 'no network'}; retrieval: how often a picture's own prompt is "
         "the nearest by it. Sharpness: the Laplacian's variance over that of the real pictures, where all have one "
         "size. Diversity: 1 - cosine of the features, and root mean square difference at 16 x 16, between pictures of "
@@ -182,6 +204,8 @@ def write_report(
     prompts: Sequence[str],
     *,
     extract: PatchExtractor,
+    about: Mapping[str, Mapping[str, Any]] | None = None,
+    source: Path | None = None,
     reference: Sequence[Path] = (),
     clip: Clip | None = None,
     patch_from: int | None = None,
@@ -194,7 +218,9 @@ def write_report(
         sets: name to files, one per prompt.
         prompts: what they show; one that comes several times is drawn with as many seeds.
         extract: the feature network of the distances.
-        reference: real pictures.
+        about: name to what drew a set and how, with the keys of `settings` of `cli_eval_rows.Row`.
+        source: file of the prompts.
+        reference: real pictures, of one folder.
         clip: of the CLIP score.
         patch_from: shorter side in pixels to which smaller pictures are enlarged before their middle is cut out.
         seed: which the sets were drawn with.
@@ -208,16 +234,20 @@ def write_report(
     asked = torch.tensor([index[prompt] for prompt in prompts])
     found = {name: measure(files, extract, clip, patch_from=patch_from) for name, files in sets.items()}
     rows = {name: compare(one, real, texts, asked) for name, one in found.items()}
+    for name, settings in (about or {}).items():
+        rows[name]["settings"] = dict(settings)
     report: dict[str, Any] = {
         "rows": rows,
         "inputs": {
             "prompts": len(index),
+            "prompts_file": None if source is None else str(source),
+            "prompts_sha256": None if source is None else file_sha256(source),
             "pictures_per_row": len(prompts),
             "seed": seed,
             "features": extract.provenance(),
             "patch": {"side": extract.patch_side, "from": patch_from},
             "clip": None if clip is None else clip.source,
-            "reference": f"{len(reference)} real pictures" if reference else None,
+            "reference": {"folder": str(reference[0].parent), "pictures": len(reference)} if reference else None,
         },
         "environment": environment(),
     }

@@ -22,6 +22,7 @@ from sdxl_fast.eval.prompt_set import read_picture
 from sdxl_fast.eval.report import model_digest
 from sdxl_fast.eval.sources import Teacher
 from sdxl_fast.files import file_sha256
+from sdxl_fast.models.facts import TRAILING_EULER
 from sdxl_fast.testing.toy import toy_pipeline
 
 
@@ -49,12 +50,24 @@ def test_the_command_draws_measures_and_goes_on(
         cli.main(arguments)
     assert stopped.value.code == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert list(report["rows"]) == ["32 steps", "4 steps", "1 step"]
+    assert list(report["rows"]) == ["32 steps, guidance 5", "4 steps", "1 step"]
     pictures = {f: f.stat().st_mtime_ns for f in (tmp_path / "out").rglob("0*.png")}
     assert len(pictures) == 12
     assert all(row["content_diversity"] >= 0 and row["layout_diversity"] > 0 for row in report["rows"].values())
     settings = json.loads((tmp_path / "out" / "pictures-32" / "settings.json").read_text())
     assert (settings["source"], settings["guidance"]) == ("undistilled", 5.0)
+    assert report["rows"]["32 steps, guidance 5"]["settings"].items() <= settings.items()
+    inputs, digest = report["inputs"], file_sha256(tmp_path / "prompts.txt")
+    assert (inputs["prompts_file"], inputs["prompts_sha256"]) == (str(tmp_path / "prompts.txt"), digest)
+    weights = f"toy (sha256 {model_digest(toy_folder)[:12]})"
+    text = (tmp_path / "out" / "report.md").read_text()
+    for line in (
+        f"- 32 steps, guidance 5: {weights}, undistilled, guidance 5, {TRAILING_EULER}, float32 on cpu, 32 x 32 px",
+        f"- 1 step: {weights}, student, no guidance, EulerDiscreteScheduler, timesteps 999, float32 on cpu, 32 x 32 px",
+        f"- 4 steps: {weights}, student, no guidance, {TRAILING_EULER}, float32 on cpu, 32 x 32 px",
+        f"2 prompts of {tmp_path / 'prompts.txt'} (sha256 {digest[:12]}), seed 0.",
+    ):
+        assert line in text
     monkeypatch.setattr(prompt_set, "to_pil", None)  # nothing is drawn again
     with pytest.raises(SystemExit) as stopped:
         cli.main(arguments)
@@ -125,7 +138,7 @@ def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, m
 
     monkeypatch.setattr(cli_eval_rows, "Teacher", Counted)
     rows = cli_eval_rows.find_rows(_options(tmp_path, model=str(plain_folder), steps=(1, 2, 1)), torch.device("cpu"))
-    assert ([row.name for row in rows], loaded) == (["2 steps", "1 step"], [])
+    assert ([row.name for row in rows], loaded) == (["2 steps, guidance 5", "1 step, guidance 5"], [])
     two, one = (row.generate(["red square"], [3]) for row in rows)
     assert len(loaded) == 1 and (two - one).abs().max() > 0.01
 

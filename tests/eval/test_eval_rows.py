@@ -78,6 +78,7 @@ def test_a_lora_file_and_a_unet_are_drawn_on_their_base(toy_folder: Path, tmp_pa
     expected = whole(PROMPT, seed=SEED, num_inference_steps=4, output_type="pt").images
     (row,) = _rows(tmp_path, lora, base=str(toy_folder))
     assert (row.name, row.settings["base"]) == ("4 steps", "toy")
+    assert row.settings["scheduler"] == "EulerDiscreteScheduler, timesteps 999 749 499 249"
     assert sorted(row.settings["weights_sha256"]) == ["base", "model"]
     torch.testing.assert_close(row.generate(PROMPT, SEED), expected, atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match=r"--steps 32: toy_4step_lora\.safetensors draws in 4; other"):
