@@ -56,7 +56,7 @@ def evaluate(
 ) -> None:
     """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped.
 
-    The options from --dtype on are of --prompts.
+    The options from --dtype on are of --prompts. An undistilled UNet draws in float32 unless --dtype is given.
     """
     if (data is None) == (prompts is None):
         raise ValueError("give --data for the emoji set or --prompts for a list of prompts, one of them")

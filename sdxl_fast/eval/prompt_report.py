@@ -178,7 +178,10 @@ def _origin(name: str, row: Mapping[str, Any]) -> str:
 
 def _notes(inputs: Mapping[str, Any]) -> list[str]:
     """What the columns are."""
-    features, patch = inputs["features"], f"the middle {inputs['patch']['side']} px at native resolution"
+    features, patch = (
+        inputs["features"],
+        f"the middle {inputs['patch']['side']} px at native resolution, smaller pictures whole",
+    )
     if inputs["patch"]["from"] is not None:
         patch += f", of all pictures below {inputs['patch']['from']} px after enlarging them to it (bicubic)"
     given, real = inputs["reference"], "no real pictures"
