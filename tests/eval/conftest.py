@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn import functional
 
+from sdxl_fast.testing.toy import toy_pipeline
+
 SHAPES = ("disc", "square", "triangle", "ring")
 COLOURS = ("red", "green", "blue")
 
@@ -78,4 +80,13 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
     model.save_pretrained(folder, safe_serialization=True)
     save_tokenizer(tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undistilled pipeline, whose scheduler says so."""
+    folder = toy_pipeline(tmp_path_factory.mktemp("plain") / "plain", few_steps=(), prediction_type="epsilon")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
     return folder

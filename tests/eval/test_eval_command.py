@@ -7,20 +7,16 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
-import torch
 
-from sdxl_fast import cli, cli_eval_rows
-from sdxl_fast.cli_eval import PromptOptions, feature_network
+from sdxl_fast import cli
+from sdxl_fast.cli_eval import feature_network
 from sdxl_fast.eval import prompt_set
 from sdxl_fast.eval.prompt_set import read_picture
 from sdxl_fast.eval.report import model_digest
-from sdxl_fast.eval.sources import Teacher
 from sdxl_fast.files import file_sha256
 from sdxl_fast.models.facts import TRAILING_EULER
 from sdxl_fast.testing.toy import toy_pipeline
@@ -109,38 +105,6 @@ def test_a_student_is_not_drawn_with_guidance(tmp_path: Path, capsys: pytest.Cap
     config.write_text(config.read_text().replace('"trailing"', '"leading"'))
     assert "its scheduler config is" in _refused(capsys, *given[:-1], tmp_path / "sdxl_lightning_4step", "--steps", 32)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undistilled pipeline, whose scheduler says so."""
-    folder = toy_pipeline(tmp_path_factory.mktemp("plain") / "plain", few_steps=(), prediction_type="epsilon")
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
-    return folder
-
-
-def _options(tmp_path: Path, **given: Any) -> PromptOptions:
-    (tmp_path / "prompts.txt").write_text("red square\ngreen disc\nblue ring\n")
-    some: dict[str, Any] = dict.fromkeys(field.name for field in fields(PromptOptions))
-    some |= {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out", "steps": (), "device": "cpu", "loras": ()}
-    some |= {"features": "efficientnet-lite0", "resize": "bicubic", "num_images": 2, "per_prompt": 1}
-    return PromptOptions(**{**some, "seed": 0, "guidance": 5.0, "batch": 2, **given})
-
-
-def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[Any] = []
-
-    class Counted(Teacher):
-        def __init__(self, *arguments: Any, **others: Any) -> None:
-            loaded.append(self)
-            super().__init__(*arguments, **others)
-
-    monkeypatch.setattr(cli_eval_rows, "Teacher", Counted)
-    rows = cli_eval_rows.find_rows(_options(tmp_path, model=str(plain_folder), steps=(1, 2, 1)), torch.device("cpu"))
-    assert ([row.name for row in rows], loaded) == (["2 steps, guidance 5", "1 step, guidance 5"], [])
-    two, one = (row.generate(["red square"], [3]) for row in rows)
-    assert len(loaded) == 1 and (two - one).abs().max() > 0.01
 
 
 def test_pictures_of_a_model_that_has_changed_are_not_taken_for_its_own(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxl_fast import cli
+from sdxl_fast import cli, cli_eval_rows
 from sdxl_fast.cli_eval import PromptOptions
 from sdxl_fast.cli_eval_rows import Row, find_rows
 from sdxl_fast.errors import ModelError, NotFewStepError
@@ -21,25 +21,15 @@ from sdxl_fast.inference import OneStepPipeline
 from sdxl_fast.models.export import export_single_file
 from sdxl_fast.models.lora import target_modules, write_lora
 from sdxl_fast.models.source import open_model
-from sdxl_fast.testing.toy import toy_pipeline
 
 PROMPT, SEED = ["red square"], [3]
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An undistilled pipeline, whose scheduler says so."""
-    folder = toy_pipeline(tmp_path_factory.mktemp("plain") / "plain", few_steps=(), prediction_type="epsilon")
-    config = folder / "scheduler" / "scheduler_config.json"
-    config.write_text(config.read_text().replace('"trailing"', '"leading"'))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def style(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def style(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA whose name says nothing of steps."""
     path = tmp_path_factory.mktemp("style") / "style.safetensors"
-    unet = OneStepPipeline.from_pretrained(plain, preset="lcm", device="cpu").unet
+    unet = OneStepPipeline.from_pretrained(plain_folder, preset="lcm", device="cpu").unet
     draw = torch.Generator().manual_seed(0)
     pairs = {}
     for name in target_modules(unet):
@@ -61,15 +51,30 @@ def _drawn(tmp_path: Path, model: object, **given: Any) -> Tensor:
     return row.generate(PROMPT, SEED)
 
 
-def test_a_plain_single_file_is_drawn_as_its_folder(plain: Path, tmp_path: Path) -> None:
-    file = export_single_file(open_model(plain), tmp_path / "plain.safetensors", dtype=None)
-    expected = Teacher(plain, guidance_scale=5.0, num_steps=2)(PROMPT, SEED)
-    for model in (plain, file):
+def test_all_step_counts_share_one_teacher(plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+
+    class Counted(Teacher):
+        def __init__(self, *arguments: Any, **others: Any) -> None:
+            loaded.append(self)
+            super().__init__(*arguments, **others)
+
+    monkeypatch.setattr(cli_eval_rows, "Teacher", Counted)
+    rows = _rows(tmp_path, plain_folder, steps=(1, 2, 1))
+    assert ([row.name for row in rows], loaded) == (["2 steps, guidance 5", "1 step, guidance 5"], [])
+    two, one = (row.generate(["red square"], [3]) for row in rows)
+    assert len(loaded) == 1 and (two - one).abs().max() > 0.01
+
+
+def test_a_plain_single_file_is_drawn_as_its_folder(plain_folder: Path, tmp_path: Path) -> None:
+    file = export_single_file(open_model(plain_folder), tmp_path / "plain.safetensors", dtype=None)
+    expected = Teacher(plain_folder, guidance_scale=5.0, num_steps=2)(PROMPT, SEED)
+    for model in (plain_folder, file):
         assert torch.equal(_drawn(tmp_path, model, steps=(2,)), expected)
     (row,) = _rows(tmp_path, file)
     assert (row.settings["steps"], row.settings["guidance"]) == (32, 5.0)
     with pytest.raises(NotFewStepError, match="needs a --guidance above 0"):
-        _rows(tmp_path, plain, guidance=0.0)
+        _rows(tmp_path, plain_folder, guidance=0.0)
 
 
 def test_a_lora_file_and_a_unet_are_drawn_on_their_base(toy_folder: Path, tmp_path: Path) -> None:
@@ -89,37 +94,37 @@ def test_a_lora_file_and_a_unet_are_drawn_on_their_base(toy_folder: Path, tmp_pa
     torch.testing.assert_close(unet, _drawn(tmp_path, toy_folder, steps=(1,)))
 
 
-def test_loras_and_presets_reach_what_draws(plain: Path, style: Path, tmp_path: Path) -> None:
+def test_loras_and_presets_reach_what_draws(plain_folder: Path, style: Path, tmp_path: Path) -> None:
     """A student's pipeline and an undistilled UNet alike; strength 0 is none."""
     file = str(style)
     for given in ({"preset": "lcm", "steps": (2,)}, {"steps": (2,)}):
         without, half, none = (
-            _drawn(tmp_path, plain, **given, loras=loras) for loras in ((), ((file, 0.5),), ((file, 0.0),))
+            _drawn(tmp_path, plain_folder, **given, loras=loras) for loras in ((), ((file, 0.5),), ((file, 0.0),))
         )
         assert torch.equal(without, none) and (without - half).abs().max() > 0.01
-    (row,) = _rows(tmp_path, plain, preset="lcm", steps=(2,), loras=((file, 0.5),))
+    (row,) = _rows(tmp_path, plain_folder, preset="lcm", steps=(2,), loras=((file, 0.5),))
     assert (row.settings["source"], row.settings["loras"]) == ("student", {"style.safetensors": 0.5})
     assert "LoRA style.safetensors" in row.settings["weights_sha256"]
     with pytest.raises(ModelError, match=r"none\.safetensors"):
-        _rows(tmp_path, plain, loras=((str(tmp_path / "none.safetensors"), 1.0),))
+        _rows(tmp_path, plain_folder, loras=((str(tmp_path / "none.safetensors"), 1.0),))
 
 
-def test_size_and_precision_are_asked_for(plain: Path, toy_folder: Path, tmp_path: Path) -> None:
-    for model, count in ((plain, 2), (toy_folder, 1), (toy_folder, 3)):
+def test_size_and_precision_are_asked_for(plain_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
+    for model, count in ((plain_folder, 2), (toy_folder, 1), (toy_folder, 3)):
         drawn = _drawn(tmp_path, model, steps=(count,), height=48, width=64, dtype="bfloat16")
         assert drawn.shape == (1, 3, 48, 64)
         full = _drawn(tmp_path, model, steps=(count,), height=48, width=64)
         assert 0 < (drawn.float() - full).abs().mean() < 0.03
-    (row,) = _rows(tmp_path, plain, height=48, dtype="bfloat16")
+    (row,) = _rows(tmp_path, plain_folder, height=48, dtype="bfloat16")
     assert [row.settings[key] for key in ("height", "width", "dtype")] == [48, None, "bfloat16"]
     with pytest.raises(ValueError, match="height is 50"):
         _rows(tmp_path, toy_folder, steps=(1,), height=50)
 
 
-def test_a_size_that_cannot_be_drawn_leaves_nothing_behind(plain: Path, tmp_path: Path) -> None:
+def test_a_size_that_cannot_be_drawn_leaves_nothing_behind(plain_folder: Path, tmp_path: Path) -> None:
     """An undistilled model is loaded when it first draws: what failed then does not bar the folder."""
     for height in (50, 48):
-        (row,) = _rows(tmp_path, plain, steps=(1,), height=height)
+        (row,) = _rows(tmp_path, plain_folder, steps=(1,), height=height)
         if height == 50:
             with pytest.raises(ValueError, match="height is 50"):
                 draw_set(tmp_path / "set", PROMPT, row.generate, settings=row.settings)
