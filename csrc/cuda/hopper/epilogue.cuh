@@ -12,11 +12,29 @@ namespace hopper {
 
 using cuda::bf16;
 
-// Four values at consecutive places, moved by one access of 8 bytes.
-__device__ __forceinline__ void add(float (&to)[4], const bf16* from) {
-    const cuda::Vec<bf16, 4> found = cuda::load<4>(from);
+// Four values at consecutive places, moved by one access of 8 bytes and kept as they lie: two to a register.
+using Packed = cuda::Vec<uint32_t, 2>;
+
+__device__ __forceinline__ void add(float (&to)[4], const Packed& found) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) to[e] += cuda::to_float(found.at[e]);
+    for (int e = 0; e < 2; ++e) {
+        to[2 * e] += float_from_bits(found.at[e] << 16);
+        to[2 * e + 1] += float_from_bits(found.at[e] & 0xffff0000u);
+    }
+}
+
+// What is added to a thread's runs, 16 columns apart; nothing where there is none. No load waits for a branch: a run
+// beyond `limit`, which is not written, reads the first columns instead.
+template <int kRuns>
+__device__ __forceinline__ void load_runs(Packed (&to)[kRuns], const bf16* from, int64_t at, int column, int limit) {
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) to[i] = {};
+    if (from == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kRuns; ++i) {
+        const int of_run = column + 16 * i;
+        to[i] = cuda::load<2>(reinterpret_cast<const uint32_t*>(from + (of_run < limit ? at + of_run : 0)));
+    }
 }
 
 // wgmma leaves a thread two neighbouring columns of every eight. Of two such blocks each pair of lanes makes two runs
@@ -38,40 +56,53 @@ __device__ __forceinline__ void write_row(const Job& job, const Place& place, co
     const int lane = threadIdx.x % 4;
     const bool is_odd = lane % 2 != 0;
     const int64_t at = output_at(job.output, job.schedule, place, position);
+    const int limit = at < 0 ? 0 : job.c_out;  // columns from here on are not written
     const float reciprocal = kGated && job.scale_y != nullptr ? 1.0f / *job.scale_y : 1.0f;
+    constexpr int kPairs = kOut / 16, kRuns = kPairs % 5 == 0 ? 5 : 4;
 #pragma unroll
-    for (int pair = 0; pair < kOut / 16; ++pair) {
-        float run[4], gate[4];
-        pair_up(run, row[2 * pair], row[2 * pair + 1], is_odd);
-        if constexpr (kGated) pair_up(gate, row[2 * pair + kOut / 8], row[2 * pair + 1 + kOut / 8], is_odd);
-        const int column = place.column + 16 * pair + (is_odd ? 8 : 0) + lane / 2 * 4;
-        if (at < 0 || column >= job.c_out) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) run[e] *= scale;
+    for (int first = 0; first < kPairs; first += kRuns) {
+        // All loads ahead of the first use, or each would wait for the one before it.
+        const int begin = place.column + 16 * first + (is_odd ? 8 : 0) + lane / 2 * 4;
+        Packed bias[kRuns], other[kRuns];  // other: of a gate its bias, else the residual
+        load_runs(bias, job.bias, 0, begin, limit);
         if constexpr (kGated) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) gate[e] *= scale;
+            load_runs(other, job.bias == nullptr ? nullptr : job.bias + job.c_out, 0, begin, limit);
+        } else {
+            load_runs(other, job.residual, at, begin, limit);
         }
-        if (job.bias != nullptr) add(run, job.bias + column);
-        if constexpr (kGated) {
-            if (job.bias != nullptr) add(gate, job.bias + job.c_out + column);
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                run[e] *=
-                    job.tanh ? cuda::gelu_for<bf16, true>(gate[e]).value : cuda::gelu_for<bf16, false>(gate[e]).value;
+        for (int i = 0; i < kRuns; ++i) {
+            const int pair = first + i, column = begin + 16 * i;
+            float run[4], gate[4];
+            pair_up(run, row[2 * pair], row[2 * pair + 1], is_odd);
+            if constexpr (kGated) pair_up(gate, row[2 * pair + kOut / 8], row[2 * pair + 1 + kOut / 8], is_odd);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) run[e] *= scale;
+            add(run, bias[i]);
+            if constexpr (kGated) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) gate[e] *= scale;
+                add(gate, other[i]);
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    run[e] *= job.tanh ? cuda::gelu_for<bf16, true>(gate[e]).value
+                                       : cuda::gelu_for<bf16, false>(gate[e]).value;
+                }
+            } else {
+                add(run, other[i]);
             }
-        }
-        if (job.residual != nullptr) add(run, job.residual + at + column);
-        cuda::Vec<bf16, 4> out;
+            cuda::Vec<bf16, 4> out;
 #pragma unroll
-        for (int e = 0; e < 4; ++e) out.at[e] = cuda::from_float<bf16>(run[e]);
-        if constexpr (kGated) {
-            if (job.scale_y != nullptr) {
-                cuda::store_result(static_cast<E4M3*>(job.y) + at + column, out, reciprocal);
-                continue;
+            for (int e = 0; e < 4; ++e) out.at[e] = cuda::from_float<bf16>(run[e]);
+            if (column >= limit) continue;
+            if constexpr (kGated) {
+                if (job.scale_y != nullptr) {
+                    cuda::store_result(static_cast<E4M3*>(job.y) + at + column, out, reciprocal);
+                    continue;
+                }
             }
+            cuda::store<4>(static_cast<bf16*>(job.y) + at + column, out);
         }
-        cuda::store<4>(static_cast<bf16*>(job.y) + at + column, out);
     }
 }
 
