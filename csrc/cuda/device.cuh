@@ -105,12 +105,31 @@ __device__ __forceinline__ void store_result(OUT* target, const Vec<T, N>& y, fl
     }
 }
 
-// A per-channel tensor that may be absent and may be float whatever the op's own type is.
+// N neighbouring elements of a per-channel tensor that may be absent and may be float whatever the op's own type is.
+// The type is asked once, so that all their loads are under way together.
+template <int N>
+__device__ __forceinline__ void load_params(float (&to)[N], const void* pointer, int32_t dtype, int64_t index,
+                                            float absent) {
+    const auto read = [&](auto* from) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = to_float(from[index + i]);
+    };
+    if (pointer == nullptr) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) to[i] = absent;
+    } else if (dtype == SDXL_FAST_F32) {
+        read(static_cast<const float*>(pointer));
+    } else if (dtype == SDXL_FAST_BF16) {
+        read(static_cast<const bf16*>(pointer));
+    } else {
+        read(static_cast<const f16*>(pointer));
+    }
+}
+
 __device__ __forceinline__ float load_param(const void* pointer, int32_t dtype, int64_t index, float absent) {
-    if (pointer == nullptr) return absent;
-    if (dtype == SDXL_FAST_F32) return static_cast<const float*>(pointer)[index];
-    if (dtype == SDXL_FAST_BF16) return to_float(static_cast<const bf16*>(pointer)[index]);
-    return to_float(static_cast<const f16*>(pointer)[index]);
+    float one[1];
+    load_params(one, pointer, dtype, index, absent);
+    return one[0];
 }
 
 __device__ __forceinline__ void store_param(void* pointer, int32_t dtype, int64_t index, float value) {

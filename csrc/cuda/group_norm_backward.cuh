@@ -23,10 +23,12 @@ struct GroupNormGradients {
 template <int CHANNELS>
 __device__ __forceinline__ Factors<CHANNELS> saved_factors(const GroupNormProblem& p, const Place& at,
                                                            const GroupNormGradients& k) {
-    return factors_of<CHANNELS>(p, at, [&](int64_t group) {
+    Factors<CHANNELS> f = params_of<CHANNELS>(p, at);
+    add_stats(f, p, at, [&](unsigned group) {
         const int64_t i = at.sample * p.groups + group;
         return MeanRstd{k.mean[i], k.rstd[i]};
     });
+    return f;
 }
 
 template <class T, bool NHWC, int VEC, bool SILU>
@@ -175,11 +177,12 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     const Place at = place_of<NHWC, VEC, true>(p);
     if (!at.active) return;
     const Factors<kChannels> f = saved_factors<kChannels>(p, at, k);
+    unsigned group[kChannels];
+    groups_of(group, p, at);
     float s1[kChannels], s2[kChannels];
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
-        const int64_t group = (at.channel + i) / p.g.group_channels;
-        const float* of_group = k.group_sums + 2 * (at.sample * p.groups + group);
+        const float* of_group = k.group_sums + 2 * (at.sample * p.groups + group[i]);
         s1[i] = of_group[0];
         s2[i] = of_group[1];
     }

@@ -160,19 +160,42 @@ struct Factors {
     float center[CHANNELS], rstd[CHANNELS], weight[CHANNELS], bias[CHANNELS];
 };
 
-template <int CHANNELS, class Stats>
-__device__ __forceinline__ Factors<CHANNELS> factors_of(const GroupNormProblem& p, const Place& at, Stats stats) {
+// The groups of a thread's channels, by one division.
+template <int CHANNELS>
+__device__ __forceinline__ void groups_of(unsigned (&group)[CHANNELS], const GroupNormProblem& p, const Place& at) {
+    const unsigned width = static_cast<unsigned>(p.g.group_channels), channel = static_cast<unsigned>(at.channel);
+    group[0] = channel / width;
+    unsigned end = (group[0] + 1) * width;
+#pragma unroll
+    for (int i = 1; i < CHANNELS; ++i) {
+        const bool is_next = channel + i == end;
+        group[i] = group[i - 1] + (is_next ? 1 : 0);
+        end += is_next ? width : 0;
+    }
+}
+
+// All that does not depend on the statistics; center is the shift alone.
+template <int CHANNELS>
+__device__ __forceinline__ Factors<CHANNELS> params_of(const GroupNormProblem& p, const Place& at) {
     Factors<CHANNELS> f;
+    load_params(f.center, p.shift, p.dtype, at.sample * p.c + at.channel, 0.0f);
+    load_params(f.weight, p.weight, p.param_dtype, at.channel, 1.0f);
+    load_params(f.bias, p.bias, p.param_dtype, at.channel, 0.0f);
+    return f;
+}
+
+// Completes them; stats(group) yields its MeanRstd.
+template <int CHANNELS, class Stats>
+__device__ __forceinline__ void add_stats(Factors<CHANNELS>& f, const GroupNormProblem& p, const Place& at,
+                                          Stats stats) {
+    unsigned group[CHANNELS];
+    groups_of(group, p, at);
 #pragma unroll
     for (int i = 0; i < CHANNELS; ++i) {
-        const int64_t channel = at.channel + i;
-        const MeanRstd s = stats(channel / p.g.group_channels);
-        f.center[i] = load_param(p.shift, p.dtype, at.sample * p.c + channel, 0.0f) - s.mean;
+        const MeanRstd s = stats(group[i]);
+        f.center[i] -= s.mean;
         f.rstd[i] = s.rstd;
-        f.weight[i] = load_param(p.weight, p.param_dtype, channel, 1.0f);
-        f.bias[i] = load_param(p.bias, p.param_dtype, channel, 0.0f);
     }
-    return f;
 }
 
 // Results kept in 16 bits take the hardware exponential and a fast reciprocal; both saturate exactly.

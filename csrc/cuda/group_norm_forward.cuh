@@ -31,10 +31,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
                                    GroupNormProblem p) {
     constexpr int kChannels = NHWC ? VEC : 1;
     const Place at = place_of<NHWC, VEC, false>(p);
-    float shift[kChannels], count = 0.0f, mean[VEC] = {}, m2[VEC] = {};
-#pragma unroll
-    for (int i = 0; i < kChannels; ++i)
-        shift[i] = at.active ? load_param(p.shift, p.dtype, at.sample * p.c + at.channel + i, 0.0f) : 0.0f;
+    float shift[kChannels] = {}, count = 0.0f, mean[VEC] = {}, m2[VEC] = {};
+    if (at.active) load_params(shift, p.shift, p.dtype, at.sample * p.c + at.channel, 0.0f);
 
     // Welford's update on every element of the vector by itself: safe however large the mean, and VEC chains to
     // overlap.
@@ -141,8 +139,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     __syncthreads();
     if (!at.active) return;
 
-    const Factors<kChannels> f =
-        factors_of<kChannels>(p, at, [&](int64_t group) { return s_stats[group - first_group]; });
+    Factors<kChannels> f = params_of<kChannels>(p, at);
+    add_stats(f, p, at, [&](unsigned group) { return s_stats[group - first_group]; });
     const float reciprocal = reciprocal_of<OUT>(scale_y);
     for_each_vector<TWO ? 2 : 4, VEC>(at, source_of<TWO>(p, at, x, skip), [&](int64_t offset, const Vec<T, VEC>& v) {
         Vec<T, VEC> out;
