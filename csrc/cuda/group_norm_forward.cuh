@@ -120,6 +120,8 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     constexpr int kChannels = NHWC ? VEC : 1;
     __shared__ MeanRstd s_stats[NHWC ? kGroupNormLanes * VEC : 1];
     const Place at = place_of<NHWC, VEC, true>(p);
+    Factors<kChannels> f{};
+    if (at.active) f = params_of<kChannels>(p, at);  // under way while the statistics are merged
 
     // Every block merges the chunks of its own groups (a few thousand values out of L2), which saves a launch between
     // the two passes; the first block of a group also reports them.
@@ -139,7 +141,6 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     __syncthreads();
     if (!at.active) return;
 
-    Factors<kChannels> f = params_of<kChannels>(p, at);
     add_stats(f, p, at, [&](unsigned group) { return s_stats[group - first_group]; });
     const float reciprocal = reciprocal_of<OUT>(scale_y);
     for_each_vector<TWO ? 2 : 4, VEC>(at, source_of<TWO>(p, at, x, skip), [&](int64_t offset, const Vec<T, VEC>& v) {
