@@ -142,10 +142,11 @@ __device__ __forceinline__ void store_param(void* pointer, int32_t dtype, int64_
     }
 }
 
-// Every lane of the warp ends with the sum over the warp; the order of the additions is fixed.
+// Every lane of the warp ends with the sum over its part of the warp, LANES wide; the order of the additions is fixed.
+template <int LANES = 32>
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
+    for (int distance = LANES / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
 }
 

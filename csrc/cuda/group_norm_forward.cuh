@@ -8,21 +8,30 @@
 namespace sdxl_fast {
 namespace cuda {
 
-// Mean and sum of squared deviations over `items` parts, by a whole warp in two passes; part(i, count, mean, m2) yields
-// them. Every lane ends with the result.
-template <class Part>
+// Mean and sum of squared deviations over `items` parts, by LANES lanes of a warp in two passes; part(i, count, mean,
+// m2) yields them. Each of these lanes ends with the result.
+template <int LANES, class Part>
 __device__ __forceinline__ MeanM2 warp_merge(unsigned items, float total, Part part) {
-    float count, mean, m2, sum = 0.0f, squares = 0.0f;
-    for (unsigned i = threadIdx.x % 32; i < items; i += 32) {
-        part(i, count, mean, m2);
-        sum += count * mean;
-    }
-    const float merged = warp_sum(sum) / total;
-    for (unsigned i = threadIdx.x % 32; i < items; i += 32) {
-        part(i, count, mean, m2);
-        squares += m2 + count * (mean - merged) * (mean - merged);
-    }
-    return {merged, warp_sum(squares)};
+    constexpr unsigned kBatch = 4;  // parts read ahead of the first use, without a branch between their loads
+    const auto for_each_part = [&](auto use) {
+        for (unsigned first = threadIdx.x % LANES; first < items; first += kBatch * LANES) {
+            float count[kBatch], mean[kBatch], m2[kBatch];
+#pragma unroll
+            for (unsigned u = 0; u < kBatch; ++u) {
+                const unsigned i = first + u * LANES;
+                part(i < items ? i : items - 1, count[u], mean[u], m2[u]);
+            }
+#pragma unroll
+            for (unsigned u = 0; u < kBatch; ++u)
+                if (first + u * LANES < items) use(count[u], mean[u], m2[u]);
+        }
+    };
+    float sum = 0.0f, squares = 0.0f;
+    for_each_part([&](float count, float mean, float) { sum += count * mean; });
+    const float merged = warp_sum<LANES>(sum) / total;
+    for_each_part(
+        [&](float count, float mean, float m2) { squares += m2 + count * (mean - merged) * (mean - merged); });
+    return {merged, warp_sum<LANES>(squares)};
 }
 
 template <class T, bool NHWC, int VEC>
@@ -51,16 +60,17 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     MeanM2* out = partials + (at.sample * p.g.chunks + at.chunk_index) * p.g.entries;
     if (!NHWC) {
         if (!at.active) return;  // the whole warp
-        const MeanM2 merged = warp_merge(32, static_cast<float>(at.rows), [&](unsigned, float& n, float& m, float& s) {
-            float sum = 0.0f, squares = 0.0f;
+        const MeanM2 merged =
+            warp_merge<32>(32, static_cast<float>(at.rows), [&](unsigned, float& n, float& m, float& s) {
+                float sum = 0.0f, squares = 0.0f;
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) sum += mean[i];
-            m = sum / VEC;
+                for (int i = 0; i < VEC; ++i) sum += mean[i];
+                m = sum / VEC;
 #pragma unroll
-            for (int i = 0; i < VEC; ++i) squares += m2[i] + count * (mean[i] - m) * (mean[i] - m);
-            n = count * VEC;
-            s = squares;
-        });
+                for (int i = 0; i < VEC; ++i) squares += m2[i] + count * (mean[i] - m) * (mean[i] - m);
+                n = count * VEC;
+                s = squares;
+            });
         if (at.lane == 0) out[at.channel] = merged;
         return;
     }
@@ -81,7 +91,7 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
         const unsigned begin = static_cast<unsigned>(entry_channel(p.g, entry) - at.first_channel);
         const unsigned channels = static_cast<unsigned>(entry_width(p.g, entry % p.g.subs));
         const float total = static_cast<float>(rows) * channels;
-        const MeanM2 merged = warp_merge(lines * channels, total, [&](unsigned i, float& n, float& m, float& s) {
+        const MeanM2 merged = warp_merge<32>(lines * channels, total, [&](unsigned i, float& n, float& m, float& s) {
             const unsigned line = i / channels, slot = line * width + begin + i % channels;
             n = line < rows ? static_cast<float>((rows - line + lines - 1) / lines) : 0.0f;
             m = s_mean[slot];
@@ -91,18 +101,24 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     }
 }
 
-// Statistics of one group from the moments of its chunks and entries, by a whole warp.
+// Statistics of one group from the moments of its chunks and entries, by LANES lanes of a warp.
+template <int LANES>
 __device__ __forceinline__ MeanRstd merged_stats(const MeanM2* __restrict__ partials, const GroupNormProblem& p,
                                                  int64_t sample, int64_t group, float eps) {
     const GroupNormGeometry& g = p.g;
-    const unsigned subs = static_cast<unsigned>(g.subs);
+    const unsigned subs = static_cast<unsigned>(g.subs), entries = static_cast<unsigned>(g.entries);
     const MeanM2* of_group = partials + sample * g.chunks * g.entries + group * g.subs;
     const float total = static_cast<float>(g.group_channels) * static_cast<float>(p.hw);
+    // Only the last chunk and the last entry of a group may be smaller than the others.
+    const unsigned last_chunk = static_cast<unsigned>(g.chunks) - 1;
+    const float rows = static_cast<float>(g.chunk), last_rows = static_cast<float>(p.hw - last_chunk * g.chunk);
+    const float width = static_cast<float>(g.sub_channels);
+    const float last_width = static_cast<float>(entry_width(g, subs - 1));
     const MeanM2 merged =
-        warp_merge(static_cast<unsigned>(g.chunks) * subs, total, [&](unsigned i, float& n, float& m, float& s) {
-            const int64_t chunk = i / subs, sub = i % subs;
-            const MeanM2 one = of_group[chunk * g.entries + sub];
-            n = static_cast<float>(smaller(g.chunk, p.hw - chunk * g.chunk)) * static_cast<float>(entry_width(g, sub));
+        warp_merge<LANES>((last_chunk + 1) * subs, total, [&](unsigned i, float& n, float& m, float& s) {
+            const unsigned chunk = i / subs, sub = i - chunk * subs;
+            const MeanM2 one = of_group[chunk * entries + sub];
+            n = (chunk < last_chunk ? rows : last_rows) * (sub + 1 < subs ? width : last_width);
             m = one.mean;
             s = one.m2;
         });
@@ -128,9 +144,12 @@ __global__ void __launch_bounds__(kGroupNormThreads, 2)
     const int64_t first_group = at.first_channel / p.g.group_channels;
     const unsigned groups = static_cast<unsigned>((at.end_channel - 1) / p.g.group_channels - first_group + 1);
     const bool reports = NHWC ? at.chunk_index == 0 && at.first_entry % p.g.subs == 0 : blockIdx.x % p.g.tiles == 0;
-    for (unsigned i = threadIdx.x / 32; i < groups; i += blockDim.x / 32) {
-        const MeanRstd stats = merged_stats(partials, p, at.sample, first_group + i, eps);
-        if (threadIdx.x % 32 == 0) {
+    // The moments of neighbouring NHWC groups lie side by side: four of them share a warp, and its accesses.
+    constexpr int kLanes = NHWC ? 8 : 32, kAtOnce = 32 / kLanes;
+    for (unsigned first = threadIdx.x / 32 * kAtOnce; first < groups; first += blockDim.x / kLanes) {
+        const unsigned mine = first + threadIdx.x % 32 / kLanes, i = mine < groups ? mine : groups - 1;
+        const MeanRstd stats = merged_stats<kLanes>(partials, p, at.sample, first_group + i, eps);
+        if (threadIdx.x % kLanes == 0 && mine < groups) {
             s_stats[i] = stats;
             if (reports) {
                 mean[at.sample * p.groups + first_group + i] = stats.mean;

@@ -84,7 +84,7 @@ Plan plan(const GroupNormCall& call, int widest, bool is_aligned) {
     }
     if (!g.ok) g = group_norm_geometry(call.n, call.c, call.hw, call.groups, call.nhwc(), 1, multiprocessor_count);
     const int64_t x = call.n * (call.nhwc() ? g.chunks : g.tiles), y = call.nhwc() ? g.tiles : call.groups;
-    if (x > 0x7fffffff || y > 65535 || g.chunks * g.subs > 0x7fffffff || g.group_channels * g.chunks > 0x7fffffff ||
+    if (x > 0x7fffffff || y > 65535 || g.chunks * g.entries > 0x7fffffff || g.group_channels * g.chunks > 0x7fffffff ||
         call.c > 0x7fffffff)
         out.status = SDXL_FAST_INVALID_ARGUMENT;
     out.grid = dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
