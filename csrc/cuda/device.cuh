@@ -65,8 +65,31 @@ __device__ __forceinline__ Vec<T, N> load(const T* source) {
     return *reinterpret_cast<const Vec<T, N>*>(source);
 }
 
+// Into global memory. One instruction for 16 or 8 bytes, which the compiler would take apart again where the elements
+// come out of branches.
 template <int N, class T>
 __device__ __forceinline__ void store(T* target, const Vec<T, N>& value) {
+#if defined(__CUDA_ARCH__)
+    constexpr int kWords = sizeof(value) / sizeof(uint32_t);
+    if constexpr (kWords == 4 || kWords == 2) {
+        const uint64_t at = __cvta_generic_to_global(target);
+        uint32_t w[kWords];
+        memcpy(w, &value, sizeof(value));
+        if constexpr (kWords == 4) {
+            asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+                         "r"(w[3])
+                         : "memory");
+        } else {
+            asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(at), "r"(w[0]), "r"(w[1]) : "memory");
+        }
+        return;
+    }
+#endif
+    *reinterpret_cast<Vec<T, N>*>(target) = value;
+}
+
+template <int N, class T>
+__device__ __forceinline__ void store_shared(T* target, const Vec<T, N>& value) {
     *reinterpret_cast<Vec<T, N>*>(target) = value;
 }
 

@@ -135,7 +135,7 @@ __device__ __forceinline__ void stage_pairs(PairedFactors& s, const Tile& tile, 
             Vec<uint32_t, 4> to;
 #pragma unroll
             for (int i = 0; i < 4; ++i) to.at[i] = from.at[2 * i] | static_cast<uint32_t>(from.at[2 * i + 1]) << 16;
-            store<4>(&s.up[row][at / 2], to);
+            store_shared<4>(&s.up[row][at / 2], to);
         }
     }
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ __forceinline__ void stage_pairs(PairedFactors& s, const Tile& tile, 
             Vec<uint32_t, 2> to;
 #pragma unroll
             for (int k = 0; k < 2; ++k) to.at[k] = both[0].at[i + k] | static_cast<uint32_t>(both[1].at[i + k]) << 16;
-            store<2>(&s.down[pair][col + i], to);
+            store_shared<2>(&s.down[pair][col + i], to);
         }
     }
 }
@@ -238,7 +238,7 @@ __device__ __forceinline__ void stage_floats(FloatFactors& s, const Tile& tile, 
         const float* down = static_cast<const float*>(m.down) + (rank + k) * m.cols;
         Vec<float, 4> to{};
         if (rank + k < m.rank) to = load_part<4>(down, tile.col + col, m.cols, down_wide);
-        store<4>(&s.down[k][col], to);
+        store_shared<4>(&s.down[k][col], to);
     }
 }
 
