@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kRows = 4;  // rows of a block that share a reduction: 8 vectors in flight per thread
 constexpr int kMostBackwardThreads = 512;
+constexpr int kNarrowThreads = 160;  // 1280 columns of 16 bits
 constexpr int kMostWarps = kMostBackwardThreads / 32;
 // The workspace is sized for this many multiprocessors, so that its size does not depend on the current device.
 constexpr int kLayerNormMaxMultiprocessors = 256;
@@ -162,9 +163,11 @@ __global__ void __launch_bounds__(kMergeColumns* kMergeLines, 2) layer_norm_merg
 }
 
 // Blocks that leave partial sums: one a multiprocessor, since what they write and read again is 8 bytes a column, and
-// two where each still has more than 128 rows to walk.
-inline int64_t layer_norm_blocks(int64_t rows, int64_t multiprocessors) {
-    const int64_t wanted = rows > 256 * multiprocessors ? 2 * multiprocessors : multiprocessors;
+// two where each still has more than 128 rows to walk. The few warps of a narrow block leave a multiprocessor waiting
+// for memory, so that two pay from three groups of rows each (an estimate, not measured).
+inline int64_t layer_norm_blocks(int64_t rows, int64_t threads, int64_t multiprocessors) {
+    const int64_t least = threads <= kNarrowThreads ? 3 * kRows : 128;
+    const int64_t wanted = rows > 2 * least * multiprocessors ? 2 * multiprocessors : multiprocessors;
     const int64_t groups = ceil_div(rows, kRows);
     return groups < wanted ? groups : wanted;
 }
@@ -183,17 +186,16 @@ int32_t layer_norm_backward(const LayerNormBackward<T>& p, void* dweight, void* 
         const int32_t status = multiprocessors(count);
         if (status != SDXL_FAST_OK) return status;
         if (count > kLayerNormMaxMultiprocessors) count = kLayerNormMaxMultiprocessors;
-        // Without partial sums nothing keeps the blocks few.
-        const int64_t groups = ceil_div(p.rows, kRows), most = int64_t{0x7fffffff};
-        blocks = p.partials != nullptr ? layer_norm_blocks(p.rows, count) : groups < most ? groups : most;
         constexpr int kVec = kVecWidth<T>;
         const bool wide = p.cols % kVec == 0 && p.cols / kVec <= kMostBackwardThreads &&
                           all_aligned(16, p.dy, p.dsum, p.s, p.dx) &&
                           aligned(p.weight, kVec * static_cast<int64_t>(sizeof(P)));
-        const dim3 grid(static_cast<unsigned>(blocks));
-        const int32_t launched = wide ? launch(layer_norm_bwd_kernel<T, P, kVec>, grid,
-                                               static_cast<unsigned>(ceil_div(p.cols / kVec, 32) * 32), stream, p)
-                                      : launch(layer_norm_wide_bwd_kernel<T>, grid, kWideThreads, stream, p);
+        const int64_t threads = wide ? ceil_div(p.cols / kVec, 32) * 32 : kWideThreads;
+        // Without partial sums nothing keeps the blocks few.
+        const int64_t groups = ceil_div(p.rows, kRows), most = int64_t{0x7fffffff};
+        blocks = p.partials != nullptr ? layer_norm_blocks(p.rows, threads, count) : groups < most ? groups : most;
+        const int32_t launched = launch(wide ? layer_norm_bwd_kernel<T, P, kVec> : layer_norm_wide_bwd_kernel<T>,
+                                        dim3(static_cast<unsigned>(blocks)), static_cast<unsigned>(threads), stream, p);
         if (launched != SDXL_FAST_OK) return launched;
     }
     if (dweight == nullptr && dbias == nullptr) return SDXL_FAST_OK;
