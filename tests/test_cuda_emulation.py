@@ -255,4 +255,5 @@ def test_statuses(library: ctypes.CDLL) -> None:
     )
     assert changed(skip=p) == changed(c=32, c_skip=16) == changed(skip=p, c=32, c_skip=8) == 1
     assert changed(skip=p, c=32, c_skip=32) == changed(skip=p, c=32, c_skip=16, layout=1) == 1
+    assert changed(c=2**31) == changed(c=2**31, layout=1) == 1  # channels are counted in 32 bits
     assert changed(dtype=1, param=1) == changed(dtype=2, param=3) == 2
