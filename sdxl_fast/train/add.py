@@ -101,7 +101,7 @@ class AddTask(Task):
     """
 
     def __init__(self, config: AddConfig, folder: Path, bench: Bench[AddConfig] | None = None) -> None:
-        self.config, self.batch = config, config.batch
+        self.config, self.batch, self.seen = config, config.batch, {}
         self.bench = bench = bench or make_bench(config, folder, prompts=(config.negative_prompt,))
         torch.manual_seed(config.seed)
         starts_anew = config.student == "random"
@@ -124,6 +124,7 @@ class AddTask(Task):
         trained = (p for p in self.student.parameters() if p.requires_grad)
         self.update = Update(config.optimizer, trained, config.images)
         self.d_update = Update(config.discriminator_optimizer, self.discriminator.parameters(), config.images)
+        self.updates = (self.d_update, self.update)
         self.average = Average(self.student, config.ema_half_life)
         self.parts = {
             **{"student": self.student, "optimizer": self.update.optimizer, "average": self.average},
@@ -157,7 +158,7 @@ class AddTask(Task):
         """The student's estimates from the micro-batch, their pictures and features, and those of the real ones."""
         latents, condition = self.bench.batch(images, "add")
         x_s, s = self.bench.noised(latents, self.config.timesteps, images, "add")
-        self.seen = {"x_s": x_s, "timesteps": s, "latents": latents}
+        self.seen[self.bench.share.start] = {"x_t": x_s, "timesteps": s, "latents": latents, **condition}
         real, image = self._real(latents)
         x0 = self._estimate(x_s, s, condition)
         with self.config.autocast():

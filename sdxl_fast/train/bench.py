@@ -54,7 +54,7 @@ class Bench(Generic[C]):
     prediction_type: PredictionType
     alphas_cumprod: Tensor
     stage: str = ""  # each draws anew
-    share: slice = field(default_factory=lambda: slice(None))
+    share: slice = field(default_factory=lambda: slice(0, None))
     others: tuple[Any, ...] = ()  # further frozen bases that share the student's LoRA
     which: int = 0  # of all bases, the one that this micro-batch works on
     _frozen: dict[int, Any] = field(default_factory=dict)

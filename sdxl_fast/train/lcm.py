@@ -48,7 +48,7 @@ class LcmTask(Task):
     """
 
     def __init__(self, config: LcmConfig, folder: Path) -> None:
-        self.config, self.batch = config, config.batch
+        self.config, self.batch, self.seen = config, config.batch, {}
         self.bench: Bench[LcmConfig] = make_bench(config, folder)
         self.student: Any = make_student(self.bench, config.trains)
         self.teacher: Any = self.bench.frozen_base()
@@ -92,7 +92,7 @@ class LcmTask(Task):
         bench = self.bench
         latents, condition = bench.batch(images, "lcm")
         x_t, t = bench.noised(latents, self.levels, images, "lcm", pure=False)
-        self.seen = {"x_t": x_t, "timesteps": t, **condition}
+        self.seen[bench.share.start] = {"x_t": x_t, "timesteps": t, **condition}
         with torch.no_grad():
             then = schedule.next_timesteps(t, self.stride)
             below = self._down(x_t, t, then, condition, images)

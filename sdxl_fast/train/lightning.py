@@ -118,7 +118,7 @@ class StudentTask(Task):
     def __init__(self, student: Student, optimizer: OptimizerConfig, total: int) -> None:
         bench = student.bench
         self.bench, self.student = bench, student
-        self.batch = bench.config.batch
+        self.batch, self.seen = bench.config.batch, {}
         self.update = Update(optimizer, (p for p in student.unet.parameters() if p.requires_grad), total)
         self.average = Average(student.unet, bench.config.ema_half_life)
         self.parts = {"student": student.unet, "optimizer": self.update.optimizer, "average": self.average}
@@ -127,7 +127,7 @@ class StudentTask(Task):
         """The inputs of the micro-batch after `images` images."""
         student, pure = self.student, self.bench.config.pure_noise
         start = Start(*self.bench.inputs(student.timesteps, images, use, weights=student.weights, pure=pure))
-        self.seen = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
+        self.seen[self.bench.share.start] = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 
     def finish(self, facts: list[dict[str, float]], images: int) -> dict[str, float]:
@@ -228,6 +228,7 @@ class AdversarialTask(StudentTask):
             d_optimizer = d_optimizer.model_copy(update={"lr": phase.d_lr})
         self.d_update = Update(d_optimizer, trained, phase.images)
         self._targets: dict[tuple[int, int], Tensor] = {}
+        self.updates = (self.d_update, self.update)
         self.parts |= {"discriminator": discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _renoise(self, *key: int | str) -> Renoise | None:

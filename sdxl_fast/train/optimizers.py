@@ -124,6 +124,8 @@ class Update:
     def __init__(self, config: OptimizerConfig, parameters: Iterable[nn.Parameter], total: int) -> None:
         self.config, self.parameters, self.total = config, list(parameters), total
         self.optimizer = make_optimizer(config, self.parameters)
+        self.moved_after: int | None = None
+        """The images after which it last moved the weights."""
 
     def step(self, images: int) -> float:
         """Gathers the gradients of all processes, clips, moves the weights; returns the norm before clipping.
@@ -140,4 +142,5 @@ class Update:
             group["lr"] = learning_rate(self.config, images, self.total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.moved_after = images
         return norm

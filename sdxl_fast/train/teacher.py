@@ -142,7 +142,7 @@ class TeacherTask(Task):
             seeds=image_seeds(count, config.seed, images).to(self.device),
             stream=sampling.STREAM_TRAIN,
         )
-        self.seen = {"x_t": x_t, "timesteps": timesteps, "captions": captions}
+        self.seen = {0: {"x_t": x_t, "timesteps": timesteps, "captions": captions}}
         with config.autocast():
             condition = scaled_text(self.conditioner(self.ids[captions]), keep)
             output = call_unet(self.unet, x_t, timesteps, condition)

@@ -44,8 +44,11 @@ class Task(ABC):
 
     parts: dict[str, checkpoint.Stateful]
     batch: int
-    seen: dict[str, torch.Tensor]
-    """What the last step worked on, kept for the guard against values that are not finite."""
+    updates: tuple[Update, ...] = ()
+    """What moves its networks, in the order of a step: the discriminator's, if there is one, and the other's."""
+    seen: dict[int, dict[str, torch.Tensor]]
+    """What the last gradient was made of, by the first sample of each micro-batch: kept for the guard against values
+    that are not finite."""
     drawn: torch.Tensor | None = None
     """The pictures [N, 3, H, W] in -1..1 of the last contact sheet, for the monitor."""
 
@@ -74,7 +77,8 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     a checkpoint, a contact sheet and the loss curves are written. Of several processes the first writes.
 
     Raises:
-        FloatingPointError: a loss or gradient is not finite; the batch lies in `not-finite-<images>.safetensors`.
+        FloatingPointError: a loss or gradient is not finite; what each process saw of the batch lies in
+            `not-finite-<images>-rank<r>.safetensors`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(config.deterministic)
@@ -97,9 +101,10 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
             try:
                 step = task.step(images)
             except FloatingPointError as error:
-                path = folder / f"not-finite-{images:09d}.safetensors"
-                save_file({name: value.detach().cpu().contiguous() for name, value in task.seen.items()}, path)
-                raise FloatingPointError(f"{error}; nothing was updated, the batch is kept in {path}") from None
+                path = _keep_batch(task, folder, images)
+                d_moved = any(update.moved_after == images for update in task.updates)
+                moved = "the discriminator was updated, the other network not" if d_moved else "nothing was updated"
+                raise FloatingPointError(f"{error}; {moved}, the batch is kept in {path}") from None
             for name, value in step.items():
                 sums[name].append(value)
             images += task.batch
@@ -123,6 +128,16 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
         _save(task, folder, images, config.keep_checkpoints)
         _look(task, log, monitor, images)
     return True
+
+
+def _keep_batch(task: Task, folder: Path, images: int) -> Path:
+    """Writes all micro-batches that this process saw of a batch, one behind the other."""
+    path = folder / f"not-finite-{images:09d}-rank{distributed.rank()}.safetensors"
+    parts = [task.seen[first] for first in sorted(task.seen)]
+    batch = {name: torch.cat([part[name].detach().cpu() for part in parts]).contiguous() for name in parts[0]}
+    with replacing(path) as writing:
+        save_file(batch, writing)
+    return path
 
 
 def _save(task: Task, folder: Path, images: int, keep: int) -> None:

@@ -73,6 +73,7 @@ class VaeTask(Task):
                 raise ValueError("adversarial is on, but discriminator_optimizer is missing; give its lr")
             self.discriminator = PatchDiscriminator().to(config.torch_device)
             self.d_update = Update(config.discriminator_optimizer, self.discriminator.parameters(), config.images)
+            self.updates = (self.d_update, self.update)
             self.parts |= {"discriminator": self.discriminator, "d_optimizer": self.d_update.optimizer}
 
     def _pictures(self, count: int, *key: int | str) -> Tensor:
@@ -94,7 +95,7 @@ class VaeTask(Task):
     def step(self, images: int) -> dict[str, float]:
         config = self.config
         pictures = self._pictures(self.batch, images, "vae")
-        self.seen = {"pictures": pictures}
+        self.seen = {0: {"pictures": pictures}}
         with config.autocast():
             latents, kl = self._encode(pictures, images)
             decoded = self.vae.decode(latents).sample

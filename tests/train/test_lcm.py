@@ -52,7 +52,7 @@ def test_the_loss_is_the_published_one(recipe: Path, tmp_path: Path) -> None:
     bench = task.bench
     loss = task._loss(8)
     _, condition = bench.batch(8, "lcm")
-    x_t, t = task.seen["x_t"], task.seen["timesteps"]
+    x_t, t = task.seen[0]["x_t"], task.seen[0]["timesteps"]
     assert set(t.tolist()) <= {20 * k - 1 for k in range(1, 51)}
     zero = {**{k: torch.zeros_like(v) for k, v in condition.items()}, "time_ids": condition["time_ids"]}
     table = bench.alphas_cumprod

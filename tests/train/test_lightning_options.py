@@ -233,9 +233,9 @@ def test_repeated_inputs_keep_the_teachers_targets(
     starts = [task.start(images, "student").x_t for images in (0, 4)]
     monkeypatch.setattr(Teacher, "walk", None)  # whoever calls it now fails
     task.step(8)
-    assert torch.equal(task.seen["x_t"], starts[0]) and not torch.equal(*starts)
+    assert torch.equal(task.seen[0]["x_t"], starts[0]) and not torch.equal(*starts)
     task.step(12)
-    assert torch.equal(task.seen["x_t"], starts[1]), "images 12 to 16 are images 4 to 8 again"
+    assert torch.equal(task.seen[0]["x_t"], starts[1]), "images 12 to 16 are images 4 to 8 again"
     with pytest.raises(ValueError, match="repeat is for phases of regression alone"):
         _phase(lightning_recipe, tmp_path, repeat=8)
     with pytest.raises(ValueError, match="repeat 6 of p must be a multiple of batch, 4"):

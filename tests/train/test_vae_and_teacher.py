@@ -189,8 +189,8 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
             self.parts = {"layer": self.layer}
 
         def step(self, images: int) -> dict[str, float]:
-            self.seen = {"inputs": torch.tensor([[1.0, float("nan") if images == 8 else 1.0]])}
-            self.layer(self.seen["inputs"]).sum().backward()
+            self.seen = {0: {"inputs": torch.tensor([[1.0, float("nan") if images == 8 else 1.0]])}}
+            self.layer(self.seen[0]["inputs"]).sum().backward()
             self.before = self.layer.weight.detach().clone()
             return {"grad_norm": self.update.step(images)}
 
@@ -201,11 +201,11 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_path:
     task = Diverging()
     config = load_recipe("emoji_teacher")
     with pytest.raises(
-        FloatingPointError, match=r"after 8 images; nothing was updated, the batch is kept in .*000000008"
+        FloatingPointError, match=r"after 8 images; nothing was updated, the batch is kept in .*000000008-rank0"
     ):
         fit(task, config, 100, tmp_path, resume=False, label="test")
     assert torch.equal(task.layer.weight, task.before)
-    kept = load_file(tmp_path / "not-finite-000000008.safetensors")["inputs"]
+    kept = load_file(tmp_path / "not-finite-000000008-rank0.safetensors")["inputs"]
     assert kept.isnan().any() and kept[0, 0] == 1.0
 
 

@@ -1,0 +1,90 @@
+"""The loop beneath every recipe: what it keeps of a batch that is not finite, when it stops, what it holds on to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdxl_fast.train import stages
+from sdxl_fast.train.config import AddConfig, LcmConfig, LightningConfig, load_recipe
+from sdxl_fast.train.lightning import AdversarialTask
+from sdxl_fast.train.trainer import Task, fit
+
+FOUR = ("accumulate=4", "log_every=4", "checkpoint_every=100")
+
+
+def _lightning(recipe: Path, folder: Path, *settings: str) -> AdversarialTask:
+    """The first adversarial phase, on the base itself, without a warm-up of D."""
+    phase = "[{name: p, condition: true, trains: lora, images: 8, teacher: base}]"
+    stage = f"[{{name: 8-step, steps: 8, loss: adversarial, phases: {phase}}}]"
+    config = load_recipe(recipe, [f"stages={stage}", *settings])
+    assert isinstance(config, LightningConfig)
+    bench = stages.make_bench(config, folder)
+    lineage = stages.Lineage(bench, folder)
+    task = stages.make_task(lineage.units[0], bench, lineage)
+    assert isinstance(task, AdversarialTask)
+    return task
+
+
+def _poison(task: Any, monkeypatch: pytest.MonkeyPatch, images: int, use: str) -> list[torch.Tensor]:
+    """Makes the first micro-batch of one use NaN; what all of its micro-batches are, in the end."""
+    noised, seen = task.bench.noised, []
+
+    def poisoned(latents: torch.Tensor, timesteps: Any, *key: Any, **options: Any) -> Any:
+        x_t, t = noised(latents, timesteps, *key, **options)
+        if key == (images, use):
+            seen.append(x_t.fill_(float("nan")) if task.bench.share.start == 0 else x_t)
+        return x_t, t
+
+    monkeypatch.setattr(task.bench, "noised", poisoned)
+    return seen
+
+
+def _fails(task: Task, config: Any, folder: Path, moved: str) -> dict[str, torch.Tensor]:
+    with pytest.raises(FloatingPointError, match=f"is nan after 4 images; {moved}"):
+        fit(task, config, 8, folder, resume=False, label="test")
+    assert [path.name for path in folder.glob("not-finite*")] == ["not-finite-000000004-rank0.safetensors"]
+    return load_file(folder / "not-finite-000000004-rank0.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("use", "moved"),
+    [("discriminator", "nothing was updated"), ("student", "the discriminator was updated, the other network not")],
+)
+def test_all_micro_batches_of_a_gradient_that_is_not_finite_are_kept(
+    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, moved: str
+) -> None:
+    task = _lightning(lightning_recipe, tmp_path, *FOUR)
+    seen = _poison(task, monkeypatch, 4, use)
+    kept = _fails(task, task.bench.config, tmp_path / "run", moved)
+    assert kept["x_t"].isnan().flatten(1).any(1).tolist() == [True, False, False, False]
+    assert torch.equal(kept["x_t"][1:], torch.cat(seen)[1:])
+    assert {name: len(rows) for name, rows in kept.items()} == dict.fromkeys(
+        ("x_t", "timesteps", "prompt_embeds", "pooled", "time_ids"), 4
+    )
+
+
+def test_lcm_and_add_keep_all_micro_batches_too(
+    pictures: Path, teacher_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    from sdxl_fast.train.add import AddTask
+    from sdxl_fast.train.lcm import LcmTask
+
+    data = f"data={{folder: {pictures}, resolution: 64, art_size: 64}}"
+    settings = [f"teacher={teacher_folder}", "vae=null", data, "draws=2", "batch=4", "precision=fp32", *FOUR]
+    lcm, add = load_recipe("emoji_lcm", settings), load_recipe("emoji_add", settings)
+    assert isinstance(lcm, LcmConfig) and isinstance(add, AddConfig)
+    add = add.model_copy(update={"d_warmup": 0})
+    for task, moved in (
+        (LcmTask(lcm, tmp_path / "lcm"), "nothing was updated"),
+        (AddTask(add, tmp_path / "add"), "nothing was updated"),
+    ):
+        _poison(task, monkeypatch, 4, "lcm" if isinstance(task, LcmTask) else "add")
+        kept = _fails(task, task.config, tmp_path / type(task).__name__, moved)
+        assert kept["x_t"].isnan().flatten(1).any(1).tolist() == [True, False, False, False]
+        assert {"timesteps", "prompt_embeds", "pooled", "time_ids"} <= kept.keys()
