@@ -13,12 +13,14 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import distributed
 from .distributed import local, whole
 
 SHARDS = "shards"
+WRITING = (OSError, SafetensorError)
 
 
 class Stateful(Protocol):
@@ -63,13 +65,16 @@ def unflatten(rest: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Writes `folder/checkpoint-<images>` and removes all but the newest `keep`.
+    """Writes `folder/checkpoint-<images>` and removes all but the newest `keep` whole ones.
 
     Args:
         folder: the run's folder.
         parts: what to save, by name; one safetensors file each.
         state: JSON facts; `state["images"]` names the checkpoint.
         keep: complete checkpoints to leave.
+
+    Raises:
+        OSError: it cannot be written, in every process; nothing of it is left, and the checkpoints before it are.
     """
     target = folder / f"checkpoint-{state['images']:09d}"
     writing = folder / f".{target.name}"
@@ -79,50 +84,90 @@ def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, kee
         tensors[name], structure[name] = flatten(part.state_dict())
     try:
         _write(writing, tensors, {**state, "structure": structure})
+    except (*WRITING, CheckpointException) as error:
         if distributed.is_first():
-            shutil.rmtree(target, ignore_errors=True)
-            writing.rename(target)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(writing, ignore_errors=True)
+            shutil.rmtree(writing, ignore_errors=True)
         kept = latest(folder)
-        raise OSError(f"cannot write {target}: {error}; the last whole checkpoint is {kept or 'none'}") from error
+        raise OSError(
+            f"cannot write {target}: {_reason(error)}; the last whole checkpoint is {kept or 'none'}"
+        ) from error
     if distributed.is_first():
-        for old in sorted(folder.glob("checkpoint-*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _put_aside(target)
+        writing.rename(target)
+        whole_ones = [path for path in _found(folder) if _is_whole(path)]
+        for path in _found(folder):
+            if path not in whole_ones[-keep:]:
+                _put_aside(path)
         for stale in folder.glob(".checkpoint-*"):
             shutil.rmtree(stale, ignore_errors=True)
     distributed.barrier()
     return target
 
 
+def _put_aside(checkpoint: Path) -> None:
+    """Takes its name from a checkpoint that is to be removed: whoever is killed meanwhile leaves no half of one."""
+    aside = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if checkpoint.exists():
+        checkpoint.rename(aside)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong; of several processes that write shards, in each, without torch's stack traces."""
+    if not isinstance(error, CheckpointException):
+        return str(error)
+    return "; ".join(f"process {rank}: {failure}" for rank, (failure, _) in error.failures.items())
+
+
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """One safetensors file per part; of spread tensors (FSDP2) each process writes its shards, by torch's DCP."""
-    if distributed.is_first():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        (folder / "state.json").write_text(json.dumps(state))
     spread = any(isinstance(tensor, DTensor) for part in tensors.values() for tensor in part.values())
+    failure: Exception | None = None
+    if distributed.is_first():
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            (folder / "state.json").write_text(json.dumps(state))
+            for name, part in {} if spread else tensors.items():
+                save_file({key: value.clone() for key, value in part.items()}, folder / f"{name}.safetensors")
+        except WRITING as error:
+            failure = error
+    if distributed.agreed(failure is not None):  # or the others would wait for the first
+        raise failure or OSError("the first process could not")
     if spread:
-        distributed.barrier()
         flat = {f"{name}/{path}": tensor for name, part in tensors.items() for path, tensor in part.items()}
         dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
-    elif distributed.is_first():
-        for name, part in tensors.items():
-            save_file({key: value.clone() for key, value in part.items()}, folder / f"{name}.safetensors")
-    distributed.barrier()
+
+
+def _found(folder: Path) -> list[Path]:
+    """What is named like a checkpoint, oldest first."""
+    return sorted(p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether all files are there that `state.json` speaks of."""
+    try:
+        structure = json.loads((checkpoint / "state.json").read_text())["structure"]
+    except (OSError, ValueError, KeyError):
+        return False
+    shards = checkpoint / SHARDS
+    if shards.is_dir():
+        return any(shards.iterdir())
+    return all((checkpoint / f"{name}.safetensors").is_file() for name in structure)
 
 
 def latest(folder: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return max(found, default=None)
+    return next(filter(_is_whole, reversed(_found(folder))), None)
 
 
 def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     """Restores `parts` in place and returns the JSON facts that were saved with them.
 
+    Parts may be whole or spread (FSDP2), over any number of processes, however they were when saved.
+
     Raises:
-        ValueError: the checkpoint lacks one of `parts`, or the folder is no checkpoint.
+        ValueError: the checkpoint lacks one of `parts` or does not fit it, or the folder is no checkpoint.
     """
     path = checkpoint / "state.json"
     if not path.is_file():
@@ -132,26 +177,76 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     missing = sorted(set(parts) - set(structure))
     if missing:
         raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}")
-    shards = checkpoint / SHARDS
-    loaded = _read_shards(shards, parts) if shards.is_dir() else {}
+    if (checkpoint / SHARDS).is_dir():
+        loaded = _read_shards(checkpoint, {name: _targets(part, structure[name]) for name, part in parts.items()})
     for name, part in parts.items():
-        tensors = loaded[name] if loaded else load_file(checkpoint / f"{name}.safetensors")
+        if (checkpoint / SHARDS).is_dir():
+            tensors = loaded[name]
+        else:
+            tensors = load_file(checkpoint / f"{name}.safetensors")
+            if _is_spread(part):
+                tensors = _spread_like(_targets(part, structure[name]), tensors)
         part.load_state_dict(unflatten(structure[name], tensors))
         if isinstance(part, torch.optim.Optimizer):
             _match_layout(part)
     return state
 
 
-def _read_shards(folder: Path, parts: dict[str, Stateful]) -> dict[str, dict[str, Tensor]]:
+def _is_spread(part: Stateful) -> bool:
+    """Whether a part's weights, or what an optimiser moves, are spread over processes (FSDP2)."""
+    if isinstance(part, torch.optim.Optimizer):
+        return any(isinstance(p, DTensor) for group in part.param_groups for p in group["params"])
+    return any(isinstance(value, DTensor) for value in part.state_dict().values())
+
+
+def _targets(part: Stateful, structure: Any) -> dict[str, Tensor]:
+    """The part's own tensors of those names that the checkpoint has; an optimiser makes its state if it is there.
+
+    One that had not moved anything when it was saved, as the student's while D warms up, has none.
+
+    Raises:
+        ValueError: the checkpoint has a tensor that the part lacks.
+    """
+    names = _names(structure)
+    if isinstance(part, torch.optim.Optimizer) and names:
+        _initialise(part)
+    own = flatten(part.state_dict())[0]
+    if unknown := sorted(set(names) - own.keys()):
+        raise ValueError(f"the checkpoint holds {unknown[0]} and {len(unknown) - 1} more that this recipe has not")
+    return {name: own[name] for name in names}
+
+
+def _names(structure: Any) -> list[str]:
+    """Where the tensors of a tree lie that `flatten` split."""
+    if isinstance(structure, list):
+        return [name for value in structure for name in _names(value)]
+    if not isinstance(structure, dict):
+        return []
+    if "$tensor" in structure:
+        return [structure["$tensor"]]
+    return [name for value in structure.values() for name in _names(value)]
+
+
+def _read_shards(checkpoint: Path, wanted: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """What this process needs of a spread checkpoint, written by any number of processes."""
-    wanted = {}
-    for name, part in parts.items():
-        if isinstance(part, torch.optim.Optimizer):
-            _initialise(part)
-        wanted[name] = flatten(part.state_dict())[0]
     flat = {f"{name}/{path}": tensor for name, part in wanted.items() for path, tensor in part.items()}
-    dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    try:
+        dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(checkpoint / SHARDS)))
+    except CheckpointException as error:
+        raise ValueError(f"cannot read {checkpoint}: {_reason(error)}") from error
     return wanted
+
+
+def _spread_like(targets: dict[str, Tensor], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, spread as `targets` are; each process keeps its part of what it has read."""
+    return {
+        name: distribute_tensor(
+            tensors[name].to(target.device), target.device_mesh, target.placements, src_data_rank=None
+        )
+        if isinstance(target, DTensor)
+        else tensors[name]
+        for name, target in targets.items()
+    }
 
 
 def _initialise(optimizer: torch.optim.Optimizer) -> None:

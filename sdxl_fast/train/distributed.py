@@ -17,10 +17,13 @@ Parallel = Literal["ddp", "fsdp"]
 
 
 def start(device: torch.device) -> None:
-    """Joins the processes that torchrun started, by gloo on CPU and NCCL on GPUs; does nothing without torchrun."""
+    """Joins the processes that torchrun started; does nothing without torchrun.
+
+    Tensors on GPUs go by NCCL, and those on the CPU, flags and what is to be logged, by gloo.
+    """
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
@@ -47,11 +50,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agreed(flag: bool, device: torch.device) -> bool:
-    """Whether any process says so."""
+def agreed(flag: bool) -> bool:
+    """Whether any process says so; asked on the CPU, so that no GPU has to be waited for."""
     if size() == 1:
         return flag
-    said = torch.tensor(float(flag), device=device)
+    said = torch.tensor(float(flag))
     dist.all_reduce(said, dist.ReduceOp.MAX)
     return bool(said.item())
 
@@ -73,11 +76,11 @@ def shares(batch: int, accumulate: int) -> list[slice]:
     return [slice((first + i) * each, (first + i + 1) * each) for i in range(accumulate)]
 
 
-def average(facts: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The mean over processes of what each has to log."""
+def average(facts: dict[str, float]) -> dict[str, float]:
+    """The mean over processes of what each has to log; on the CPU."""
     if size() == 1 or not facts:
         return facts
-    values = torch.tensor([facts[name] for name in sorted(facts)], dtype=torch.float64, device=device)
+    values = torch.tensor([facts[name] for name in sorted(facts)], dtype=torch.float64)
     dist.all_reduce(values)
     return dict(zip(sorted(facts), (values / size()).tolist(), strict=True))
 

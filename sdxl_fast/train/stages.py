@@ -258,7 +258,7 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         folder = unit.folder(run)
         if folder.name in done:
             continue
-        if distributed.agreed(STOP.set, config.torch_device):
+        if distributed.agreed(STOP.set):
             return False
         task = make_task(unit, bench, lineage)
         started = time.perf_counter()

@@ -97,7 +97,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
             total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()
         ) as bar,
     ):
-        while images < total and not distributed.agreed(STOP.set, device):
+        while images < total and not distributed.agreed(STOP.set):
             try:
                 step = task.step(images)
             except FloatingPointError as error:
@@ -112,7 +112,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
             if images - logged >= config.log_every or images >= total:
                 rate = (images - logged) / (time.perf_counter() - started)
                 means = {name: sum(values) / len(values) for name, values in sums.items()}
-                line = distributed.average(means, device)
+                line = distributed.average(means)
                 log.write({"images": images, "images_per_second": rate, **line})
                 log.warn(images, monitor.check(line))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()})

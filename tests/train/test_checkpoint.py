@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from sdxl_fast.train import checkpoint
+from sdxl_fast.train.interruptions import clear_temporaries
 
 
 def _trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -92,3 +93,40 @@ def test_moments_take_their_parameters_memory_format(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, {"module": half, "optimizer": optimizer}, {"images": 2})
     resumed, _ = trained(2, path)
     assert torch.equal(whole.weight, resumed.weight)  # type: ignore[arg-type]
+
+
+def test_what_is_not_whole_is_passed_over(tmp_path: Path) -> None:
+    module, optimizer = _trained()
+    parts = {"module": module, "optimizer": optimizer}
+    whole = checkpoint.save(tmp_path, parts, {"images": 4})
+    (checkpoint.save(tmp_path, parts, {"images": 8}) / "module.safetensors").unlink()
+    assert checkpoint.latest(tmp_path) == whole
+    (tmp_path / "checkpoint-000000012").mkdir()
+    (tmp_path / "checkpoint-000000016").mkdir()
+    (tmp_path / "checkpoint-000000016" / "state.json").write_text('{"images": 16, "struct')
+    assert checkpoint.latest(tmp_path) == whole
+    newest = checkpoint.save(tmp_path, parts, {"images": 20})
+    assert sorted(tmp_path.iterdir()) == [whole, newest], "and does not count among those that are kept"
+
+
+def test_whoever_is_killed_while_one_is_removed_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = _trained()
+    for images in (4, 8):
+        checkpoint.save(tmp_path, {"module": module}, {"images": images})
+
+    class Killed(BaseException):
+        pass
+
+    def halfway(path: Path, **_: object) -> None:
+        if path.exists():
+            next(path.glob("*.safetensors")).unlink()
+            raise Killed
+
+    for images in (8, 12):  # the newest once more, and one that the oldest gives way to
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(checkpoint.shutil, "rmtree", halfway)
+            checkpoint.save(tmp_path, {"module": module}, {"images": images})
+        clear_temporaries(tmp_path)
+        assert checkpoint.latest(tmp_path) == tmp_path / f"checkpoint-{images:09d}"
+        for path in tmp_path.glob("checkpoint-*"):
+            assert checkpoint.load(path, {"module": module})["images"] == int(path.name[-9:])

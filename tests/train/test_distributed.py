@@ -169,5 +169,5 @@ def test_shares_are_disjoint_and_must_divide() -> None:
 
 def test_one_process_needs_no_group() -> None:
     assert (distributed.rank(), distributed.size(), distributed.is_first()) == (0, 1, True)
-    assert distributed.average({"loss": 2.0}, torch.device("cpu")) == {"loss": 2.0}
-    assert distributed.agreed(True, torch.device("cpu")) and not distributed.agreed(False, torch.device("cpu"))
+    assert distributed.average({"loss": 2.0}) == {"loss": 2.0}
+    assert distributed.agreed(True) and not distributed.agreed(False)
