@@ -82,7 +82,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(config.deterministic)
-    images = _restore(task, folder) if resume else 0
+    images = resumed = _restore(task, folder) if resume else 0
     device, monitor = config.torch_device, Monitor(folder / "sheets.jsonl")
     # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
     # embedded teacher (bf16, 16 tokens, one core).
@@ -120,13 +120,14 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
                 started, logged = time.perf_counter(), images
             due = images // config.checkpoint_every > (images - task.batch) // config.checkpoint_every
             if due and images < total:
-                _save(task, folder, images, config.keep_checkpoints)
-                _look(task, log, monitor, images)
-        if images < total:  # asked to stop: soon
+                checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
+                _look(task, log, monitor, folder, images)
+        if images > resumed:  # else it lies there, or is how the training begins
             checkpoint.save(folder, task.parts, {"images": images}, keep=config.keep_checkpoints)
+        if images < total:  # asked to stop: soon
             return False
-        _save(task, folder, images, config.keep_checkpoints)
-        _look(task, log, monitor, images)
+        if images > resumed or distributed.agreed(not _sheet(folder, images).is_file()):
+            _look(task, log, monitor, folder, images)
     return True
 
 
@@ -140,16 +141,15 @@ def _keep_batch(task: Task, folder: Path, images: int) -> Path:
     return path
 
 
-def _save(task: Task, folder: Path, images: int, keep: int) -> None:
-    """A checkpoint, its contact sheet, and the loss curves up to it."""
-    checkpoint.save(folder, task.parts, {"images": images}, keep=keep)
-    task.preview(folder / f"sheet-{images:09d}.png")
+def _sheet(folder: Path, images: int) -> Path:
+    return folder / f"sheet-{images:09d}.png"
+
+
+def _look(task: Task, log: Log, monitor: Monitor, folder: Path, images: int) -> None:
+    """Draws the contact sheet and the loss curves up to it, and warns if it shows one of the known failures."""
+    task.preview(_sheet(folder, images))
     if distributed.is_first() and (folder / "metrics.jsonl").stat().st_size:
         plot_losses(folder / "metrics.jsonl", folder / "losses.png", title=folder.name)
-
-
-def _look(task: Task, log: Log, monitor: Monitor, images: int) -> None:
-    """Measures the last contact sheet, and warns if it shows one of the known failures."""
     if task.drawn is None:
         return
     facts = facts_of_sheet(task.drawn)

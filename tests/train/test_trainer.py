@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sdxl_fast.train import stages
+from sdxl_fast.train import checkpoint, stages
 from sdxl_fast.train.config import AddConfig, LcmConfig, LightningConfig, load_recipe
+from sdxl_fast.train.interruptions import STOP
 from sdxl_fast.train.lightning import AdversarialTask
 from sdxl_fast.train.trainer import Task, fit
 
@@ -88,3 +89,56 @@ def test_lcm_and_add_keep_all_micro_batches_too(
         kept = _fails(task, task.config, tmp_path / type(task).__name__, moved)
         assert kept["x_t"].isnan().flatten(1).any(1).tolist() == [True, False, False, False]
         assert {"timesteps", "prompt_embeds", "pooled", "time_ids"} <= kept.keys()
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+class Toy(Task):
+    """Moves one weight by 1 a step; `die` is killed there, `stop` is told to stop."""
+
+    def __init__(self, *, die: int | None = None, stop: int | None = None) -> None:
+        self.layer, self.batch, self.seen = torch.nn.Linear(1, 1), 4, {}
+        self.parts, self.die, self.stop = {"layer": self.layer}, die, stop
+        self.sheets: list[str] = []
+
+    def step(self, images: int) -> dict[str, float]:
+        if images == self.die:
+            raise Killed
+        STOP.set = STOP.set or images == self.stop
+        return {"loss": float(images)}
+
+    def preview(self, path: Path) -> None:
+        path.touch()
+        self.sheets.append(path.name)
+
+    def export(self, folder: Path) -> None: ...
+
+
+TOY = load_recipe("emoji_lcm", ["batch=4", "images=40", "log_every=4", "checkpoint_every=1000", "device=cpu"])
+
+
+def _fit(task: Toy, folder: Path, config: Any = TOY, *, resume: bool = True) -> bool:
+    return fit(task, config, 40, folder, resume=resume, label="toy")
+
+
+def test_what_is_saved_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save = checkpoint.save
+
+    def spy(folder: Path, parts: Any, state: Any, **options: Any) -> Path:
+        saved.append(state["images"])
+        return save(folder, parts, state, **options)
+
+    monkeypatch.setattr(checkpoint, "save", spy)
+    assert not _fit(Toy(stop=16), tmp_path) and saved == [20]
+    with STOP.watching():  # told to stop before the first step
+        STOP.set = True
+        assert not _fit(Toy(), tmp_path) and saved == [20]
+        assert not _fit(Toy(), tmp_path / "new") and saved == [20]
+    assert _fit(Toy(), tmp_path) and saved == [20, 40]
+    again = Toy()
+    assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == []
+    (tmp_path / "sheet-000000040.png").unlink()  # killed between the checkpoint and its sheet
+    assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == ["sheet-000000040.png"]
