@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import uuid
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from ..files import replacing
 from . import distributed
 from .config import RunConfig
 
@@ -19,12 +21,13 @@ class Log:
         folder: where `metrics.jsonl` is appended to.
         config: its `loggers` are opened.
         label: name of the run or stage.
+        images: where it begins or goes on; what TensorBoard was told of later, by a process that was killed, goes.
 
     Raises:
         ValueError: a logger is not installed.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, label: str) -> None:
+    def __init__(self, folder: Path, config: RunConfig, label: str, images: int = 0) -> None:
         self._path = folder / "metrics.jsonl"
         self._board: Any = None
         self._wandb: Any = None
@@ -36,13 +39,16 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ValueError("loggers has tensorboard, which needs: pip install tensorboard") from None
-            self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+                str(folder / "tensorboard"), purge_step=images + 1
+            )
         if "wandb" in config.loggers:
             try:
                 import wandb
             except ImportError:
                 raise ValueError("loggers has wandb, which needs: pip install wandb") from None
-            self._wandb = wandb.init(project="sdxl_fast", name=label, dir=folder, config=config.model_dump(mode="json"))
+            about = {"name": label, "dir": folder, "config": config.model_dump(mode="json")}
+            self._wandb = wandb.init(project="sdxl_fast", id=_wandb_id(folder), resume="allow", **about)
 
     def __enter__(self) -> Log:
         return self
@@ -83,6 +89,15 @@ class Log:
         for warning in warnings:
             tqdm.write(f"warning: {self._path.parent.name}, {images:,} images: {warning}")
             _append(self._path.with_name("warnings.jsonl"), {"images": images, "warning": warning})
+
+
+def _wandb_id(folder: Path) -> str:
+    """Under which a run or stage goes on in W&B: drawn once and kept in its folder."""
+    path = folder / "wandb-id.txt"
+    if not path.is_file():
+        with replacing(path) as writing:
+            writing.write_text(uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:

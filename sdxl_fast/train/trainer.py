@@ -92,7 +92,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     with (
         STOP.watching(),
         attention,
-        Log(folder, config, label) as log,
+        Log(folder, config, label, images) as log,
         tqdm(
             total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()
         ) as bar,
@@ -159,11 +159,9 @@ def _look(task: Task, log: Log, monitor: Monitor, folder: Path, images: int) -> 
 
 
 def _restore(task: Task, folder: Path) -> int:
-    """Loads the newest checkpoint and drops metric lines written after it; the images it stands at."""
+    """Loads the newest checkpoint, if any, and drops metric lines written after it; the images it stands at."""
     newest = checkpoint.latest(folder)
-    if newest is None:
-        return 0
-    images = int(checkpoint.load(newest, task.parts)["images"])
+    images = 0 if newest is None else int(checkpoint.load(newest, task.parts)["images"])
     if distributed.is_first():
         for name in ("metrics.jsonl", "sheets.jsonl", "warnings.jsonl"):
             _drop_later_lines(folder / name, images)

@@ -25,8 +25,8 @@ def test_a_line_goes_to_every_logger(tmp_path: Path, monkeypatch: pytest.MonkeyP
     said: list[Any] = []
 
     class Writer:
-        def __init__(self, folder: str) -> None:
-            said.append(("board", Path(folder).name))
+        def __init__(self, folder: str, purge_step: int) -> None:
+            said.append(("board", Path(folder).name, purge_step))
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             said.append(("board", name, value, step))
@@ -38,17 +38,24 @@ def test_a_line_goes_to_every_logger(tmp_path: Path, monkeypatch: pytest.MonkeyP
         log=lambda values, step: said.append(("wandb", values, step)), finish=lambda: said.append(("wandb", "finished"))
     )
     _module(monkeypatch, "torch.utils.tensorboard", SummaryWriter=Writer)
-    _module(monkeypatch, "wandb", init=lambda **about: said.append(("wandb", about["name"])) or run)
+    _module(
+        monkeypatch,
+        "wandb",
+        init=lambda **about: said.append(("wandb", about["name"], about["resume"], about["id"])) or run,
+    )
     config = load_recipe("emoji_lcm", ["loggers=[tensorboard, wandb]"])
-    with Log(tmp_path, config, "stage") as log:
+    with Log(tmp_path, config, "stage", 24) as log:
         log.write({"images": 48, "loss": 0.5})
         log.sheet(48, {"sheet_sharpness": 0.25})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"images": 48, "loss": 0.5}
     assert json.loads((tmp_path / "sheets.jsonl").read_text()) == {"images": 48, "sheet_sharpness": 0.25}
     board = [entry[1:] for entry in said if entry[0] == "board"]
-    assert board == [("tensorboard",), ("loss", 0.5, 48), ("sheet_sharpness", 0.25, 48), ("closed",)]
+    assert board == [("tensorboard", 25), ("loss", 0.5, 48), ("sheet_sharpness", 0.25, 48), ("closed",)]
     other = [entry[1:] for entry in said if entry[0] == "wandb"]
-    assert other == [("stage",), ({"loss": 0.5}, 48), ({"sheet_sharpness": 0.25}, 48), ("finished",)]
+    name = (tmp_path / "wandb-id.txt").read_text()
+    assert other == [("stage", "allow", name), ({"loss": 0.5}, 48), ({"sheet_sharpness": 0.25}, 48), ("finished",)]
+    Log(tmp_path, config, "stage", 24)
+    assert said[-1] == ("wandb", "stage", "allow", name), "a process that goes on goes on there too"
 
 
 @pytest.mark.parametrize(("logger", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,11 @@ def test_what_is_saved_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == []
     (tmp_path / "sheet-000000040.png").unlink()  # killed between the checkpoint and its sheet
     assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == ["sheet-000000040.png"]
+
+
+def test_lines_of_a_process_killed_before_its_first_checkpoint_are_not_doubled(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        _fit(Toy(die=20), tmp_path)
+    assert _fit(Toy(), tmp_path)
+    lines = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(4, 44, 4))
