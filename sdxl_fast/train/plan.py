@@ -100,10 +100,9 @@ def _left(folder: Path, images: int, *, done: bool = False) -> int:
 
 
 def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
-    from .stages import BASE, Unit, units_of
+    from .stages import BASE, Unit, finished_units, units_of
 
-    chain = folder / "chain.jsonl"
-    done = {json.loads(line)["unit"] for line in chain.read_text().splitlines()} if chain.is_file() else set()
+    done = finished_units(folder)
     first = config.stages[0].name
     base = _count(rehearsal.unet) * config.frozen_dtype.itemsize
     width = config.trained_dtype.itemsize

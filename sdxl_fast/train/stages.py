@@ -227,10 +227,34 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
 
 
+def _chain(run: Path) -> list[str]:
+    """The lines of `chain.jsonl`; one that is not whole, which a killed process of an older version left, counts not.
+
+    Raises:
+        ValueError: a line that others follow is damaged.
+    """
+    path = run / "chain.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    for index, line in enumerate(lines):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            if index == len(lines) - 1:
+                return lines[:-1]
+            raise ValueError(
+                f"{path}: line {index + 1} is damaged; put it back, or remove it and all behind"
+            ) from error
+    return lines
+
+
+def finished_units(run: Path) -> set[str]:
+    """The folders of the units that have a line in `chain.jsonl`."""
+    return {json.loads(line)["unit"] for line in _chain(run)}
+
+
 def _record(unit: Unit, run: Path, seconds: float) -> None:
     """Appends the unit to `chain.jsonl`: what it made, hashed, and the hash of the line before it."""
-    path, folder = run / "chain.jsonl", unit.folder(run)
-    before = path.read_text().splitlines()[-1] if path.is_file() else ""
+    lines, folder = _chain(run), unit.folder(run)
     files = [folder / name for name in (STUDENT, "discriminator.safetensors", "metrics.jsonl")]
     line = {
         "unit": folder.name,
@@ -239,10 +263,10 @@ def _record(unit: Unit, run: Path, seconds: float) -> None:
         "seconds_of_last_session": round(seconds),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "sha256": {file.name: file_sha256(file) for file in files if file.is_file()},
-        "previous": hashlib.sha256(before.encode()).hexdigest() if before else None,
+        "previous": hashlib.sha256(lines[-1].encode()).hexdigest() if lines else None,
     }
-    with open(path, "a") as chain:
-        chain.write(json.dumps(line) + "\n")
+    with replacing(run / "chain.jsonl") as writing:
+        writing.write_text("".join(f"{each}\n" for each in (*lines, json.dumps(line))))
 
 
 def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
@@ -252,8 +276,7 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
     """
     bench = make_bench(config, run)
     lineage = Lineage(bench, run)
-    chain = run / "chain.jsonl"
-    done = {json.loads(line)["unit"] for line in chain.read_text().splitlines()} if chain.is_file() else set()
+    done = finished_units(run)
     for unit in lineage.units:
         folder = unit.folder(run)
         if folder.name in done:

@@ -14,7 +14,7 @@ from sdxl_fast.train import checkpoint, stages
 from sdxl_fast.train.config import AddConfig, LcmConfig, LightningConfig, load_recipe
 from sdxl_fast.train.interruptions import STOP
 from sdxl_fast.train.lightning import AdversarialTask
-from sdxl_fast.train.trainer import Task, fit
+from sdxl_fast.train.trainer import Task, fit, run
 
 FOUR = ("accumulate=4", "log_every=4", "checkpoint_every=100")
 
@@ -151,3 +151,28 @@ def test_lines_of_a_process_killed_before_its_first_checkpoint_are_not_doubled(t
     assert _fit(Toy(), tmp_path)
     lines = [json.loads(line)["images"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == list(range(4, 44, 4))
+
+
+PHASES = (
+    "[{name: a, condition: true, trains: lora, images: 4, teacher: base},"
+    "{name: b, condition: true, trains: full, images: 4, teacher: base}]"
+)
+TWO_UNITS = [f"stages=[{{name: 8-step, steps: 8, loss: adversarial, phases: {PHASES}}}]", "log_every=4"]
+
+
+def test_an_unfinished_line_of_the_chain_counts_not(lightning_recipe: Path, cache: Path) -> None:
+    folder = cache / "runs" / "distil"
+    run(lightning_recipe, TWO_UNITS)
+    chain = folder / "chain.jsonl"
+    lines = chain.read_text().splitlines()
+    chain.write_text(f"{lines[0]}\n{lines[1][:-40]}")
+    assert stages.finished_units(folder) == {"00-8-step-a"}
+    run(lightning_recipe, TWO_UNITS, resume="latest")
+    names = ("unit", "sha256", "previous")
+    again = [json.loads(line) for line in chain.read_text().splitlines()]
+    assert [[line[name] for name in names] for line in again] == [
+        [json.loads(line)[name] for name in names] for line in lines
+    ]
+    chain.write_text(f"{lines[0][:-40]}\n{lines[1]}\n")
+    with pytest.raises(ValueError, match="line 1 is damaged; put it back, or remove it and all behind"):
+        run(lightning_recipe, TWO_UNITS, resume="latest")
