@@ -8,6 +8,7 @@ stage; from D to D' its backbone is kept, the head is new.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import platform
@@ -269,6 +270,26 @@ def _record(unit: Unit, run: Path, seconds: float) -> None:
         writing.write_text("".join(f"{each}\n" for each in (*lines, json.dumps(line))))
 
 
+def _run_unit(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage, *, resume: bool) -> bool:
+    """Trains one unit and writes what it leaves behind; False when asked to stop. Its networks go with this frame."""
+    config, folder = bench.config, unit.folder(lineage.run)
+    task = make_task(unit, bench, lineage)
+    started = time.perf_counter()
+    if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
+        return False
+    with task.averaged() if config.hand_on_average else nullcontext():
+        lineage.write_student(unit, task.student.unet)
+    if config.teach_average and unit.trains == "lora":
+        with task.averaged():
+            lineage.write_student(unit, task.student.unet, AVERAGE)
+    if isinstance(task, AdversarialTask) and task.phase.adversarial_weight:
+        _write_weights(task.discriminator, folder / "discriminator.safetensors")
+    if distributed.is_first():
+        _record(unit, lineage.run, time.perf_counter() - started)
+    distributed.barrier()  # the next unit reads these files
+    return True
+
+
 def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
     """Runs every unit that is not finished yet, in order; False when asked to stop in between.
 
@@ -278,25 +299,11 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
     lineage = Lineage(bench, run)
     done = finished_units(run)
     for unit in lineage.units:
-        folder = unit.folder(run)
-        if folder.name in done:
+        if unit.folder(run).name in done:
             continue
-        if distributed.agreed(STOP.set):
+        if distributed.agreed(STOP.set) or not _run_unit(unit, bench, lineage, resume=resume):
             return False
-        task = make_task(unit, bench, lineage)
-        started = time.perf_counter()
-        if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
-            return False
-        with task.averaged() if config.hand_on_average else nullcontext():
-            lineage.write_student(unit, task.student.unet)
-        if config.teach_average and unit.trains == "lora":
-            with task.averaged():
-                lineage.write_student(unit, task.student.unet, AVERAGE)
-        if isinstance(task, AdversarialTask) and task.phase.adversarial_weight:
-            _write_weights(task.discriminator, folder / "discriminator.safetensors")
-        if distributed.is_first():
-            _record(unit, run, time.perf_counter() - started)
-        distributed.barrier()  # the next unit reads these files
+        gc.collect()  # spread networks (FSDP2) hold on to themselves by their hooks
     if distributed.is_first():
         _export(config, lineage, run)
     distributed.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,20 @@ def test_an_unfinished_line_of_the_chain_counts_not(lightning_recipe: Path, cach
     chain.write_text(f"{lines[0][:-40]}\n{lines[1]}\n")
     with pytest.raises(ValueError, match="line 1 is damaged; put it back, or remove it and all behind"):
         run(lightning_recipe, TWO_UNITS, resume="latest")
+
+
+def test_a_units_networks_are_gone_before_the_next_are_built(
+    lightning_recipe: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    make_task = stages.make_task
+
+    def spy(*arguments: Any) -> Any:
+        assert all(each() is None for each in made)
+        task = make_task(*arguments)
+        made.extend(map(weakref.ref, (task, task.student.unet, task.discriminator)))
+        return task
+
+    monkeypatch.setattr(stages, "make_task", spy)
+    run(lightning_recipe, TWO_UNITS)
+    assert len(made) == 6
