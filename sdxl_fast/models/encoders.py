@@ -16,7 +16,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from .discriminators import UNetEncoder
-from .feature_nets import EfficientNetLite0, FeatureNetwork
+from .feature_nets import EfficientNetLite0, FeatureNetwork, area, resampled
 
 WIDTH, GROUPS = 64, 16
 
@@ -82,7 +82,7 @@ class PixelEncoder(nn.Module):
         maps = features(vae.decode(latents / vae.config.scaling_factor).sample)
         # Normalised without weights of their own: torch 2.13's GroupNorm on CPU crashes in backward where, as in D's
         # step, its weights need a gradient and its channels-last input does not.
-        seen = [F.adaptive_avg_pool2d(F.group_norm(each, 1), size) for each in maps]
+        seen = [resampled(F.group_norm(each, 1), size, area) for each in maps]
         told = self.time(self.frequencies(timesteps).to(latents.dtype)) + self.text(condition["pooled"])
         x: Tensor = self.mix(torch.cat(seen, dim=1))
         return x + told[:, :, None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,36 @@ class Features:
 
     tokens: list[Tensor]
     embedding: Tensor
+
+
+def bicubic(eye: Tensor, size: int) -> Tensor:
+    """The matrix [size, n] of a bicubic resampling with antialiasing, of the unit matrix [n, n]."""
+    return F.interpolate(eye[None, None], (size, len(eye)), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+
+
+def area(eye: Tensor, size: int) -> Tensor:
+    """The matrix [size, n] of an adaptive average pooling, of the unit matrix [n, n]."""
+    return F.adaptive_avg_pool1d(eye[None], size)[0].T.contiguous()
+
+
+@functools.lru_cache(maxsize=64)
+def _matrix(
+    kind: Callable[[Tensor, int], Tensor], side: int, size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    with torch.inference_mode(False):  # kept, and so also for who trains
+        return kind(torch.eye(side, dtype=torch.float64), size).to(device, dtype)
+
+
+def resampled(x: Tensor, size: tuple[int, int], kind: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Maps [N, C, H, W] in another size, by one matrix for the rows and one for the columns.
+
+    torch's own functions do the same, but add their gradients up in an order that depends on timing on a GPU: with
+    `torch.use_deterministic_algorithms` their backward raises. In float32 at least, also under autocast.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = (_matrix(kind, *sides, wide, x.device) for sides in zip(x.shape[-2:], size, strict=True))
+    with torch.autocast(x.device.type, enabled=False):
+        return (rows @ x.to(wide) @ columns.T).to(x.dtype)
 
 
 class FeatureNetwork(nn.Module):
@@ -115,7 +147,7 @@ class Dinov2(FeatureNetwork):
 
     def features(self, pictures: Tensor) -> Features:
         """Five sequences of (size / patch)² tokens; the embedding is the class token after the last norm."""
-        x = F.interpolate(pictures, (self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        x = resampled(pictures, (self.size, self.size), bicubic)
         output = self.net((0.5 * x + 0.5 - self.mean) / self.std, output_hidden_states=True)
         states = [output.hidden_states[tap] for tap in self.taps]
         tokens = [(state[:, 1:] + state[:, :1]).transpose(1, 2) for state in states]

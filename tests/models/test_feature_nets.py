@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from sdxl_fast.models.feature_nets import Dinov2, EfficientNetLite0, FeatureNetwork, feature_network
+from sdxl_fast.models.feature_nets import (
+    Dinov2,
+    EfficientNetLite0,
+    FeatureNetwork,
+    area,
+    bicubic,
+    feature_network,
+    resampled,
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +73,52 @@ def test_efficientnet_reads_pictures_as_its_weights_were_trained() -> None:
     picture = values.repeat(16).reshape(1, 1, 64, 64).expand(1, 3, 64, 64)
     network(picture / 127.5 - 1.0)
     torch.testing.assert_close(seen[0], (picture - 127.0) / 128.0)
+
+
+def _steps_back(of: torch.Tensor) -> set[str]:
+    """The names of the functions that its gradient passes."""
+    found, left = set(), [of.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [further for further, _ in node.next_functions]
+    return {type(node).__name__ for node in found}
+
+
+@pytest.mark.parametrize("sides", [((37, 50), (28, 28)), ((16, 16), (28, 42)), ((28, 28), (28, 28))])
+@pytest.mark.parametrize("kind", [bicubic, area])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resampling_by_matrices_is_torchs_own(sides: Any, kind: Any, dtype: torch.dtype) -> None:
+    """But for the backward, which torch refuses where algorithms are to be deterministic on a GPU."""
+    torch.manual_seed(0)
+    (before, after), results = sides, []
+    values, weights = torch.randn(2, 3, *before, dtype=dtype), torch.randn(2, 3, *after, dtype=dtype)
+    for mine in (True, False):
+        x = values.clone().requires_grad_()
+        if mine:
+            y = resampled(x, after, kind)
+            assert not any("Upsample" in name or "Pool" in name for name in _steps_back(y))
+        elif kind is area:
+            y = F.adaptive_avg_pool2d(x, after)
+        else:
+            y = F.interpolate(x, after, mode="bicubic", antialias=True, align_corners=False)
+        y.backward(weights)
+        results.append((y.detach(), x.grad))
+    for a, b in zip(*results, strict=True):
+        # torch makes its weights in float32 there, these are rounded to it: 17 eps apart were measured
+        torch.testing.assert_close(a, b, rtol=0, atol=64 * torch.finfo(dtype).eps * b.abs().max().item())
+
+
+def test_resampling_keeps_its_precision_under_autocast() -> None:
+    x = torch.randn(1, 3, 40, 40, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = resampled(x, (28, 28), bicubic)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, resampled(x.float(), (28, 28), bicubic).bfloat16())
+
+
+def test_no_step_back_through_dinov2_depends_on_timing(dinov2: Path) -> None:
+    pictures = torch.randn(1, 3, 40, 40, requires_grad=True)
+    features = Dinov2(str(dinov2), size=28).features(pictures)
+    names = _steps_back(torch.cat([tokens.flatten() for tokens in features.tokens]))
+    assert not any("Upsample" in name or "Pool" in name for name in names)
