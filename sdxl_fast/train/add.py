@@ -21,12 +21,13 @@ from ..models.feature_nets import Features, feature_network
 from ..nn import fuse
 from ..random import image_seeds
 from . import distributed, losses
+from .accumulation import AccumulatingTask
 from .bench import Bench, Condition, lay_out, make_bench
 from .checkpoint import Average
 from .config import AddConfig
 from .students import averaged, export_student, make_student, untrained_student
 from .teacher import call_unet, scaled_text
-from .trainer import Task, Update, mean_of
+from .trainer import Update
 from .vae import to_sheet
 
 SHEET_STEPS = (1, 2, 4)
@@ -94,7 +95,7 @@ class Drawn(NamedTuple):
     image: Tensor
 
 
-class AddTask(Task):
+class AddTask(AccumulatingTask):
     """One discriminator and one student step per batch, from the same x̂_θ; neither loss reaches the other's weights.
 
     The real picture is decoded from its latent, so that the discriminator judges the student and not the VAE.
@@ -215,27 +216,30 @@ class AddTask(Task):
 
     def step(self, images: int) -> dict[str, float]:
         """D first, then the student against it; a single micro-batch keeps the student's graph in between."""
-        config, bench = self.config, self.bench
+        config = self.config
         trains_student = images >= config.d_warmup
         keeps = trains_student and config.accumulate == 1
-        facts = []
-        for _ in bench.shares():
+        kept: list[Drawn] = []
+
+        def judged() -> tuple[Tensor, dict[str, float]]:
             with torch.set_grad_enabled(keeps):
                 drawn = self._draw(images)
-            loss, fact = self.discriminator_loss(drawn)
-            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
-            facts.append(fact)
-        logged = {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
+            if keeps:
+                kept.append(drawn)
+            return self.discriminator_loss(drawn)
+
+        facts = self.gather(self.d_update, judged)
+        logged = {**facts, "d_grad_norm": self.d_update.step(images)}
         if not trains_student:
             return logged
         self.discriminator.eval().requires_grad_(False)  # nor may spectral norm's vectors move
-        facts = []
-        for _ in bench.shares():
-            loss, fact = self.student_loss(drawn if keeps else self._draw(images), images)
-            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
-            facts.append(fact)
+
+        def taught() -> tuple[Tensor, dict[str, float]]:
+            return self.student_loss(kept.pop() if keeps else self._draw(images), images)
+
+        facts = self.gather(self.update, taught, moved=True)
         self.discriminator.train().requires_grad_(True)
-        logged |= {**mean_of(facts), "grad_norm": self.update.step(images)}
+        logged |= {**facts, "grad_norm": self.update.step(images)}
         self.average.update(self.student, images + self.batch, self.batch)
         return logged
 

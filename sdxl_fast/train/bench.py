@@ -88,10 +88,12 @@ class Bench(Generic[C]):
         accumulate = self.config.accumulate
         if distributed.size() * accumulate % count:
             raise ValueError(f"{count} bases take turns: processes times accumulate must be a multiple of {count}")
-        for index, share in enumerate(distributed.shares(self.config.batch, accumulate)):
-            self.share, self.which = share, (distributed.rank() * accumulate + index) % count
-            yield
-        self.share, self.which = whole, 0
+        try:
+            for index, share in enumerate(distributed.shares(self.config.batch, accumulate)):
+                self.share, self.which = share, (distributed.rank() * accumulate + index) % count
+                yield
+        finally:
+            self.share, self.which = whole, 0
 
     @property
     def device(self) -> torch.device:

@@ -10,8 +10,13 @@ from pathlib import Path
 from types import FrameType
 
 
+class StepAbandonedError(Exception):
+    """A step was left before it had moved anything, because some process was told to stop."""
+
+
 class _StopRequest:
-    """Whether SIGTERM or SIGINT came since the outermost `watching` began; the loops read it between steps."""
+    """Whether SIGTERM or SIGINT came since the outermost `watching` began; the loops read it between steps, and between
+    micro-batches as long as nothing has moved."""
 
     def __init__(self) -> None:
         self.set = False

@@ -16,12 +16,13 @@ from ..models.config import scheduler_arguments
 from ..nn import fuse
 from ..random import generator, image_seeds
 from . import distributed, losses
+from .accumulation import AccumulatingTask
 from .bench import Bench, Condition, lay_out, make_bench
 from .checkpoint import Average
 from .config import LcmConfig
 from .students import averaged, export_student, follower_of, make_student
 from .teacher import call_unet, scaled_text
-from .trainer import Task, Update, mean_of
+from .trainer import Update
 from .vae import to_sheet
 
 SHEET_STEPS = (1, 2, 4)
@@ -40,7 +41,7 @@ def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
     return skip.float()[:, None, None, None], out.float()[:, None, None, None]
 
 
-class LcmTask(Task):
+class LcmTask(AccumulatingTask):
     """The student's x0 from one level of the teacher's grid is pulled to its own from the next level down.
 
     The way down is one DDIM step of the teacher, guided by a scale that is drawn anew for each sample and that the
@@ -88,7 +89,7 @@ class LcmTask(Task):
         output = without + scales.to(output.dtype)[:, None, None, None] * (with_text - without)
         return bench.move(x_t, output, (t, then), bench.prediction_type)[0]
 
-    def _loss(self, images: int) -> Tensor:
+    def _loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
         bench = self.bench
         latents, condition = bench.batch(images, "lcm")
         x_t, t = bench.noised(latents, self.levels, images, "lcm", pure=False)
@@ -98,17 +99,14 @@ class LcmTask(Task):
             below = self._down(x_t, t, then, condition, images)
             judge = self.student if self.target is None else self.target
             wanted = self._consistent(judge, below, then, condition)
-        return losses.distance(self._consistent(self.student, x_t, t, condition), wanted, self.config.distance)
+        loss = losses.distance(self._consistent(self.student, x_t, t, condition), wanted, self.config.distance)
+        return loss, {"loss": loss.item()}
 
     def step(self, images: int) -> dict[str, float]:
         if self.target is not None:
             self.follower.copy_to(self.target)
-        facts = []
-        for _ in self.bench.shares():
-            loss = self._loss(images)
-            (loss / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
-            facts.append({"loss": loss.item()})
-        logged = {**mean_of(facts), "grad_norm": self.update.step(images)}
+        facts = self.gather(self.update, lambda: self._loss(images))
+        logged = {**facts, "grad_norm": self.update.step(images)}
         self.average.update(self.student, images + self.batch, self.batch)
         if self.target is not None:
             self.follower.update(self.student, images + self.batch, self.batch)

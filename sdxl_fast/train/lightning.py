@@ -18,12 +18,13 @@ from ..files import replacing
 from ..models.discriminators import LightningDiscriminator
 from ..random import image_seeds
 from . import distributed, losses
+from .accumulation import AccumulatingTask
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
 from .students import averaged
 from .teacher import call_unet, scaled_text
-from .trainer import Task, Update, mean_of
+from .trainer import Update
 from .vae import to_sheet
 
 
@@ -112,7 +113,7 @@ class Student:
         return Moved(moved, shown, then if renoise is None else renoise.timesteps)
 
 
-class StudentTask(Task):
+class StudentTask(AccumulatingTask):
     """What both kinds of stage share: the student, its optimiser, its average, previews."""
 
     def __init__(self, student: Student, optimizer: OptimizerConfig, total: int) -> None:
@@ -130,9 +131,9 @@ class StudentTask(Task):
         self.seen[self.bench.share.start] = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 
-    def finish(self, facts: list[dict[str, float]], images: int) -> dict[str, float]:
-        """Moves the student by what the micro-batches gathered; the means of what they have to log."""
-        logged = {**mean_of(facts), "grad_norm": self.update.step(images)}
+    def finish(self, facts: dict[str, float], images: int) -> dict[str, float]:
+        """Moves the student by what the micro-batches gathered; what there is to log."""
+        logged = {**facts, "grad_norm": self.update.step(images)}
         self.average.update(self.student.unet, images + self.batch, self.batch)
         return logged
 
@@ -186,7 +187,11 @@ class RegressionTask(StudentTask):
             output = call_unet(self.teacher.unet, x_t, t, condition)
         return prediction.to_x0(output, x_t, t, bench.alphas_cumprod, bench.prediction_type)
 
-    def _loss(self, start: Start) -> Tensor:
+    def _loss(self, start: Start) -> tuple[Tensor, dict[str, float]]:
+        loss = self._distance(start)
+        return loss, {"loss": loss.item()}
+
+    def _distance(self, start: Start) -> Tensor:
         if self.convert:
             wanted = self._target_x0(*start)
             with self.bench.config.autocast():
@@ -196,11 +201,7 @@ class RegressionTask(StudentTask):
         return losses.distance(self.student.move(*start).x, wanted, self.bench.config.distance)
 
     def step(self, images: int) -> dict[str, float]:
-        facts = []
-        for _ in self.bench.shares():
-            loss = self._loss(self.start(images, "regression"))
-            (loss / self.bench.config.accumulate).backward()
-            facts.append({"loss": loss.item()})
+        facts = self.gather(self.update, lambda: self._loss(self.start(images, "regression")))
         return self.finish(facts, images)
 
 
@@ -289,12 +290,8 @@ class AdversarialTask(StudentTask):
 
     def discriminator_step(self, images: int) -> dict[str, float]:
         """Moves D alone; the student computes no gradient."""
-        facts = []
-        for _ in self.bench.shares():
-            loss, fact = self._discriminator_loss(images)
-            (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
-            facts.append(fact)
-        return {**mean_of(facts), "d_grad_norm": self.d_update.step(images)}
+        facts = self.gather(self.d_update, lambda: self._discriminator_loss(images))
+        return {**facts, "d_grad_norm": self.d_update.step(images)}
 
     def _target(self, start: Start, images: int) -> Tensor:
         """Where the teacher walks to; kept if these inputs come again."""
@@ -323,11 +320,8 @@ class AdversarialTask(StudentTask):
         """The non-saturating loss through D, whose weights neither move nor collect gradients."""
         for parameter in self.d_update.parameters:
             parameter.requires_grad_(False)
-        facts = []
-        for _ in self.bench.shares():
-            loss, fact = self._student_loss(images)
-            (loss / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
-            facts.append(fact)
+        moved = self.d_update.moved_after == images
+        facts = self.gather(self.update, lambda: self._student_loss(images), moved=moved)
         for parameter in self.d_update.parameters:
             parameter.requires_grad_(True)
         return self.finish(facts, images)

@@ -31,7 +31,7 @@ from .config import (
     cache_folder,
     load_recipe,
 )
-from .interruptions import STOP, clear_temporaries
+from .interruptions import STOP, StepAbandonedError, clear_temporaries
 from .log import Log
 from .monitor import Monitor, facts_of_sheet
 from .optimizers import Update, learning_rate, make_optimizer
@@ -100,6 +100,8 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
         while images < total and not distributed.agreed(STOP.set):
             try:
                 step = task.step(images)
+            except StepAbandonedError:
+                break
             except FloatingPointError as error:
                 path = _keep_batch(task, folder, images)
                 d_moved = any(update.moved_after == images for update in task.updates)

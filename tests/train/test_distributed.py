@@ -42,14 +42,14 @@ def _alone(cache: Path, recipe: Path, name: str, *settings: str) -> Any:
     return _metrics(cache / "runs" / name)
 
 
-def _together(cache: Path, recipe: Path, *settings: str) -> None:
+def _together(cache: Path, recipe: Path, *settings: str, program: str = SEVERAL) -> None:
     """Runs by two processes, one after the other: one start of the two does all, as it takes longest.
 
     Each of `settings` are words, overrides of the recipe or "resume".
     """
     script = cache / "run.py"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(SEVERAL)
+    script.write_text(program)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
         [sys.executable, *launcher, str(script), str(recipe), *settings],
@@ -157,6 +157,42 @@ def test_spread_networks_resume_bitwise(add_runs: Path) -> None:
     for file in [*shards, *(file for file in files if file.parts[0] == "export")]:
         one, other = load_file(whole / file), load_file(again / file)  # DCP writes headers in any order
         assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items()), file
+
+
+TOLD = f"""import os, signal
+from sdxl_fast.train import lightning
+loss, met = lightning.AdversarialTask._discriminator_loss, []
+
+
+def told(self, images):
+    if images == 8 and os.environ["RANK"] == "1" and not met and self.bench.share.start == 6:
+        met.append(images)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return loss(self, images)
+
+
+lightning.AdversarialTask._discriminator_loss = told
+{SEVERAL}"""
+
+
+@pytest.mark.slow(minutes=2)
+@pytest.mark.xdist_group("distributed-lightning")
+def test_processes_leave_a_step_together(lightning_recipe: Path, tmp_path: Path) -> None:
+    """One is told to stop in the third of four micro-batches: both save what was whole, and go on from there."""
+    tree = yaml.safe_load(lightning_recipe.read_text())
+    phase = {"name": "d", "condition": True, "trains": "lora", "images": 16, "teacher": "base"}
+    tree["stages"] = [{"name": "8-step", "steps": 8, "loss": "adversarial", "phases": [phase]}]
+    tree |= {"batch": 8, "accumulate": 4, "log_every": 8, "checkpoint_every": 100}
+    recipe = tmp_path / "told.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    _together(tmp_path, recipe, "run=told", program=TOLD)
+    told, whole = (tmp_path / "runs" / name / "00-8-step-d" for name in ("told", "whole"))
+    assert [path.name for path in told.glob("checkpoint-*")] == ["checkpoint-000000008"]
+    assert not (told.parent / "chain.jsonl").exists()
+    _together(tmp_path, recipe, "run=told resume", "run=whole")
+    for name in ("student", "discriminator"):
+        one, other = (load_file(folder / f"{name}.safetensors") for folder in (told, whole))
+        assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def test_shares_are_disjoint_and_must_divide() -> None:

@@ -50,7 +50,7 @@ def test_the_loss_is_the_published_one(recipe: Path, tmp_path: Path) -> None:
     """Pseudo-Huber distance of f at one level to f at the next, one guided DDIM step of the teacher below."""
     task = _task(recipe, tmp_path, "trains=full")
     bench = task.bench
-    loss = task._loss(8)
+    loss, _ = task._loss(8)
     _, condition = bench.batch(8, "lcm")
     x_t, t = task.seen[0]["x_t"], task.seen[0]["timesteps"]
     assert set(t.tolist()) <= {20 * k - 1 for k in range(1, 51)}

@@ -194,3 +194,31 @@ def test_a_units_networks_are_gone_before_the_next_are_built(
     monkeypatch.setattr(stages, "make_task", spy)
     run(lightning_recipe, TWO_UNITS)
     assert len(made) == 6
+
+
+@pytest.mark.parametrize(("sub_step", "reached"), [("_discriminator_loss", 4), ("_student_loss", 8)])
+def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
+    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sub_step: str, reached: int
+) -> None:
+    task = _lightning(lightning_recipe, tmp_path, *FOUR)
+    loss, config, folder = getattr(task, sub_step), task.bench.config, tmp_path / "run"
+    begun: list[int] = []
+
+    def told(images: int) -> Any:
+        begun.append(images)
+        STOP.set = STOP.set or (images == 4 and task.bench.share.start == 1)  # in the second of the four
+        return loss(images)
+
+    monkeypatch.setattr(task, sub_step, told)
+    assert not fit(task, config, 12, folder, resume=False, label="test")
+    assert begun == [0] * 4 + [4] * (2 if reached == 4 else 4)
+    assert all(p.grad is None for update in task.updates for p in update.parameters)
+    assert task.bench.share == slice(0, None)
+    assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{reached:09d}"]
+    monkeypatch.undo()
+    resumed, whole = (_lightning(lightning_recipe, tmp_path, *FOUR) for _ in range(2))
+    assert fit(resumed, config, 12, folder, resume=True, label="test")
+    assert fit(whole, config, 12, tmp_path / "whole", resume=False, label="test")
+    for a, b in zip(resumed.parts.values(), whole.parts.values(), strict=True):
+        one, other = (checkpoint.flatten(part.state_dict())[0] for part in (a, b))
+        assert all(torch.equal(one[name], other[name]) for name in one)
