@@ -274,7 +274,10 @@ def lay_out(config: DistillationConfig, students: Sequence[Any], others: Sequenc
     for student in students if config.gradient_checkpointing else ():
         student.train()  # diffusers recomputes in training mode only; nothing else depends on it
     for network in (*students, *others):
-        if config.compile:
-            network.compile()
         if config.parallel == "fsdp" and distributed.size() > 1:
-            distributed.spread(network, distributed.unet_blocks(network))
+            blocks = distributed.unet_blocks(network)
+            for block in blocks if config.compile else ():
+                block.compile()  # each by itself: its weights come together by hooks, which end a graph
+            distributed.spread(network, blocks, computed_in=config.computed_in)
+        elif config.compile:
+            network.compile()

@@ -137,9 +137,16 @@ class DistillationConfig(RunConfig):
         """Of the student and the discriminator."""
         return self.dtype if self.precision == "fp64" or self.trained == "fp32" else torch.bfloat16
 
+    @property
+    def computed_in(self) -> torch.dtype | None:
+        """What spread networks (FSDP2) are put together in; None: as they are."""
+        return torch.bfloat16 if self.precision == "bf16" else None
+
     def drawing(self) -> AbstractContextManager[Any]:
         """What previews are drawn in: autocast where weights are not of the data's precision."""
         plain = self.frozen_dtype == self.trained_dtype == self.dtype
+        if self.parallel == "fsdp":
+            plain = plain and self.computed_in is None
         return nullcontext() if plain else self.autocast()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
@@ -10,7 +11,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 Parallel = Literal["ddp", "fsdp"]
@@ -27,6 +29,7 @@ def start(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    atexit.register(dist.destroy_process_group)
 
 
 def rank() -> int:
@@ -104,7 +107,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
     if size() == 1:
         return
     gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    for dtype in {g.dtype for g in gradients}:
+    for dtype in dict.fromkeys(g.dtype for g in gradients):  # in the same order everywhere, which a set has not
         some = [g for g in gradients if g.dtype == dtype]
         flat = torch.cat([g.flatten() for g in some])
         dist.all_reduce(flat)
@@ -113,16 +116,33 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
             gradient.copy_(mean.view_as(gradient))
 
 
-def spread(module: nn.Module, blocks: Iterable[nn.Module], methods: Iterable[str] = ()) -> None:
+def spread(
+    module: nn.Module,
+    blocks: Iterable[nn.Module],
+    methods: Iterable[str] = (),
+    *,
+    computed_in: torch.dtype | None = None,
+) -> None:
     """Shards a module's parameters over the processes (FSDP2): each of `blocks` by itself, the rest as one group.
 
-    `methods` are what is called of the module beside its forward. Weights become contiguous, which FSDP2 asks for;
-    activations may be channels_last nevertheless.
+    Weights become contiguous, which FSDP2 asks for; activations may be channels_last nevertheless.
+
+    Args:
+        module: the network, on the device where it computes.
+        blocks: parts of it.
+        methods: what is called of the module beside its forward.
+        computed_in: what weights are sent and put together in, if not in their own dtype; gradients then meet in
+            float32. Inputs stay as they are: sizes and crops are no numbers of bfloat16.
     """
     module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    # torch's default is a mesh of the machine's GPUs, also for networks on the CPU
+    mesh = init_device_mesh(next(module.parameters()).device.type, (size(),))
+    policy = MixedPrecisionPolicy()
+    if computed_in is not None:
+        policy = MixedPrecisionPolicy(computed_in, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block)
-    fully_shard(module)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(module, mesh=mesh, mp_policy=policy)
     for method in methods:
         register_fsdp_forward_method(module, method)
 

@@ -63,7 +63,9 @@ class RunConfig(Config):
     batch: int = Field(gt=0)
     images: int = Field(gt=0, description="training length")
     precision: Literal["fp64", "fp32", "bf16"] = Field("bf16", description="bf16 is mixed, with float32 weights")
-    device: str = Field("auto", description="auto is the GPU where there is one; else a torch device")
+    device: str = Field(
+        "auto", description="auto is the GPU where there is one, under torchrun each process's; else a torch device"
+    )
     deterministic: bool = Field(False, description="refuse CUDA kernels whose result depends on timing")
     loggers: tuple[Literal["tensorboard", "wandb"], ...] = Field((), description="beside metrics.jsonl")
     checkpoint_every: int = Field(20_000, gt=0, description="images between checkpoints")
@@ -75,9 +77,11 @@ class RunConfig(Config):
     @property
     def torch_device(self) -> torch.device:
         """Where the run computes."""
-        if self.device != "auto":
+        if self.device not in ("auto", "cuda"):
             return torch.device(self.device)
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else CPU
+        if self.device == "auto" and not torch.cuda.is_available():
+            return CPU
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     @property
     def dtype(self) -> torch.dtype:

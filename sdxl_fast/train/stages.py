@@ -224,7 +224,8 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
         discriminator.train()
     if config.parallel == "fsdp" and distributed.size() > 1:
         blocks = distributed.unet_blocks(discriminator.encoder.unet)
-        distributed.spread(discriminator, blocks, methods=("features", "verdict"))
+        methods = ("features", "verdict")
+        distributed.spread(discriminator, blocks, methods, computed_in=config.computed_in)
     return AdversarialTask(student, teacher, substeps, discriminator, unit.phase)
 
 

@@ -25,6 +25,7 @@ for settings in sys.argv[2:]:
     run(sys.argv[1], [word for word in words if word != "resume"], resume="latest" if "resume" in words else None)
 """
 ADD_STEPS, ADD_BATCH = 20, 2
+PHASE: dict[str, Any] = {"condition": True, "images": 8}
 
 
 def _metrics(folder: Path) -> Any:
@@ -157,6 +158,24 @@ def test_spread_networks_resume_bitwise(add_runs: Path) -> None:
     for file in [*shards, *(file for file in files if file.parts[0] == "export")]:
         one, other = load_file(whole / file), load_file(again / file)  # DCP writes headers in any order
         assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items()), file
+
+
+@pytest.mark.slow(minutes=3)
+@pytest.mark.xdist_group("distributed-lightning")
+def test_spread_networks_train_alike_in_bfloat16(lightning_recipe: Path, tmp_path: Path) -> None:
+    """Weights are sent in the precision in which they are multiplied."""
+    tree = yaml.safe_load(lightning_recipe.read_text())
+    phases = [{**PHASE, "name": kind, "trains": kind, "teacher": "base"} for kind in ("lora", "full")]
+    tree["stages"] = [{"name": "8-step", "steps": 8, "loss": "adversarial", "phases": phases}]
+    tree |= {"precision": "bf16", "log_every": 4}
+    recipe = tmp_path / "bf16.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    _together(tmp_path, recipe, "run=spread parallel=fsdp")
+    one, other = _alone(tmp_path / "alone", recipe, "alone"), _metrics(tmp_path / "runs" / "spread")
+    for unit, lines in one.items():
+        for a, b in zip(lines, other[unit], strict=True):
+            assert a["d_loss"] == pytest.approx(b["d_loss"], rel=0.02), unit
+            assert a["g_loss"] == pytest.approx(b["g_loss"], rel=0.05), unit
 
 
 TOLD = f"""import os, signal

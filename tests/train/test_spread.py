@@ -1,17 +1,22 @@
-"""Checkpoints of spread networks (FSDP2), by a group of one process: saved, resumed, and when the disk is full."""
+"""Spread networks (FSDP2), by a group of one process: how they are laid out, their checkpoints, and a full disk."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sdxl_fast.train import checkpoint, distributed
+from sdxl_fast.train.bench import lay_out
+from sdxl_fast.train.config import LightningConfig, load_recipe
+from sdxl_fast.train.teacher import call_unet
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +48,61 @@ def _move(module: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> No
 def _tensors(parts: dict[str, checkpoint.Stateful]) -> dict[str, torch.Tensor]:
     flat = {name: checkpoint.flatten(part.state_dict())[0] for name, part in parts.items()}
     return {f"{name}/{key}": distributed.whole(value) for name, part in flat.items() for key, value in part.items()}
+
+
+def test_blocks_are_compiled_each_by_itself_before_they_are_spread(
+    lightning_recipe: Path, teacher_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole network at once would not be: FSDP2's hooks end its graphs."""
+    calls: list[Any] = []
+    compile_, spread = nn.Module.compile, distributed.spread
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compile_(module, backend="eager"))
+    config = load_recipe(lightning_recipe, ["parallel=fsdp", "compile=true", "precision=fp64"])
+    assert isinstance(config, LightningConfig)
+    plain, unet = (UNet2DConditionModel.from_pretrained(teacher_folder / "unet").double() for _ in range(2))
+
+    def of(blocks: list[nn.Module]) -> list[bool]:
+        return [block._compiled_call_impl is not None for block in blocks]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distributed, "size", lambda: 2)
+        patch.setattr(distributed, "spread", lambda *given, **named: calls.append((of(given[1]), given, named)))
+        lay_out(config, [unet], [])
+    ((compiled, given, named),) = calls
+    assert len(compiled) > 4 and all(compiled) and not any(of([unet]))
+    spread(*given, **named)
+    text = {"prompt_embeds": torch.randn(2, 5, unet.config.cross_attention_dim, dtype=torch.float64)}
+    pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    text |= {"pooled": torch.randn(2, pooled).double(), "time_ids": torch.full((2, 6), 32.0).double()}
+    x = torch.randn(2, unet.config.in_channels, 8, 8, dtype=torch.float64)
+    outputs = [call_unet(network, x, torch.tensor([9, 500]), text) for network in (plain, unet)]
+    for output in outputs:
+        output.square().mean().backward()
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-12)
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(
+            distributed.whole(parameter.grad), plain.get_parameter(name).grad, rtol=1e-8, atol=1e-10
+        )
+
+
+def test_weights_are_put_together_in_bfloat16_and_gradients_meet_in_float32() -> None:
+    module = nn.Linear(4, 4)
+    weight = module.weight.detach().clone()
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    module.register_forward_pre_hook(lambda module, given: seen.append((module.weight.dtype, given[0].dtype)))
+    distributed.spread(module, [], computed_in=torch.bfloat16)
+    x = torch.full((1, 4), 1365.0)  # bfloat16 has 1368
+    with torch.autocast("cpu", torch.bfloat16):
+        module(x).sum().backward()
+    assert seen[-1][1] == torch.float32
+    assert module.weight.dtype == module.weight.grad.dtype == torch.float32
+    assert torch.equal(distributed.whole(module.weight.detach()), weight)
+
+
+def test_a_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    for device, wanted in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert load_recipe("emoji_lcm", [f"device={device}"]).torch_device == torch.device(wanted)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
