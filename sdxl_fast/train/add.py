@@ -265,7 +265,7 @@ class AddTask(AccumulatingTask):
             noise = bench.pure_noise(image_seeds(count, "preview", now))
             levels = (t, torch.full_like(t, then))
             x_t = ancestral_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
-        return bench.decode(x_t)
+        return bench.pictures(x_t)
 
     def export(self, folder: Path) -> None:
         """A diffusers folder like SDXL-Turbo's: the student and an ancestral Euler scheduler, trailing timesteps."""

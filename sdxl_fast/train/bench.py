@@ -162,6 +162,11 @@ class Bench(Generic[C]):
         pictures: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor).sample
         return pictures
 
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> Tensor:
+        """`decode` for contact sheets, one at a time: at once they would take as many times the memory."""
+        return torch.cat([self.decode(one) for one in latents.split(1)])
+
     def move(
         self,
         x_t: Tensor,

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from . import distributed
-from .distributed import local, whole
+from .distributed import local, on_cpu, whole
 
 SHARDS = "shards"
 WRITING = (OSError, SafetensorError)
@@ -37,7 +37,7 @@ def flatten(tree: Any, prefix: str = "") -> tuple[dict[str, Tensor], Any]:
     In the rest a tensor is `{"$tensor": path}` and a dict with integer keys (an optimiser's state) `{"$int": {...}}`.
     """
     if isinstance(tree, Tensor):
-        return {prefix: tree.detach().contiguous()}, {"$tensor": prefix}
+        return {prefix: tree.detach()}, {"$tensor": prefix}
     if not isinstance(tree, dict | list | tuple):
         return {}, tree
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
@@ -129,13 +129,15 @@ def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str,
             folder.mkdir(parents=True)
             (folder / "state.json").write_text(json.dumps(state))
             for name, part in {} if spread else tensors.items():
-                save_file({key: value.clone() for key, value in part.items()}, folder / f"{name}.safetensors")
+                save_file({key: on_cpu(value) for key, value in part.items()}, folder / f"{name}.safetensors")
         except WRITING as error:
             failure = error
     if distributed.agreed(failure is not None):  # or the others would wait for the first
         raise failure or OSError("the first process could not")
     if spread:
-        flat = {f"{name}/{path}": tensor for name, part in tensors.items() for path, tensor in part.items()}
+        flat = {
+            f"{name}/{path}": tensor.contiguous() for name, part in tensors.items() for path, tensor in part.items()
+        }
         dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
 
 

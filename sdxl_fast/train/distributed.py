@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -96,6 +96,24 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A spread tensor put together (every process must ask); any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, contiguous as files have it."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies on the CPU in the first process, nothing in the others (every process must ask).
+
+    One tensor at a time, so that no GPU holds more than one that was spread over many.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        put_together = whole(tensor.detach())
+        if is_first():
+            found[name] = on_cpu(put_together)
+    return found
 
 
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:

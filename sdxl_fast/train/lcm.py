@@ -127,7 +127,7 @@ class LcmTask(AccumulatingTask):
                     noise = bench.pure_noise(image_seeds(count, "preview", now))
                     levels = (t, torch.full_like(t, then))
                     x_t = renoise_move(x_t, output, *levels, noise, bench.alphas_cumprod, bench.prediction_type)
-                blocks.append(bench.decode(x_t))
+                blocks.append(bench.pictures(x_t))
         self.drawn = blocks[0]
         if distributed.is_first():
             with replacing(path) as writing:

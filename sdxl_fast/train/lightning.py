@@ -152,7 +152,7 @@ class StudentTask(AccumulatingTask):
             schedule.trailing_timesteps(student.steps),
             prediction_type=student.prediction_type,
         )
-        self.drawn = bench.decode(latents)
+        self.drawn = bench.pictures(latents)
         if distributed.is_first():
             with replacing(path) as writing:
                 to_sheet(self.drawn, 12).save(writing, format="PNG")

@@ -191,7 +191,7 @@ class Lineage:
 
 def _write_weights(module: nn.Module, path: Path) -> None:
     """The whole weights in one file; every process must call."""
-    weights = {key: distributed.whole(value.detach()).contiguous() for key, value in module.state_dict().items()}
+    weights = distributed.gathered(module.state_dict())
     if distributed.is_first():
         with replacing(path) as writing:
             save_file(weights, writing)

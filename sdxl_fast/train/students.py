@@ -174,7 +174,7 @@ def export_student(
     unet = pipe.unet
     with averaged(student, average):
         pairs = adapter_pairs(student)
-        weights = {} if pairs else {key: whole(value.detach()) for key, value in student.state_dict().items()}
+        weights = {} if pairs else distributed.gathered(student.state_dict())
     if not distributed.is_first():
         return
     for name, (down, up) in pairs.items():

@@ -148,3 +148,16 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match=wanted):
         checkpoint.save(tmp_path, parts, {"images": 8})
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == [kept.name]
+
+
+def test_whole_copies_are_gathered_on_the_cpu_by_the_first_process_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    weight = module.weight.detach().clone()
+    for spread in (False, True):
+        if spread:
+            distributed.spread(module, [])
+        found = distributed.gathered(module.state_dict())
+        assert torch.equal(found["weight"], weight) and all(value.is_contiguous() for value in found.values())
+        assert found["weight"].data_ptr() != distributed.local(module.weight).data_ptr()
+    monkeypatch.setattr(distributed, "rank", lambda: 1)
+    assert distributed.gathered(module.state_dict()) == {}

@@ -222,3 +222,21 @@ def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
     for a, b in zip(resumed.parts.values(), whole.parts.values(), strict=True):
         one, other = (checkpoint.flatten(part.state_dict())[0] for part in (a, b))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_sheets_are_decoded_one_by_one(lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pictures, to the rounding of other batch sizes, by no more memory than one takes."""
+    task = _lightning(lightning_recipe, tmp_path, "checkpoint_every=100")
+    bench, sizes = task.bench, []
+    decode = type(bench).decode
+
+    def spy(latents: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(latents))
+        return decode(bench, latents)
+
+    monkeypatch.setattr(bench, "decode", spy)
+    task.preview(tmp_path / "one.png")
+    count = 2 * len(bench.previews["pooled"])
+    assert sizes == [1] * count and task.drawn is not None and not task.drawn.requires_grad
+    latents = bench.pure_noise(torch.arange(3))
+    torch.testing.assert_close(bench.pictures(latents), decode(bench, latents).detach(), rtol=1e-4, atol=1e-5)
