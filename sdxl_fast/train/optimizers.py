@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from ..random import derive_seed
 from . import distributed
 from .distributed import local
 from .settings import OptimizerConfig
+
+CHUNK = 1 << 25
+"""Elements that are moved together: 128 MiB of each temporary."""
 
 
 def learning_rate(config: OptimizerConfig, images: int, total: int) -> float:
@@ -48,39 +52,69 @@ class LeanAdamW(torch.optim.Optimizer):
         """One step on the gradients at hand."""
         index = 0
         for group in self.param_groups:
+            alike: defaultdict[Any, list[tuple[int, nn.Parameter]]] = defaultdict(list)
             for parameter in group["params"]:
                 index += 1
                 if parameter.grad is not None:
-                    self._move(parameter, group, index)
+                    count = self._count(parameter, group)
+                    alike[parameter.device, parameter.dtype, count].append((index, parameter))
+            for (_, _, count), found in alike.items():
+                for some in _chunks(found):
+                    self._move(some, group, count)
 
-    def _move(self, parameter: nn.Parameter, group: dict[str, Any], index: int) -> None:
-        state, (beta1, beta2) = self.state[parameter], group["betas"]
+    def _count(self, parameter: nn.Parameter, group: dict[str, Any]) -> int:
+        """Which step of this parameter it is; its state is made ahead of the first."""
+        state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-            if beta1:
+            if group["betas"][0]:
                 state["exp_avg"] = torch.zeros_like(parameter)
         state["step"] += 1
-        count = int(state["step"].item())
-        weight, gradient = local(parameter), local(parameter.grad)  # type: ignore[arg-type]
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        moved, gradient = weight.to(wide), gradient.to(wide)
-        square = local(state["exp_avg_sq"]).to(wide)
-        square = square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        direction = gradient
+        return int(state["step"].item())
+
+    def _move(self, some: list[tuple[int, nn.Parameter]], group: dict[str, Any], count: int) -> None:
+        """Moves parameters of one device and dtype, a kernel for all of them at once where torch has that."""
+        beta1, beta2 = group["betas"]
+        weights = [local(p) for _, p in some]
+        wide = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        states = [self.state[p] for _, p in some]
+        moved, gradients = ([x.to(wide) for x in xs] for xs in (weights, [local(p.grad) for _, p in some]))  # type: ignore[arg-type]
+        squares = [local(state["exp_avg_sq"]).to(wide) for state in states]
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, value=1 - beta2)
+        directions = gradients
         if beta1:
-            direction = local(state["exp_avg"]).to(wide).lerp_(gradient, 1 - beta1)
-        denominator = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-        moved = moved.mul_(1 - group["lr"] * group["weight_decay"])
-        moved = moved.addcdiv_(direction, denominator, value=-group["lr"] / (1 - beta1**count))
-        if weight.dtype != torch.bfloat16:
+            directions = [local(state["exp_avg"]).to(wide) for state in states]
+            torch._foreach_lerp_(directions, gradients, 1 - beta1)
+        denominators = torch._foreach_sqrt(squares)
+        torch._foreach_div_(denominators, math.sqrt(1 - beta2**count))
+        torch._foreach_add_(denominators, group["eps"])
+        torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(moved, directions, denominators, value=-group["lr"] / (1 - beta1**count))
+        if weights[0].dtype != torch.bfloat16:
             return  # written in place
-        rank = distributed.rank() if isinstance(parameter, DTensor) else 0
-        draw = torch.Generator(weight.device).manual_seed(derive_seed(count, index, rank, "rounding"))
-        weight.copy_(round_stochastically(moved, draw))
-        local(state["exp_avg_sq"]).copy_(round_stochastically(square, draw))
-        if beta1:
-            local(state["exp_avg"]).copy_(round_stochastically(direction, draw))
+        for (index, parameter), state, *rounded in zip(some, states, moved, squares, directions, strict=True):
+            rank = distributed.rank() if isinstance(parameter, DTensor) else 0
+            draw = torch.Generator(parameter.device).manual_seed(derive_seed(count, index, rank, "rounding"))
+            kept = [parameter, state["exp_avg_sq"], *([state["exp_avg"]] if beta1 else [])]
+            for target, value in zip(kept, rounded, strict=False):
+                local(target).copy_(round_stochastically(value, draw))
+
+
+def _chunks(found: list[tuple[int, nn.Parameter]]) -> Iterator[list[tuple[int, nn.Parameter]]]:
+    """Parts of a list of at most `CHUNK` elements, or one parameter, which bounds what a step holds beside weights."""
+    part: list[tuple[int, nn.Parameter]] = []
+    size = 0
+    for each in found:
+        count = local(each[1]).numel()
+        if part and size + count > CHUNK:
+            yield part
+            part, size = [], 0
+        part.append(each)
+        size += count
+    if part:
+        yield part
 
 
 def make_optimizer(config: OptimizerConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from sdxl_fast.train import checkpoint
+from sdxl_fast.random import derive_seed
+from sdxl_fast.train import checkpoint, optimizers
 from sdxl_fast.train.config import load_recipe
 from sdxl_fast.train.optimizers import LeanAdamW, bytes_per_parameter, make_optimizer, round_stochastically
 from sdxl_fast.train.settings import OptimizerConfig
@@ -36,6 +38,52 @@ def test_the_steps_are_those_of_adamw(betas: tuple[float, float]) -> None:
     state = next(iter(optimizer.state.values()))
     assert ("exp_avg" in state) is (betas[0] > 0)
     assert bytes_per_parameter(OptimizerConfig(kind="adamw_lean", lr=1, betas=betas), 4) == (8 if betas[0] else 4)
+
+
+def _one_by_one(parameters: list[nn.Parameter], states: list[Any], settings: dict[str, Any], count: int) -> None:
+    """The step in plain words, a parameter at a time."""
+    (beta1, beta2), lr = settings["betas"], settings["lr"]
+    for index, (parameter, state) in enumerate(zip(parameters, states, strict=True), start=1):
+        if parameter.grad is None:
+            continue
+        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        weight, gradient = parameter.detach().to(wide), parameter.grad.to(wide)
+        square = state.setdefault("square", torch.zeros_like(parameter)).to(wide).mul(beta2)
+        square = square.addcmul_(gradient, gradient, value=1 - beta2)
+        direction = gradient
+        if beta1:
+            direction = state.setdefault("mean", torch.zeros_like(parameter)).to(wide).lerp(gradient, 1 - beta1)
+        denominator = (square.sqrt() / math.sqrt(1 - beta2**count)).add_(settings["eps"])
+        weight = weight.mul(1 - lr * settings["weight_decay"])
+        weight = weight.addcdiv_(direction, denominator, value=-lr / (1 - beta1**count))
+        found = {"weight": weight, "square": square, "mean": direction}
+        if parameter.dtype == torch.bfloat16:
+            draw = torch.Generator().manual_seed(derive_seed(count, index, 0, "rounding"))
+            found = {name: round_stochastically(value, draw) for name, value in found.items()}
+        parameter.data.copy_(found.pop("weight"))
+        state.update(found)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_many_weights_move_at_once_as_one_by_one(
+    dtype: torch.dtype, beta1: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise, whatever is moved together; one parameter has no gradient, one lies channels last."""
+    monkeypatch.setattr(optimizers, "CHUNK", 50)
+    torch.manual_seed(0)
+    shapes = [(3,), (8, 4), (2, 3, 3, 3), (5,), (7, 7), ()]
+    settings = {"lr": 1e-2, "betas": (beta1, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+    mine = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
+    mine[2].data = mine[2].data.contiguous(memory_format=torch.channels_last)
+    plain, states = [nn.Parameter(p.detach().clone()) for p in mine], [{} for _ in mine]
+    optimizer = LeanAdamW(mine, **settings)
+    for count in range(1, 4):
+        for index, (a, b) in enumerate(zip(mine, plain, strict=True)):
+            a.grad = b.grad = None if index == 3 else torch.randn(a.shape).to(dtype)
+        optimizer.step()
+        _one_by_one(plain, states, settings, count)
+        assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
 
 
 def test_rounding_keeps_the_expectation() -> None:
