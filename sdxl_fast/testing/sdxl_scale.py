@@ -150,7 +150,7 @@ def main(recipe: str) -> dict[str, Any]:
         judge: nn.Module = task.discriminator
         built = time.perf_counter()
         before = _fingerprint(student), _fingerprint(judge)
-        logged = task.step(0)
+        logged = {name: float(value) for name, value in task.step(0).items()}
         stepped = time.perf_counter()
         moved = [a != b for a, b in zip(before, (_fingerprint(student), _fingerprint(judge)), strict=True)]
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import distributed
 from .bench import Bench
 from .interruptions import STOP, StepAbandonedError
-from .trainer import Task, Update, mean_of
+from .trainer import Task, Update
 
 
 class AccumulatingTask(Task):
@@ -19,8 +20,8 @@ class AccumulatingTask(Task):
     bench: Bench[Any]
 
     def gather(
-        self, update: Update, loss: Callable[[], tuple[Tensor, dict[str, float]]], *, moved: bool = False
-    ) -> dict[str, float]:
+        self, update: Update, loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], *, moved: bool = False
+    ) -> dict[str, Tensor]:
         """Adds up the gradients of this process's micro-batches; the means of what they have to log.
 
         Args:
@@ -31,7 +32,7 @@ class AccumulatingTask(Task):
         Raises:
             StepAbandonedError: a process was told to stop between two micro-batches and nothing has moved yet.
         """
-        facts: list[dict[str, float]] = []
+        facts: list[dict[str, Tensor]] = []
         for _ in self.bench.shares():
             if facts and not moved and distributed.agreed(STOP.set):
                 update.optimizer.zero_grad(set_to_none=True)
@@ -39,4 +40,4 @@ class AccumulatingTask(Task):
             value, fact = loss()
             (value / self.bench.config.accumulate).backward()  # type: ignore[no-untyped-call]
             facts.append(fact)
-        return mean_of(facts)
+        return {name: torch.stack([fact[name] for fact in facts]).mean() for name in facts[0]}

@@ -27,7 +27,7 @@ from .checkpoint import Average
 from .config import AddConfig
 from .students import averaged, export_student, make_student, untrained_student
 from .teacher import call_unet, scaled_text
-from .trainer import Update
+from .trainer import Facts, Update
 from .vae import to_sheet
 
 SHEET_STEPS = (1, 2, 4)
@@ -167,7 +167,7 @@ class AddTask(AccumulatingTask):
             fake = self.features.features(pictures).tokens
         return Drawn(condition, x0, pictures, fake, real, image)
 
-    def discriminator_loss(self, drawn: Drawn) -> tuple[Tensor, dict[str, float]]:
+    def discriminator_loss(self, drawn: Drawn) -> tuple[Tensor, dict[str, Tensor]]:
         """Hinge loss summed over heads, plus R1 on the heads' real inputs (eq. 3); the student gets no gradient."""
         text, image = self._told(drawn)
         inputs = [tokens.detach().requires_grad_() for tokens in drawn.real.tokens]
@@ -177,16 +177,16 @@ class AddTask(AccumulatingTask):
         pairs = list(zip(real_logits, fake_logits, strict=True))
         hinge = torch.stack([losses.hinge_discriminator(*pair) for pair in pairs]).sum()
         r1 = losses.r1_penalty(real_logits, inputs)
-        accuracy = losses.accuracy(*(torch.cat(side, dim=1) for side in zip(*pairs, strict=True))).item()
-        return hinge + self.config.r1 * r1, {"d_loss": hinge.item(), "r1": r1.item(), "d_accuracy": accuracy}
+        accuracy = losses.accuracy(*(torch.cat(side, dim=1) for side in zip(*pairs, strict=True)))
+        return hinge + self.config.r1 * r1, {"d_loss": hinge.detach(), "r1": r1.detach(), "d_accuracy": accuracy}
 
-    def student_loss(self, drawn: Drawn, images: int) -> tuple[Tensor, dict[str, float]]:
+    def student_loss(self, drawn: Drawn, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The heads' verdict and the teacher's (eq. 1); the discriminator must not require gradients."""
         with self.config.autocast():
             logits = self.discriminator(drawn.fake, *self._told(drawn))
         adversarial = torch.stack([losses.hinge_generator(logit) for logit in logits]).sum()
         distance = self._distance(drawn.x0, drawn.pictures, drawn.condition, images)
-        facts = {"g_loss": adversarial.item(), "distillation": distance.item()}
+        facts = {"g_loss": adversarial.detach(), "distillation": distance.detach()}
         return self.config.adversarial_weight * adversarial + self.config.distillation_weight * distance, facts
 
     def _told(self, drawn: Drawn) -> tuple[Tensor, Tensor]:
@@ -214,14 +214,14 @@ class AddTask(AccumulatingTask):
                 mine, wanted = pictures, self._decode(target)
         return losses.distance(mine, wanted, weight=weight.view(-1, 1, 1, 1))
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         """D first, then the student against it; a single micro-batch keeps the student's graph in between."""
         config = self.config
         trains_student = images >= config.d_warmup
         keeps = trains_student and config.accumulate == 1
         kept: list[Drawn] = []
 
-        def judged() -> tuple[Tensor, dict[str, float]]:
+        def judged() -> tuple[Tensor, dict[str, Tensor]]:
             with torch.set_grad_enabled(keeps):
                 drawn = self._draw(images)
             if keeps:
@@ -229,12 +229,12 @@ class AddTask(AccumulatingTask):
             return self.discriminator_loss(drawn)
 
         facts = self.gather(self.d_update, judged)
-        logged = {**facts, "d_grad_norm": self.d_update.step(images)}
+        logged: Facts = {**facts, "d_grad_norm": self.d_update.step(images)}
         if not trains_student:
             return logged
         self.discriminator.eval().requires_grad_(False)  # nor may spectral norm's vectors move
 
-        def taught() -> tuple[Tensor, dict[str, float]]:
+        def taught() -> tuple[Tensor, dict[str, Tensor]]:
             return self.student_loss(kept.pop() if keeps else self._draw(images), images)
 
         facts = self.gather(self.update, taught, moved=True)

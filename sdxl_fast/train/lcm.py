@@ -22,7 +22,7 @@ from .checkpoint import Average
 from .config import LcmConfig
 from .students import averaged, export_student, follower_of, make_student
 from .teacher import call_unet, scaled_text
-from .trainer import Update
+from .trainer import Facts, Update
 from .vae import to_sheet
 
 SHEET_STEPS = (1, 2, 4)
@@ -89,7 +89,7 @@ class LcmTask(AccumulatingTask):
         output = without + scales.to(output.dtype)[:, None, None, None] * (with_text - without)
         return bench.move(x_t, output, (t, then), bench.prediction_type)[0]
 
-    def _loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         bench = self.bench
         latents, condition = bench.batch(images, "lcm")
         x_t, t = bench.noised(latents, self.levels, images, "lcm", pure=False)
@@ -100,13 +100,13 @@ class LcmTask(AccumulatingTask):
             judge = self.student if self.target is None else self.target
             wanted = self._consistent(judge, below, then, condition)
         loss = losses.distance(self._consistent(self.student, x_t, t, condition), wanted, self.config.distance)
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         if self.target is not None:
             self.follower.copy_to(self.target)
         facts = self.gather(self.update, lambda: self._loss(images))
-        logged = {**facts, "grad_norm": self.update.step(images)}
+        logged: Facts = {**facts, "grad_norm": self.update.step(images)}
         self.average.update(self.student, images + self.batch, self.batch)
         if self.target is not None:
             self.follower.update(self.student, images + self.batch, self.batch)

@@ -24,7 +24,7 @@ from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
 from .students import averaged
 from .teacher import call_unet, scaled_text
-from .trainer import Update
+from .trainer import Facts, Update
 from .vae import to_sheet
 
 
@@ -131,9 +131,9 @@ class StudentTask(AccumulatingTask):
         self.seen[self.bench.share.start] = {"x_t": start.x_t, "timesteps": start.t, **start.condition}
         return start
 
-    def finish(self, facts: dict[str, float], images: int) -> dict[str, float]:
+    def finish(self, facts: dict[str, Tensor], images: int) -> Facts:
         """Moves the student by what the micro-batches gathered; what there is to log."""
-        logged = {**facts, "grad_norm": self.update.step(images)}
+        logged: Facts = {**facts, "grad_norm": self.update.step(images)}
         self.average.update(self.student.unet, images + self.batch, self.batch)
         return logged
 
@@ -187,9 +187,9 @@ class RegressionTask(StudentTask):
             output = call_unet(self.teacher.unet, x_t, t, condition)
         return prediction.to_x0(output, x_t, t, bench.alphas_cumprod, bench.prediction_type)
 
-    def _loss(self, start: Start) -> tuple[Tensor, dict[str, float]]:
+    def _loss(self, start: Start) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self._distance(start)
-        return loss, {"loss": loss.item()}
+        return loss, {"loss": loss.detach()}
 
     def _distance(self, start: Start) -> Tensor:
         if self.convert:
@@ -200,7 +200,7 @@ class RegressionTask(StudentTask):
         wanted = self.teacher.walk(*start, self.substeps)
         return losses.distance(self.student.move(*start).x, wanted, self.bench.config.distance)
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         facts = self.gather(self.update, lambda: self._loss(self.start(images, "regression")))
         return self.finish(facts, images)
 
@@ -259,7 +259,7 @@ class AdversarialTask(StudentTask):
             ]
         return tuple((logits, loss.mean()) for logits, loss in verdicts)
 
-    def _discriminator_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
+    def _discriminator_loss(self, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Real: the teacher's x_{t-ns}; fake: the student's."""
         bench, options = self.bench, self.bench.config.discriminator
         key = (images, "discriminator")
@@ -277,7 +277,7 @@ class AdversarialTask(StudentTask):
             shown, fake.level, start, start.condition
         )
         loss = real_loss + fake_loss  # eq. 19
-        facts = {"d_loss": loss.item(), "d_accuracy": losses.accuracy(real_logits, fake_logits).item()}
+        facts = {"d_loss": loss.detach(), "d_accuracy": losses.accuracy(real_logits, fake_logits)}
         if options.r1:
             loss = loss + options.r1 * losses.gradient_penalty(real_logits, real)
         if noisy:
@@ -288,7 +288,7 @@ class AdversarialTask(StudentTask):
             loss = loss + options.misaligned_text * misaligned
         return loss, facts
 
-    def discriminator_step(self, images: int) -> dict[str, float]:
+    def discriminator_step(self, images: int) -> Facts:
         """Moves D alone; the student computes no gradient."""
         facts = self.gather(self.d_update, lambda: self._discriminator_loss(images))
         return {**facts, "d_grad_norm": self.d_update.step(images)}
@@ -302,21 +302,21 @@ class AdversarialTask(StudentTask):
             self._targets[key] = self.teacher.walk(*start, self.substeps)
         return self._targets[key]
 
-    def _student_loss(self, images: int) -> tuple[Tensor, dict[str, float]]:
+    def _student_loss(self, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         phase = self.phase
         images = images % phase.repeat if phase.repeat else images
         start = self.start(images, "student")
         fake = self.student.move(*start, self._renoise(images, "student"))
-        loss, facts = fake.x.new_zeros(()), {}
+        loss, facts = fake.x.new_zeros(()), dict[str, Tensor]()
         if phase.adversarial_weight:
             ((_, adversarial),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
-            loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.item()
+            loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.detach()
         if phase.regression_weight:
             regression = losses.distance(fake.x, self._target(start, images))
-            loss, facts["regression"] = loss + phase.regression_weight * regression, regression.item()
+            loss, facts["regression"] = loss + phase.regression_weight * regression, regression.detach()
         return loss, facts
 
-    def student_step(self, images: int) -> dict[str, float]:
+    def student_step(self, images: int) -> Facts:
         """The non-saturating loss through D, whose weights neither move nor collect gradients."""
         for parameter in self.d_update.parameters:
             parameter.requires_grad_(False)
@@ -326,7 +326,7 @@ class AdversarialTask(StudentTask):
             parameter.requires_grad_(True)
         return self.finish(facts, images)
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         logged = self.discriminator_step(images) if self.phase.adversarial_weight else {}
         if images >= self.phase.d_warmup:
             logged |= self.student_step(images)

@@ -23,7 +23,7 @@ from ..random import generator, image_seeds
 from .base import open_pipeline, open_vae
 from .checkpoint import Average
 from .config import DataConfig, TeacherConfig
-from .trainer import Task, Update
+from .trainer import Facts, Task, Update
 from .vae import art_of, to_sheet
 
 PREVIEW_PROMPTS = (
@@ -128,7 +128,7 @@ class TeacherTask(Task):
                 save_tokenizer(learnt, writing)
         return CLIPTokenizer.from_pretrained(place)
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         config, count = self.config, self.batch
         latents, captions = self.data.batch(count, config.data.category_share, config.seed, images, "batch")
         draw = generator(config.seed, images, "step")

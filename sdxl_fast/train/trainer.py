@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,7 +36,11 @@ from .log import Log
 from .monitor import Monitor, facts_of_sheet
 from .optimizers import Update, learning_rate, make_optimizer
 
-__all__ = ["Task", "Update", "export_of", "fit", "learning_rate", "make_optimizer", "mean_of", "run", "run_folder"]
+__all__ = ["Task", "Update", "export_of", "fit", "learning_rate", "make_optimizer", "means_of", "run", "run_folder"]
+
+
+Facts = dict[str, float | torch.Tensor]
+"""What a step has to log: numbers, or tensors of one that are fetched only then, as fetching waits for the GPU."""
 
 
 class Task(ABC):
@@ -53,7 +57,7 @@ class Task(ABC):
     """The pictures [N, 3, H, W] in -1..1 of the last contact sheet, for the monitor."""
 
     @abstractmethod
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         """One optimisation step on the batch that begins after `images` images; returns what to log."""
 
     @abstractmethod
@@ -65,9 +69,15 @@ class Task(ABC):
         """Writes the trained result in diffusers' folder format."""
 
 
-def mean_of(facts: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each entry over micro-batches."""
-    return {name: sum(fact[name] for fact in facts) / len(facts) for name in facts[0]} if facts else {}
+def means_of(facts: Mapping[str, Sequence[float | torch.Tensor]]) -> dict[str, float]:
+    """The mean of each entry; what are tensors, one number each on one device, is fetched together."""
+    found = [value for values in facts.values() for value in values if isinstance(value, torch.Tensor)]
+    fetched = iter(torch.stack(found).tolist() if found else [])
+    numbers = {
+        name: [next(fetched) if isinstance(value, torch.Tensor) else value for value in values]
+        for name, values in facts.items()
+    }
+    return {name: sum(values) / len(values) for name, values in numbers.items()}
 
 
 def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool, label: str) -> bool:
@@ -87,7 +97,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
     # embedded teacher (bf16, 16 tokens, one core).
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-    sums: defaultdict[str, list[float]] = defaultdict(list)
+    sums: defaultdict[str, list[float | torch.Tensor]] = defaultdict(list)
     started, logged = time.perf_counter(), images
     with (
         STOP.watching(),
@@ -112,9 +122,8 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
             images += task.batch
             bar.update(task.batch)
             if images - logged >= config.log_every or images >= total:
+                line = distributed.average(means_of(sums))
                 rate = (images - logged) / (time.perf_counter() - started)
-                means = {name: sum(values) / len(values) for name, values in sums.items()}
-                line = distributed.average(means)
                 log.write({"images": images, "images_per_second": rate, **line})
                 log.warn(images, monitor.check(line))
                 bar.set_postfix({name: f"{value:.3g}" for name, value in line.items()})

@@ -21,7 +21,7 @@ from . import losses
 from .base import open_vae
 from .checkpoint import Average
 from .config import DataConfig, VaeConfig, cache_folder
-from .trainer import Task, Update
+from .trainer import Facts, Task, Update
 
 
 def art_of(config: DataConfig) -> tuple[Tensor, list[dict[str, str]]]:
@@ -92,7 +92,7 @@ class VaeTask(Task):
         noise = generator(self.config.seed, images, "posterior")
         return posterior.sample(noise), posterior.kl().float().mean()
 
-    def step(self, images: int) -> dict[str, float]:
+    def step(self, images: int) -> Facts:
         config = self.config
         pictures = self._pictures(self.batch, images, "vae")
         self.seen = {0: {"pictures": pictures}}

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_fast.train import checkpoint, stages
 from sdxl_fast.train.config import AddConfig, LcmConfig, LightningConfig, load_recipe
 from sdxl_fast.train.interruptions import STOP
 from sdxl_fast.train.lightning import AdversarialTask
-from sdxl_fast.train.trainer import Task, fit, run
+from sdxl_fast.train.trainer import Task, fit, means_of, run
 
 FOUR = ("accumulate=4", "log_every=4", "checkpoint_every=100")
 
@@ -240,3 +241,25 @@ def test_sheets_are_decoded_one_by_one(lightning_recipe: Path, tmp_path: Path, m
     assert sizes == [1] * count and task.drawn is not None and not task.drawn.requires_grad
     latents = bench.pure_noise(torch.arange(3))
     torch.testing.assert_close(bench.pictures(latents), decode(bench, latents).detach(), rtol=1e-4, atol=1e-5)
+
+
+class Fetches(TorchDispatchMode):
+    """Counts how often a number is fetched from a tensor, for which a host waits on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_fetches_the_norms_that_guard_the_weights_and_no_other_number(
+    lightning_recipe: Path, tmp_path: Path
+) -> None:
+    task = _lightning(lightning_recipe, tmp_path)
+    task.step(0)
+    with Fetches() as fetches:
+        facts = task.step(4)
+    assert fetches.count == 2
+    means = means_of({name: [value, value] for name, value in facts.items()})
+    assert means == {name: float(value) for name, value in facts.items()}
