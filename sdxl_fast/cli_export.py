@@ -146,7 +146,7 @@ def export_lora(
 
     path = export.find_lora(_resolve(source), steps)
     lora = read_lora_file(path, alpha=alpha)
-    facts = Facts.of(path.resolve(), lora.metadata).but(name=name, num_steps=steps, prediction_type=prediction_type)
+    facts = Facts.of(path, lora.metadata).but(name=name, num_steps=steps, prediction_type=prediction_type)
     written = export.export_lora(lora, out, dialect=format, facts=facts, dtype=_dtype(dtype), metadata=metadata)
     _say(written, facts)
     _note_alpha(lora, format)

@@ -28,9 +28,11 @@ SideOption = Annotated[int | None, typer.Option(help="Pixels; the model's native
 
 def model_name(model: str | None) -> str:
     """What to call a model in a picture that others get: a file or folder without where it lies."""
+    from .models.facts import place_name
+
     if model is None:
         return "embedded"
-    return Path(model).resolve().name if Path(model).exists() else model
+    return place_name(model) if Path(model).exists() else model
 
 
 def parse_loras(values: list[str]) -> list[tuple[str, float]]:

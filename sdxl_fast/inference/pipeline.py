@@ -17,6 +17,7 @@ from ..errors import ModelError
 from ..models import loading
 from ..models.conditioning import time_ids, truncated
 from ..models.config import vae_scale_factor
+from ..models.facts import place_name
 from ..nn import FuseReport
 from . import pictures, presets
 from .accelerated import attach, packable
@@ -165,7 +166,7 @@ class OneStepPipeline(LoraVerbs):
         loras: dict[Any, float] = dict(lora) if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}
         if chosen is None:
             is_hub_id = model is not None and not Path(model).expanduser().exists()
-            name = " ".join(filter(None, (str(model) if is_hub_id else path.resolve().name, parts.title)))
+            name = " ".join(filter(None, (str(model) if is_hub_id else place_name(path), parts.title)))
             scheduler = parts.scheduler if parts.own_scheduler else None
             named = [Path(file).name for file in loras]
             chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None, loras=named)

@@ -6,6 +6,7 @@ ModelSpec (https://github.com/Stability-AI/ModelSpec), file names SDXL-Lightning
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -50,8 +51,7 @@ class Facts:
     @classmethod
     def of(cls, path: str | Path, metadata: Mapping[str, str]) -> Facts:
         """What a file's metadata say; its name, where they say nothing."""
-        stem = Path(path).name.removesuffix(".safetensors")
-        named = parse_file_name(stem)
+        named = parse_file_name(place_name(path).removesuffix(".safetensors"))
         steps = metadata.get(NUM_STEPS_KEY)
         if steps is not None and not steps.isdecimal():
             raise ModelError(f"{path}: its metadata say {NUM_STEPS_KEY}={steps!r}, which is no number of steps")
@@ -111,6 +111,19 @@ class Facts:
             steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
             facts["modelspec.usage_hint"] = f"{steps}, guidance scale 0, {scheduler}"
         return facts
+
+
+def place_name(path: str | Path) -> str:
+    """What a file or folder is called where it was asked for.
+
+    A link has its own name, not its target's: in the hub's cache files are links to blobs that are named by their hash.
+    A snapshot there, which is named by its revision, is called as its repository is.
+    """
+    place = Path(os.path.abspath(path))
+    repository = place.parent.parent.name
+    if place.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return place.name
 
 
 def parse_file_name(stem: str) -> Facts:

@@ -205,7 +205,7 @@ def _open_folder(folder: Path, steps: int | None, dtype: torch.dtype | None) -> 
         tensors[name], found = open_network(folder / name)
         metadata = found if name == "unet" else metadata
     scheduler = configs["scheduler"]
-    known = Facts.of(folder.resolve(), metadata)
+    known = Facts.of(folder, metadata)
     prediction = known.prediction_type or scheduler.get("prediction_type", "epsilon")
     one_step = 1 if prediction == "sample" else None  # an x0 student is one of one step
     known = replace(
@@ -278,7 +278,7 @@ def _open_unet(path: Path, base: Model | None) -> Model:
         config = read_json(path / "config.json", f"{path}: not a UNet")
         if config.get("_class_name") != "UNet2DConditionModel":
             raise ModelError(f"{path}: holds a {config.get('_class_name')}, not a UNet or a pipeline")
-        known = Facts.of(path.resolve().parent if path.name.startswith("unet") else path, metadata)
+        known = Facts.of(path.absolute().parent if path.name.startswith("unet") else path, metadata)
     else:
         tensors, metadata = open_weights(path)
         config = dict(sdxl_configs()["unet"]) if is_sdxl(tensors) else {}
@@ -308,7 +308,7 @@ def _adapted(base: Model, lora: LoraFile, path: Path, dtype: torch.dtype | None)
             dtype or weight.dtype, weight.shape, partial(_merge, weight, pair.delta, dtype or weight.dtype)
         )
     merged = replace(base, path=path, tensors=tensors, metadata=lora.metadata, extras={})
-    return _with_facts(merged, Facts.of(path.resolve(), lora.metadata))
+    return _with_facts(merged, Facts.of(path, lora.metadata))
 
 
 def _merge(weight: Lazy, delta: Any, dtype: torch.dtype) -> torch.Tensor:
