@@ -6,6 +6,7 @@ ModelSpec (https://github.com/Stability-AI/ModelSpec), file names SDXL-Lightning
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,19 @@ TITLE_KEY = "modelspec.title"
 
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
 TRAILING_EULER = "EulerDiscreteScheduler, timestep_spacing=trailing"
+
+SCHEDULER_ARGUMENTS = (
+    "timestep_spacing",
+    "rescale_betas_zero_snr",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "algorithm_type",
+    "solver_type",
+    "solver_order",
+    "euler_at_final",
+)
+"""What `Facts.scheduler` states of a diffusers scheduler, where it is set."""
 
 Kind = Literal["", "unet", "lora"]
 """The parts of a pipeline that are published alone; "" is the whole of it in one file."""
@@ -105,9 +119,11 @@ class Facts:
             facts["modelspec.resolution"] = f"{side}x{side}"
         if self.prediction_type is not None:
             facts[PREDICTION_KEY] = _SPEC_WORDS.get(self.prediction_type, self.prediction_type)
+        scheduler = self.scheduler or (None if self.num_steps is None else TRAILING_EULER)
+        if scheduler is not None:
+            facts[SCHEDULER_KEY] = scheduler
         if self.num_steps is not None:
-            scheduler = self.scheduler or TRAILING_EULER
-            facts |= {NUM_STEPS_KEY: str(self.num_steps), SCHEDULER_KEY: scheduler}
+            facts[NUM_STEPS_KEY] = str(self.num_steps)
             steps = "1 step" if self.num_steps == 1 else f"{self.num_steps} steps"
             facts["modelspec.usage_hint"] = f"{steps}, guidance scale 0, {scheduler}"
         return facts
@@ -144,11 +160,25 @@ def stated_prediction_type(metadata: Mapping[str, str]) -> str | None:
 def scheduler_text(config: Mapping[str, Any]) -> str | None:
     """The line for `SCHEDULER_KEY` of a diffusers scheduler config; None when it names no class."""
     kind = config.get("_class_name")
-    spacing = config.get("timestep_spacing")
-    return None if kind is None else f"{kind}, timestep_spacing={spacing}" if spacing else str(kind)
+    if kind is None:
+        return None
+    stated = [(name, config[name]) for name in SCHEDULER_ARGUMENTS if config.get(name)]
+    return ", ".join([str(kind), *(f"{name}={_worded(value)}" for name, value in stated)])
 
 
-def scheduler_config(text: str) -> dict[str, str]:
+def scheduler_config(text: str) -> dict[str, Any]:
     """The other way round: class and arguments out of a line made by `scheduler_text`."""
     kind, *arguments = (part.strip() for part in text.split(","))
-    return {"_class_name": kind, **dict(argument.split("=", 1) for argument in arguments if "=" in argument)}
+    pairs = (argument.split("=", 1) for argument in arguments if "=" in argument)
+    return {"_class_name": kind, **{name: _parsed(value) for name, value in pairs}}
+
+
+def _worded(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _parsed(word: str) -> Any:
+    try:
+        return json.loads(word)
+    except ValueError:
+        return word

@@ -169,7 +169,7 @@ def rescheduled(model: Model, known: Facts) -> Model:
         return model
     if (known.num_steps, known.prediction_type) == (model.facts.num_steps, model.facts.prediction_type):
         return replace(model, facts=known)
-    scheduler = model.configs.get("scheduler", {}) | _scheduler(known)
+    scheduler = _resampled(model.configs.get("scheduler", {}), known)
     known = replace(known, scheduler=scheduler_text(scheduler))
     return replace(model, facts=known, configs=model.configs | {"scheduler": scheduler})
 
@@ -258,7 +258,7 @@ def _open_single_file(path: Path, base: Model | None) -> Model:
         check_shapes(parts, shapes[name], source=f"{path}: {name}")
     own = known.scheduler is not None
     if own or known.prediction_type is not None:
-        configs = configs | {"scheduler": configs.get("scheduler", {}) | _scheduler(known)}
+        configs = configs | {"scheduler": _resampled(configs.get("scheduler", {}), known)}
     return Model(path, networks, configs, tokenizers, known, metadata, own_scheduler=own)
 
 
@@ -318,24 +318,39 @@ def _merge(weight: Lazy, delta: Any, dtype: torch.dtype) -> torch.Tensor:
 
 def _with_facts(model: Model, known: Facts) -> Model:
     """A student on another model's other networks: sampled by what it says itself, or else as the other was."""
+    own = _resampled(model.configs.get("scheduler", {}), known)
     known = replace(
         known,
         num_steps=known.num_steps or model.facts.num_steps,
         prediction_type=known.prediction_type or model.facts.prediction_type,
         scheduler=known.scheduler or (model.facts.scheduler if known.num_steps is None else None),
     )
-    scheduler = model.configs.get("scheduler", {})
-    if known.num_steps is not None:
-        scheduler = _scheduler(known)
+    scheduler = own if known.num_steps is None else _scheduler(known)
     return replace(model, facts=known, configs=model.configs | {"scheduler": scheduler}, extras={}, own_scheduler=True)
 
 
+def _resampled(config: Mapping[str, Any], known: Facts) -> dict[str, Any]:
+    """A scheduler's config with what the facts decide; where they name its class, no argument is set but by them."""
+    decided = _scheduler(known)
+    unset = {name for name in fact_names.SCHEDULER_ARGUMENTS if "_class_name" in decided and name not in decided}
+    return {name: value for name, value in config.items() if not (value and name in unset)} | decided
+
+
 def _scheduler(known: Facts) -> dict[str, Any]:
-    """SDXL's noise schedule with the class, spacing and prediction type that a few-step model says it needs."""
+    """What of a scheduler's config the facts decide.
+
+    All of it where the class is known, or follows from a step count: SDXL's noise schedule with that class, its
+    arguments and the prediction type. Else the prediction type alone, if that.
+    """
+    if known.scheduler is None and known.num_steps is None:
+        return {} if known.prediction_type is None else {"prediction_type": known.prediction_type}
     stated = scheduler_config(known.scheduler or fact_names.TRAILING_EULER)
-    if known.num_steps is not None and stated["_class_name"] != "LCMScheduler":
+    arguments = scheduler_arguments(known.prediction_type or "epsilon")
+    if known.num_steps is None:
+        del arguments["timestep_spacing"]
+    elif stated["_class_name"] != "LCMScheduler":
         stated["timestep_spacing"] = "trailing"  # few-step models are trained on no other grid
-    return scheduler_arguments(known.prediction_type or "epsilon") | stated
+    return arguments | stated
 
 
 def _modules(model: Model) -> list[str]:

@@ -44,3 +44,7 @@ def test_scheduler_lines() -> None:
     assert line == "LCMScheduler"
     assert scheduler_config("A, timestep_spacing=trailing") == {"_class_name": "A", "timestep_spacing": "trailing"}
     assert scheduler_text({}) is None
+    told = {"_class_name": "D", "timestep_spacing": "leading", "use_karras_sigmas": True, "solver_order": 2}
+    line = scheduler_text({**told, "euler_at_final": False, "beta_start": 1.0})
+    assert line == "D, timestep_spacing=leading, use_karras_sigmas=true, solver_order=2"
+    assert scheduler_config(line) == told
