@@ -34,6 +34,7 @@ SCHEDULER_ARGUMENTS = (
     "solver_type",
     "solver_order",
     "euler_at_final",
+    "original_inference_steps",
 )
 """What `Facts.scheduler` states of a diffusers scheduler, where it is set."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from .facts import NUM_STEPS_KEY, PREDICTION_KEY, Facts, parse_file_name, stated_prediction_type
+from .facts import NUM_STEPS_KEY, PREDICTION_KEY, Facts, parse_file_name, scheduler_text, stated_prediction_type
 from .lora_file import LoraFile, Pair, folded, read_lora_file, write_lora_file
 from .safetensors_check import check_safetensors
 from .weights import Lazy, listing
@@ -112,17 +112,20 @@ def write_lora(
     alpha: float,
     num_inference_steps: int,
     prediction_type: str,
+    scheduler: Mapping[str, Any] | None = None,
     metadata: dict[str, str] | None = None,
 ) -> None:
     """Write the LoRA of a UNet in the peft dialect that diffusers' `load_lora_weights` reads, whole or not at all.
 
     alpha / rank is folded into the up matrices, so that readers which ignore alpha (and those which take it to be the
-    rank) get the right strength. Step count and prediction type go into the metadata: what users most often lose.
+    rank) get the right strength. Step count, prediction type and scheduler (a diffusers config with `_class_name`; None
+    is a trailing Euler) go into the metadata: what users most often lose.
     """
     whole = LoraFile(
         {f"unet.{name}": Pair(Lazy.of(down), Lazy.of(up), float(alpha)) for name, (down, up) in pairs.items()}, {}
     )
-    facts = Facts(parse_file_name(Path(path).stem).name, num_inference_steps, prediction_type)
+    name, sampler = parse_file_name(Path(path).stem).name, scheduler_text(scheduler or {})
+    facts = Facts(name, num_inference_steps, prediction_type, sampler)
     said = facts.metadata("lora", architecture=whole.architecture, implementation="diffusers")
     whole = folded(LoraFile(whole.pairs, {"format": "pt"} | said | (metadata or {})))
     write_lora_file(path, whole, "peft")

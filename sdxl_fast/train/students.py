@@ -191,5 +191,11 @@ def export_student(
         if pairs:
             half = {name: (down.half(), up.half()) for name, (down, up) in pairs.items()}
             path = writing / lora_file_name(config.export_name, steps)
-            kind = bench.prediction_type
-            write_lora(path, half, alpha=config.alpha, num_inference_steps=steps, prediction_type=kind)
+            write_lora(
+                path,
+                half,
+                alpha=config.alpha,
+                num_inference_steps=steps,
+                prediction_type=bench.prediction_type,
+                scheduler={"_class_name": type(scheduler).__name__, **scheduler.config},
+            )

@@ -109,6 +109,15 @@ def test_metadata_says_what_the_lora_is_for(unet: Any, pairs: dict[str, Any], tm
     assert lora.prediction_type == "v_prediction"
     assert lora.metadata["sdxl_fast.num_inference_steps"] == "8"
     assert lora.metadata["modelspec.prediction_type"] == "v"
+    assert lora.metadata["sdxl_fast.scheduler"] == "EulerDiscreteScheduler, timestep_spacing=trailing"
+
+
+def test_metadata_name_the_scheduler_that_is_given(unet: Any, pairs: dict[str, Any], tmp_path: Path) -> None:
+    path, config = tmp_path / "l.safetensors", {"_class_name": "LCMScheduler", "original_inference_steps": 50}
+    write_lora(path, pairs, alpha=3.0, num_inference_steps=4, prediction_type="epsilon", scheduler=config)
+    metadata = read_lora(path, unet).metadata
+    assert metadata["sdxl_fast.scheduler"] == "LCMScheduler, original_inference_steps=50"
+    assert metadata["modelspec.usage_hint"] == f"4 steps, guidance scale 0, {metadata['sdxl_fast.scheduler']}"
 
 
 def test_file_names_round_trip(tmp_path: Path) -> None:

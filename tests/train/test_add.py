@@ -192,7 +192,9 @@ def test_a_run_resumes_bitwise_and_stock_diffusers_draws_from_it(recipe: Path, c
 def test_a_lora_on_the_shared_base_trains_and_is_merged_into_the_export(recipe: Path, cache: Path) -> None:
     folder = run(recipe, ["trains=lora", "lora_rank=2", "export_name=add_toy", "images=8"])
     teacher = StableDiffusionXLPipeline.from_pretrained(load_recipe(recipe).teacher).unet  # type: ignore[union-attr]
-    merge_lora(teacher, read_lora(folder / "add_toy_4step_lora.safetensors", teacher))
+    lora = read_lora(folder / "add_toy_4step_lora.safetensors", teacher)
+    assert lora.metadata["sdxl_fast.scheduler"] == "EulerAncestralDiscreteScheduler, timestep_spacing=trailing"
+    merge_lora(teacher, lora)
     exported = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32).unet
     for name, weight in exported.state_dict().items():
         torch.testing.assert_close(weight, teacher.state_dict()[name], rtol=2e-3, atol=2e-3)

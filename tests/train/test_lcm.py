@@ -11,6 +11,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 
 from sdxl_fast.diffusion import prediction, schedule
 from sdxl_fast.inference import OneStepPipeline
+from sdxl_fast.models.safetensors_check import check_safetensors
 from sdxl_fast.train import checkpoint, losses
 from sdxl_fast.train.config import LcmConfig, load_recipe
 from sdxl_fast.train.lcm import LcmTask, boundary
@@ -106,7 +107,8 @@ def test_a_run_resumes_bitwise_and_both_samplers_draw_from_it(recipe: Path, cach
     assert whole is not None and halves is not None
     for path in sorted(whole.glob("*.safetensors")):
         assert path.read_bytes() == (halves / path.name).read_bytes(), path.name
-    assert (folder / "lcm_toy_4step_lora.safetensors").is_file()
+    said = check_safetensors(folder / "lcm_toy_4step_lora.safetensors")["__metadata__"]["sdxl_fast.scheduler"]
+    assert said.startswith("LCMScheduler, ") and said.endswith("original_inference_steps=50")
     pipe = StableDiffusionXLPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     assert isinstance(pipe.scheduler, LCMScheduler)
     pipe.set_progress_bar_config(disable=True)
