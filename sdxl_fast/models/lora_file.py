@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from ..errors import ModelError
-from .facts import SDXL_ARCHITECTURE
+from .facts import NUM_STEPS_KEY, SDXL_ARCHITECTURE
 from .original_keys import known_module, original_modules
 from .weights import Lazy, converted, listing, open_weights, write_weights
 
@@ -133,7 +133,7 @@ def write_lora_file(
 
     Args:
         path: the file.
-        lora: what to write; its alphas are kept, in the form of the dialect.
+        lora: what to write; its alphas are kept, in the form of the dialect, and stated also where they are the rank.
         dialect: "kohya", "diffusers" or "peft".
         dtype: of the matrices; None leaves it.
         bare: no metadata at all, as the published few-step LoRAs.
@@ -143,8 +143,8 @@ def write_lora_file(
     """
     tensors = lora_tensors(lora, dialect, dtype)
     metadata = {key: value for key, value in lora.metadata.items() if key != ADAPTER_KEY}
-    if dialect != "kohya" and any(pair.alpha != pair.rank for pair in lora.pairs.values()):
-        if bare:
+    if dialect != "kohya":
+        if bare and any(pair.alpha != pair.rank for pair in lora.pairs.values()):
             raise ValueError(f"alpha is not the rank, and {dialect} keeps alpha in the metadata: do not leave them out")
         metadata[ADAPTER_KEY] = json.dumps(_adapter_metadata(lora.pairs), sort_keys=True)
     return write_weights(path, tensors, None if bare else metadata)
@@ -321,7 +321,9 @@ def _stated_alphas(
 
     def stated(name: str, rank: int) -> float | None:
         component, _, module = name.partition(".")
-        return _peft_alpha(configs[component], module, rank) if component in configs else None
+        if component in configs:
+            return _peft_alpha(configs[component], module, rank)
+        return float(rank) if NUM_STEPS_KEY in metadata else None  # ours: earlier ones left out what was the rank
 
     return stated
 

@@ -19,6 +19,7 @@ from sdxl_fast.errors import ModelError
 from sdxl_fast.models.config import SDXL, build_unet
 from sdxl_fast.models.export import export_lora, find_lora
 from sdxl_fast.models.facts import Facts
+from sdxl_fast.models.loading import EMBEDDED
 from sdxl_fast.models.lora import merge_lora, read_lora, target_modules
 from sdxl_fast.models.lora_file import (
     ADAPTER_KEY,
@@ -283,13 +284,25 @@ def test_alpha_is_the_rank_unless_given(stock: Any, tmp_path: Path) -> None:
     _check(_merged_by_diffusers(stock, tmp_path / "k.safetensors"), _merged_by_hand(stock, wanted))
 
 
+@pytest.mark.parametrize("alpha", [4.0, 8.0])
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_an_alpha_that_contradicts_the_file_is_refused(stock: Any, tmp_path: Path, dialect: str) -> None:
+def test_an_alpha_that_contradicts_the_file_is_refused(stock: Any, tmp_path: Path, dialect: str, alpha: float) -> None:
+    """Also one that is the rank, and could as well have been left unsaid."""
     path = tmp_path / "l.safetensors"
-    write_lora_file(path, LoraFile(_pairs(stock, alpha=8.0), {}), dialect)
-    assert read_lora_file(path, alpha=8.0).pairs
-    with pytest.raises(ModelError, match="alpha is given as 16, but the file says 8"):
+    write_lora_file(path, LoraFile(_pairs(stock, alpha=alpha), {}), dialect)
+    assert read_lora_file(path, alpha=alpha).pairs
+    with pytest.raises(ModelError, match=f"alpha is given as 16, but the file says {alpha:g}"):
         read_lora_file(path, alpha=16.0)
+
+
+@pytest.mark.parametrize("folder", ["toy", "embedded"])
+def test_our_own_loras_are_not_rescaled(toy_folder: Path, folder: str) -> None:
+    """The embedded ones were written when an alpha that is the rank went without saying."""
+    path = find_lora(toy_folder if folder == "toy" else EMBEDDED, 4)
+    ((alpha, rank),) = {(pair.alpha, pair.rank) for pair in read_lora_file(path).pairs.values()}
+    assert alpha == rank
+    with pytest.raises(ModelError, match=f"alpha is given as 1, but the file says {rank}"):
+        read_lora_file(path, alpha=1.0)
 
 
 def test_a_published_alpha_is_a_scalar_of_the_files_dtype(stock: Any) -> None:
