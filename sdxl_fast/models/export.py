@@ -19,7 +19,7 @@ from ..files import replacing_folder
 from .facts import Facts, Kind
 from .lora_file import LoraFile, read_lora_file, write_lora_file
 from .networks import NETWORKS
-from .original_keys import to_original
+from .original_keys import V_PREDICTION, ZERO_SNR, to_original
 from .source import CONFIG_KEY, TOKENIZERS, Model, completed, embedded_configs, form_of, open_model, undistilled
 from .weights import HASH_KEY, Lazy, converted, write_weights
 
@@ -60,11 +60,18 @@ def export_unet(model: Model, out: str | Path, *, dtype: torch.dtype | None = to
 
 
 def single_file_tensors(model: Model, dtype: torch.dtype | None) -> dict[str, Lazy]:
-    """What a single-file checkpoint of `model` holds: 2515 tensors for SDXL, under the names of sd_xl_base_1.0."""
+    """What a single-file checkpoint of `model` holds: 2515 tensors for SDXL, under the names of sd_xl_base_1.0.
+
+    For v-prediction also the empty ones that say so (see `V_PREDICTION`).
+    """
     missing = [name for name in NETWORKS if name not in model.tensors]
     if missing:
         raise ModelError(f"{model.path}: lacks {', '.join(missing)}: give --base, the pipeline that it belongs to")
-    return converted(to_original({name: model.tensors[name] for name in NETWORKS}), dtype)
+    tensors = to_original({name: model.tensors[name] for name in NETWORKS})
+    if model.facts.prediction_type == "v_prediction":
+        rescaled = model.configs.get("scheduler", {}).get("rescale_betas_zero_snr")
+        tensors |= {name: Lazy.of(torch.zeros(0)) for name in (V_PREDICTION, *((ZERO_SNR,) if rescaled else ()))}
+    return converted(tensors, dtype)
 
 
 def export_single_file(

@@ -36,10 +36,13 @@ PREFIXES = {
 POSITION_IDS = PREFIXES["text_encoder"] + "text_model.embeddings.position_ids"
 LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"
 
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Empty tensors by which ComfyUI knows a UNet that predicts v, and betas rescaled to end without any signal."""
+
 _IGNORED = re.compile(
     # constants, training state and noise schedules that checkpoints and merges carry along and no picture needs
     r"model_ema\.|denoiser\.|alphas_cumprod|betas$|sqrt_|log_one_minus|posterior_|lvlb_weights|first_stage_model\.loss\.|"
-    r".*\.position_ids$|.*\.logit_scale$"
+    rf".*\.position_ids$|.*\.logit_scale$|(?:{V_PREDICTION}|{ZERO_SNR})$"
 )
 
 How = Literal["same", "rows", "transposed", "conv"]

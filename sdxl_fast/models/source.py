@@ -22,7 +22,7 @@ from .facts import SDXL_ARCHITECTURE, Facts, scheduler_config, scheduler_text
 from .lora import check_pair, find_loras
 from .lora_file import LoraFile, read_lora_file
 from .networks import CONV_IN, NETWORKS, check_shapes, is_sdxl, parameter_shapes, sdxl_configs
-from .original_keys import PREFIXES, check_prefixes, from_original
+from .original_keys import PREFIXES, V_PREDICTION, ZERO_SNR, check_prefixes, from_original
 from .safetensors_check import check_safetensors
 from .weights import Lazy, listing, open_network, open_weights
 
@@ -248,6 +248,8 @@ def _read_configs(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, di
 def _open_single_file(path: Path, base: Model | None) -> Model:
     tensors, metadata = open_weights(path)
     known = Facts.of(path, metadata)
+    if V_PREDICTION in tensors:  # ComfyUI goes by it, whatever else a file says
+        known = replace(known, prediction_type="v_prediction")
     configs, tokenizers = _stated_configs(path, metadata)
     if base is not None:
         configs, tokenizers = base.configs, base.tokenizers
@@ -258,7 +260,8 @@ def _open_single_file(path: Path, base: Model | None) -> Model:
         check_shapes(parts, shapes[name], source=f"{path}: {name}")
     own = known.scheduler is not None
     if own or known.prediction_type is not None:
-        configs = configs | {"scheduler": _resampled(configs.get("scheduler", {}), known)}
+        rescaled = {"rescale_betas_zero_snr": True} if {V_PREDICTION, ZERO_SNR} <= tensors.keys() else {}
+        configs = configs | {"scheduler": _resampled(configs.get("scheduler", {}), known) | rescaled}
     return Model(path, networks, configs, tokenizers, known, metadata, own_scheduler=own)
 
 

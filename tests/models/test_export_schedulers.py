@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionXLPipeline,
 )
 from safetensors.torch import load_file, save_file
 
@@ -92,3 +94,32 @@ def test_a_prediction_type_alone_changes_nothing_else(plain: Path, tmp_path: Pat
         found = open_model(file, base=plain)
         assert found.configs["scheduler"] == _config(plain) | {"prediction_type": "v_prediction"}
         assert (found.facts.num_steps, found.facts.prediction_type) == (None, "v_prediction")
+
+
+@pytest.mark.parametrize("markers", [{"v_pred"}, {"v_pred", "ztsnr"}])
+def test_v_prediction_is_marked_as_comfyui_looks_for_it(plain: Path, tmp_path: Path, markers: set[str]) -> None:
+    rescaled = "ztsnr" in markers
+    arguments = SCHEDULE | {"prediction_type": "v_prediction", "timestep_spacing": "leading"}
+    EulerDiscreteScheduler(**arguments, rescale_betas_zero_snr=rescaled).save_pretrained(plain / "scheduler")
+    wanted = _config(plain)
+    path = export_single_file(open_model(plain), tmp_path / "m.safetensors", dtype=None)
+    tensors = load_file(path)
+    assert {name for name in tensors if "." not in name} == markers
+    assert all(tensors[name].numel() == 0 for name in markers)
+    assert _config(export_folder(open_model(path), tmp_path / "back")) == wanted
+    stock = StableDiffusionXLPipeline.from_single_file(path, config=str(plain), text_encoder_2=None)
+    assert torch.equal(stock.unet.conv_in.weight, open_model(plain).tensors["unet"]["conv_in.weight"].read())
+    # a file of others says nothing else
+    save_file(tensors, path)
+    SCHEDULERS["plain"].save_pretrained(plain / "scheduler")
+    found = open_model(path, base=plain)
+    assert found.facts.prediction_type == "v_prediction"
+    assert found.configs["scheduler"] == wanted | {"steps_offset": 1}
+    assert {name for name in load_file(export_single_file(found, path, dtype=None)) if "." not in name} == markers
+
+
+def test_other_predictions_have_no_marks(plain: Path, toy_folder: Path, tmp_path: Path) -> None:
+    EulerDiscreteScheduler(**SCHEDULE, rescale_betas_zero_snr=True).save_pretrained(plain / "scheduler")
+    for folder in (plain, toy_folder):
+        path = export_single_file(open_model(folder), tmp_path / "m.safetensors")
+        assert all("." in name for name in load_file(path))
