@@ -175,7 +175,7 @@ def extract_lora(
 
     if _dtype(dtype) is None:
         raise ValueError("--dtype is keep; allowed here: float16, bfloat16, float32")
-    model = _open(source, None, steps, dtype, name, prediction_type, None)
+    model = _open(source, None, steps, "float32", name, prediction_type, None)  # rounded, it would differ everywhere
     origin = undistilled(open_model(_resolve(base)))
     target = export.target_file(out, model.facts, "lora")  # a mistake there is to come up before the work
     lora, residual = extract_lora(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,19 @@ def test_extracting_and_merging_comes_back(
     found, wanted = load_file(again), load_file(unet)
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_students_rounding_is_not_extracted(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a float16 base and a LoRA of rank 4, the LoRA is all there is."""
+    half, lora = tmp_path / "toy", tmp_path / "made.safetensors"
+    assert _run(capsys, "folder", toy_folder, "--out", half, "--samples", 0)[0] == 0
+    code, out, _ = _run(capsys, "extract-lora", half, "--steps", 4, "--base", half, "--rank", 4, "--out", lora)
+    assert code == 0
+    # its halves are rounded to float16 each, to 2⁻¹² on average
+    (share,) = re.findall(r"leaves out ([\d.]+)% of the whole difference", out)
+    assert float(share) < 0.05
 
 
 def test_the_embedded_pipeline_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
