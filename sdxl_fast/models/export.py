@@ -21,7 +21,7 @@ from .lora_file import LoraFile, read_lora_file, write_lora_file
 from .networks import NETWORKS
 from .original_keys import V_PREDICTION, ZERO_SNR, to_original
 from .source import CONFIG_KEY, TOKENIZERS, Model, completed, embedded_configs, form_of, open_model, undistilled
-from .weights import HASH_KEY, Lazy, converted, write_weights
+from .weights import HASH_KEY, Lazy, converted, listing, write_weights
 
 DTYPES: dict[str, torch.dtype | None] = {
     "float16": torch.float16,
@@ -32,6 +32,8 @@ DTYPES: dict[str, torch.dtype | None] = {
 """By the name to give as `--dtype`; few-step checkpoints are published in float16."""
 
 SUFFIX = ".safetensors"
+# What `export_folder` leaves in a folder, with the model card; few-step LoRAs have names of their own.
+_ENTRIES = {*NETWORKS, *TOKENIZERS, "scheduler", "model_index.json", "unet_base", "README.md", "card"}
 _STALE = ("sshs_model_hash", "sshs_legacy_hash")  # kohya's hashes, of the file they were read from
 
 
@@ -115,11 +117,10 @@ def export_folder(
 
     Raises:
         ModelError: networks or configurations are missing.
-        ValueError: `folder` is a file, or a folder with other things than a pipeline in it.
+        ValueError: `folder` is a file, or a folder with other things than a pipeline of ours in it.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "model_index.json").is_file()):
-        raise ValueError(f"--out {folder}: exists and is not a pipeline folder, which would be replaced")
+    _check_replaceable(folder)
     model = completed(model)
     with replacing_folder(folder) as writing:
         for name in NETWORKS:
@@ -204,6 +205,19 @@ def _kohya_facts(lora: LoraFile) -> dict[str, str]:
     if not lora.architecture.endswith("-shrunken"):
         facts["ss_base_model_version"] = "sdxl_base_v1-0"
     return facts
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises ValueError unless nothing is lost when a pipeline takes the place of `folder`."""
+    entries = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file() or (entries and not (folder / "model_index.json").is_file()):
+        raise ValueError(f"--out {folder}: exists and is not a pipeline folder, which would be replaced")
+    foreign = [name for name in entries if name not in _ENTRIES and not name.endswith(f"_lora{SUFFIX}")]
+    if foreign:
+        raise ValueError(
+            f"--out {folder}: would be replaced, and with it what is no part of an exported pipeline: "
+            f"{listing(foreign)}; move that away, or export to a new folder"
+        )
 
 
 def _write_network(

@@ -374,17 +374,6 @@ def test_a_full_disk_leaves_the_old_folder(model: Model, folder: Path, tmp_path:
     assert {tensor.dtype for tensor in load_file(target / loading_file("vae")).values()} == {torch.float16}
 
 
-def test_a_folder_of_other_things_is_not_replaced(model: Model, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="is not a pipeline folder, which would be replaced"):
-        export.export_folder(model, tmp_path)
-    with pytest.raises(ValueError, match="is not a pipeline folder"):
-        export.export_folder(model, tmp_path / "thesis.tex")
-    with pytest.raises(ValueError, match=r"exists and is no \.safetensors file"):
-        export.export_unet(model, tmp_path / "thesis.tex")
-    assert os.listdir(tmp_path) == ["thesis.tex"]
-
-
 def test_a_file_may_be_exported_onto_itself(folder: Path, tmp_path: Path) -> None:
     path = export.export_unet(open_model(folder), tmp_path, dtype=None)
     before = path.read_bytes()
