@@ -64,6 +64,9 @@ def export_unet(
 
     model = _open(source, base, steps, dtype, name, prediction_type, alpha)
     _say(export.export_unet(model, out, dtype=_dtype(dtype)), model.facts)
+    others = sorted(model.adapted - {"unet"})
+    if others:
+        print(f"note: the LoRA changes {' and '.join(others)} too, which a UNet leaves out: use single-file or folder")
 
 
 @export_app.command("single-file")

@@ -83,6 +83,18 @@ def test_a_lora_goes_round_and_is_merged(toy_folder: Path, tmp_path: Path, capsy
     assert merged.read_bytes() == direct.read_bytes()
 
 
+def test_a_unet_says_what_it_leaves_out(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both, stem = tmp_path / "both.safetensors", "text_encoder_2.text_model.encoder.layers.0.mlp.fc1"
+    pairs = {f"{stem}.lora_A.weight": torch.zeros(2, 32), f"{stem}.lora_B.weight": torch.zeros(128, 2)}
+    save_file(load_file(toy_folder / "toy_4step_lora.safetensors") | pairs, both)
+    for lora, noted in ((both, True), (toy_folder / "toy_4step_lora.safetensors", False)):
+        for kind in ("unet", "single-file"):
+            out = tmp_path / f"{kind}.safetensors"
+            code, text, _ = _run(capsys, kind, lora, "--base", toy_folder, "--out", out)
+            assert code == 0
+            assert ("the LoRA changes text_encoder_2 too" in text) == (noted and kind == "unet")
+
+
 def test_alpha_of_a_silent_file(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     silent = tmp_path / "silent.safetensors"
     save_file(load_file(toy_folder / "toy_4step_lora.safetensors"), silent)

@@ -48,6 +48,7 @@ class Model:
         facts: how it is sampled.
         extras: few-step LoRAs beside a whole pipeline folder, by step count.
         own_scheduler: whether the scheduler is this checkpoint's own, not just SDXL's.
+        adapted: the networks that a LoRA was merged into.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Model:
     metadata: dict[str, str] = field(default_factory=dict)
     extras: dict[int, Path] = field(default_factory=dict)
     own_scheduler: bool = False
+    adapted: frozenset[str] = frozenset()
 
     @property
     def architecture(self) -> str:
@@ -310,7 +312,8 @@ def _adapted(base: Model, lora: LoraFile, path: Path, dtype: torch.dtype | None)
         parts[name] = Lazy(
             dtype or weight.dtype, weight.shape, partial(_merge, weight, pair.delta, dtype or weight.dtype)
         )
-    merged = replace(base, path=path, tensors=tensors, metadata=lora.metadata, extras={})
+    adapted = frozenset(key.partition(".")[0] for key in lora.pairs)
+    merged = replace(base, path=path, tensors=tensors, metadata=lora.metadata, extras={}, adapted=adapted)
     return _with_facts(merged, Facts.of(path, lora.metadata))
 
 
