@@ -7,6 +7,7 @@ that is in memory. Loading what is written here gives back the tensors bit for b
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ DTYPES: dict[str, torch.dtype | None] = {
 """By the name to give as `--dtype`; few-step checkpoints are published in float16."""
 
 SUFFIX = ".safetensors"
+_FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w*")  # .ckpt, .pt, .SAFETENSORS; not the end of a folder called v1.5
 # What `export_folder` leaves in a folder, with the model card; few-step LoRAs have names of their own.
 _ENTRIES = {*NETWORKS, *TOKENIZERS, "scheduler", "model_index.json", "unet_base", "README.md", "card"}
 _STALE = ("sshs_model_hash", "sshs_legacy_hash")  # kohya's hashes, of the file they were read from
@@ -48,6 +50,11 @@ def target_file(out: str | Path, facts: Facts, kind: Kind) -> Path:
         return out
     if out.is_file():
         raise ValueError(f"--out {out}: exists and is no {SUFFIX} file")
+    if not out.is_dir() and _FILE_SUFFIX.fullmatch(out.suffix):
+        raise ValueError(
+            f"--out {out}: looks like a file, and {out.suffix} is not written; allowed: a {SUFFIX} file, or a folder "
+            "(make one of that name first if that is meant)"
+        )
     return out / facts.file_name(kind)
 
 
@@ -209,6 +216,8 @@ def _kohya_facts(lora: LoraFile) -> dict[str, str]:
 
 def _check_replaceable(folder: Path) -> None:
     """Raises ValueError unless nothing is lost when a pipeline takes the place of `folder`."""
+    if folder.suffix == SUFFIX and not folder.exists():
+        raise ValueError(f"--out {folder}: looks like a file, and a folder is written; for a file use single-file")
     entries = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if folder.is_file() or (entries and not (folder / "model_index.json").is_file()):
         raise ValueError(f"--out {folder}: exists and is not a pipeline folder, which would be replaced")
