@@ -8,8 +8,7 @@ in different places or nowhere:
     kohya      lora_unet_M.lora_down.weight, .lora_up.weight     alpha beside them, .alpha (ComfyUI, A1111)
 
 with M a module's name, its dots turned into underscores by kohya. Text encoders are `text_encoder`, `text_encoder_2`
-and `lora_te1_`, `lora_te2_`. Files of kohya's own trainer name the UNet's blocks as a single-file checkpoint does, and
-older diffusers its attention processors: both are read. A missing alpha means alpha = rank, in every reader. Where
+and `lora_te1_`, `lora_te2_`. A missing alpha means alpha = rank, in every reader. Where
 alphas differ from module to module, diffusers 0.42 loses kohya's of the attention layers, and ComfyUI ignores metadata.
 
 Sources: diffusers' `lora_conversion_utils.py` and `state_dict_utils.py`, kohya-ss/sd-scripts `networks/lora.py`.
@@ -22,38 +21,18 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from ..errors import ModelError
 from .facts import NUM_STEPS_KEY, SDXL_ARCHITECTURE
-from .original_keys import known_module, original_modules
+from .lora_names import Dialect, key_names, resolver
 from .weights import Lazy, converted, listing, open_weights, write_weights
 
-Dialect = Literal["kohya", "diffusers", "peft"]
 ADAPTER_KEY = "lora_adapter_metadata"
 """Where diffusers' `save_lora_weights` keeps the peft configuration, as JSON."""
-
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-_FLAT_PREFIXES = {**{prefix: name for name, prefix in _KOHYA.items()}, "lora_te_": "text_encoder"}
-_ENDINGS = {
-    ".lora_A.weight": "down",
-    ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora.down.weight": "down",
-    ".lora.up.weight": "up",
-    ".lora_linear_layer.down.weight": "down",
-    ".lora_linear_layer.up.weight": "up",
-    ".lora_down.weight": "down",
-    ".lora_up.weight": "up",
-    "_lora.down.weight": "down",
-    "_lora.up.weight": "up",
-    ".alpha": "alpha",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +87,7 @@ def read_lora_file(path: str | Path, *, modules: Iterable[str] | None = None, al
     """
     path, adapter = _adapter_folder(Path(path))
     tensors, metadata = open_weights(path)
-    resolve = _resolver(None if modules is None else tuple(modules))
+    resolve = resolver(modules)
     halves: dict[str, dict[str, Lazy]] = {}
     unmatched = []
     for key, tensor in tensors.items():
@@ -156,12 +135,12 @@ def lora_tensors(lora: LoraFile, dialect: str, dtype: torch.dtype | None = None)
         raise ValueError(f"format is {dialect!r}; allowed: {', '.join(get_args(Dialect))}")
     tensors: dict[str, Lazy] = {}
     for name, pair in lora.pairs.items():
-        down, up = _names(name, dialect)
+        down, up = key_names(name, dialect)
         tensors |= {down: pair.down, up: pair.up}
     tensors = converted(tensors, dtype)
     if dialect == "kohya":
         for name, pair in lora.pairs.items():
-            stem = _names(name, dialect)[0].removesuffix(".lora_down.weight")
+            stem = key_names(name, dialect)[0].removesuffix(".lora_down.weight")
             tensors[f"{stem}.alpha"] = Lazy.of(_alpha_tensor(pair.alpha, tensors[f"{stem}.lora_down.weight"].dtype))
     return tensors
 
@@ -177,105 +156,6 @@ def _adapter_folder(path: Path) -> tuple[Path, dict[str, Any] | None]:
         return path / "adapter_model.safetensors", json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ModelError(f"{config}: not valid JSON ({error})") from None
-
-
-# ---- names ----
-
-
-def _resolver(modules: tuple[str, ...] | None) -> Callable[[str], tuple[str, str] | None]:
-    """Of a key, ("component.module", "down" | "up" | "alpha"); None for one of no dialect."""
-    flat = None if modules is None else _flat_names(modules)
-    dotted = None if modules is None else set(modules)
-
-    def resolve(key: str) -> tuple[str, str] | None:
-        ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
-        if ending is None:
-            return None
-        stem, half = key.removesuffix(ending), _ENDINGS[ending]
-        prefix = next((prefix for prefix in _FLAT_PREFIXES if stem.startswith(prefix)), None)
-        if prefix is not None:
-            component = _FLAT_PREFIXES[prefix]
-            module = _unflatten(stem.removeprefix(prefix), component, flat)
-        else:
-            component, module = _dotted(stem, flat, old_processor=ending.startswith("_lora"))
-        if module is None or not known_module(component, module):
-            return None
-        if component == "unet" and dotted is not None and module not in dotted:
-            return None
-        return f"{component}.{module}", half
-
-    return resolve
-
-
-def _flat_names(modules: Iterable[str]) -> dict[str, str]:
-    """Modules of a UNet by their names with underscores, both diffusers' and the original ones."""
-    modules = list(modules)
-    names = {original.replace(".", "_"): module for original, module in original_modules(modules).items()}
-    return names | {module.replace(".", "_"): module for module in modules}
-
-
-@cache
-def _sdxl_flat_names() -> dict[str, str]:
-    from .config import SDXL, build_unet
-
-    with torch.device("meta"):
-        return _flat_names(name for name, _ in build_unet(SDXL).named_modules())
-
-
-# Parts of module names that contain underscores themselves; all others are single words or numbers.
-_WORDS = (
-    "down_blocks|mid_block|up_blocks|transformer_blocks|time_emb_proj|conv_shortcut|conv_in|conv_out|proj_in|proj_out|"
-    "to_q|to_k|to_v|to_out|time_embedding|add_embedding|linear_[12]|text_model|self_attn|[qkv]_proj|out_proj|"
-    "text_projection|token_embedding|position_embedding"
-)
-_PARTS = re.compile(rf"({_WORDS}|[a-z]+\d*|\d+)(?:_|$)")
-
-
-def _unflatten(name: str, component: str, flat: Mapping[str, str] | None) -> str | None:
-    if component == "unet":
-        if name.startswith(("input_blocks_", "middle_block_", "output_blocks_", "time_embed_", "label_emb_", "out_")):
-            flat = _sdxl_flat_names() if flat is None else flat
-        if flat is not None:
-            return flat.get(name)
-    parts, end = [], 0
-    while end < len(name):
-        found = _PARTS.match(name, end)
-        if found is None:
-            return None
-        parts.append(found[1])
-        end = found.end()
-    return ".".join(parts)
-
-
-def _dotted(stem: str, flat: Mapping[str, str] | None, *, old_processor: bool) -> tuple[str, str | None]:
-    stem = stem.removeprefix("base_model.model.")
-    component = next((name for name in ("text_encoder_2", "text_encoder", "unet") if stem.startswith(name + ".")), None)
-    module = stem if component is None else stem.removeprefix(component + ".")
-    component = component or "unet"
-    if module.startswith("diffusion_model."):
-        names = _sdxl_flat_names() if flat is None else flat
-        return component, names.get(module.removeprefix("diffusion_model.").replace(".", "_"))
-    if old_processor:  # unet...attn1.processor.to_q_lora.down, text_encoder...self_attn.to_q_lora.down
-        module = module.replace(".processor.", ".")
-        if component == "unet":
-            module = re.sub(r"\.to_out$", ".to_out.0", module)
-        else:
-            module = re.sub(r"\.to_([qkv]|out)$", r".\1_proj", module)
-    if component != "unet" and module.startswith("encoder."):
-        module = f"text_model.{module}"
-    return component, module
-
-
-def _names(name: str, dialect: str) -> tuple[str, str]:
-    """The keys of a module's down and up matrices."""
-    component, _, module = name.partition(".")
-    if dialect == "kohya":
-        stem = _KOHYA[component] + module.replace(".", "_")
-        return f"{stem}.lora_down.weight", f"{stem}.lora_up.weight"
-    if dialect == "peft":
-        return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
-    middle = "lora" if component == "unet" else "lora_linear_layer"
-    return f"{name}.{middle}.down.weight", f"{name}.{middle}.up.weight"
 
 
 # ---- alpha ----
