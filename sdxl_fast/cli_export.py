@@ -268,12 +268,13 @@ def _say(path: Path, facts: Facts) -> None:
 
 
 def _note_alpha(lora: LoraFile, dialect: str) -> None:
-    alphas = {pair.alpha for pair in lora.pairs.values()}
-    if dialect == "kohya":
-        if len(alphas) > 1:
-            print("note: its alphas differ, and diffusers does not read those of attention layers in kohya files")
-    elif any(pair.alpha != pair.rank for pair in lora.pairs.values()):
-        print("note: alpha is in the metadata, which diffusers reads and ComfyUI does not: for ComfyUI use kohya")
+    if dialect != "kohya":
+        if any(pair.alpha != pair.rank for pair in lora.pairs.values()):
+            print("note: alpha is in the metadata, which diffusers reads and ComfyUI does not: for ComfyUI use kohya")
+    elif any(len(set(alphas)) > 1 for alphas in lora.alphas.values()):
+        print(
+            "note: its alphas differ; written as one, with the ups scaled, for diffusers reads no more in kohya files"
+        )
 
 
 def _write_card(folder: Path, model: Model, text: CardText, prompts: list[str], count: int, device: str | None) -> None:

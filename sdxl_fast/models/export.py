@@ -18,7 +18,7 @@ import torch
 from ..errors import ModelError
 from ..files import replacing_folder
 from .facts import Facts, Kind
-from .lora_file import LoraFile, read_lora_file, write_lora_file
+from .lora_file import LoraFile, read_lora_file, with_one_alpha, write_lora_file
 from .networks import NETWORKS
 from .original_keys import V_PREDICTION, ZERO_SNR, to_original
 from .source import CONFIG_KEY, TOKENIZERS, Model, completed, embedded_configs, form_of, open_model, undistilled
@@ -159,7 +159,7 @@ def export_lora(
     dtype: torch.dtype | None = torch.float16,
     metadata: bool = True,
 ) -> Path:
-    """Write a LoRA in another dialect with its true alpha.
+    """Write a LoRA in another dialect with its true alpha; kohya's has one for each network.
 
     SDXL's 788 modules at rank 64 take 393,854,592 bytes in kohya's dialect without metadata, as SDXL-Lightning's.
 
@@ -180,7 +180,7 @@ def export_lora(
         said |= facts.metadata("lora", architecture=lora.architecture, implementation="diffusers")
         said[HASH_KEY] = ""
     if said and dialect == "kohya":
-        said |= _kohya_facts(lora)
+        said |= _kohya_facts(with_one_alpha(lora))
     write_lora_file(path, replace(lora, metadata=said), dialect, dtype=dtype, bare=not metadata)
     return path
 

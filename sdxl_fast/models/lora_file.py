@@ -8,8 +8,9 @@ in different places or nowhere:
     kohya      lora_unet_M.lora_down.weight, .lora_up.weight     alpha beside them, .alpha (ComfyUI, A1111)
 
 with M a module's name, its dots turned into underscores by kohya. Text encoders are `text_encoder`, `text_encoder_2`
-and `lora_te1_`, `lora_te2_`. A missing alpha means alpha = rank, in every reader. Where
-alphas differ from module to module, diffusers 0.42 loses kohya's of the attention layers, and ComfyUI ignores metadata.
+and `lora_te1_`, `lora_te2_`. A missing alpha means alpha = rank, in every reader. ComfyUI ignores metadata. diffusers
+0.42 loses kohya's alphas of attention layers where those of one network differ, whatever the ranks: kohya files are
+written with one alpha for each network (`with_one_alpha`).
 
 Sources: diffusers' `lora_conversion_utils.py` and `state_dict_utils.py`, kohya-ss/sd-scripts `networks/lora.py`.
 """
@@ -60,6 +61,14 @@ class LoraFile:
 
     pairs: dict[str, Pair]
     metadata: dict[str, str]
+
+    @property
+    def alphas(self) -> dict[str, list[float]]:
+        """Of all modules, by component."""
+        found: dict[str, list[float]] = {}
+        for name, pair in self.pairs.items():
+            found.setdefault(name.partition(".")[0], []).append(pair.alpha)
+        return found
 
     @property
     def architecture(self) -> str:
@@ -113,6 +122,7 @@ def write_lora_file(
     Args:
         path: the file.
         lora: what to write; its alphas are kept, in the form of the dialect, and stated also where they are the rank.
+            In kohya's, those that differ within a network become one, and the ups are scaled for it.
         dialect: "kohya", "diffusers" or "peft".
         dtype: of the matrices; None leaves it.
         bare: no metadata at all, as the published few-step LoRAs.
@@ -133,6 +143,7 @@ def lora_tensors(lora: LoraFile, dialect: str, dtype: torch.dtype | None = None)
     """What a file of the dialect holds; arguments and errors as `write_lora_file`."""
     if dialect not in get_args(Dialect):
         raise ValueError(f"format is {dialect!r}; allowed: {', '.join(get_args(Dialect))}")
+    lora = with_one_alpha(lora) if dialect == "kohya" else lora
     tensors: dict[str, Lazy] = {}
     for name, pair in lora.pairs.items():
         down, up = key_names(name, dialect)
@@ -255,11 +266,18 @@ def _commonest(values: Sequence[float]) -> float:
 
 def folded(lora: LoraFile) -> LoraFile:
     """The same LoRA with alpha = rank: alpha / rank multiplied into the ups, for readers that know no alpha."""
+    return replace(lora, pairs={name: _rescaled(pair, float(pair.rank)) for name, pair in lora.pairs.items()})
 
-    def fold(pair: Pair) -> Pair:
-        ratio = pair.alpha / pair.rank
-        if ratio == 1.0:
-            return pair
-        return replace(pair, up=pair.up.map(lambda up: (up.float() * ratio).to(up.dtype)), alpha=float(pair.rank))
 
-    return replace(lora, pairs={name: fold(pair) for name, pair in lora.pairs.items()})
+def with_one_alpha(lora: LoraFile) -> LoraFile:
+    """The same LoRA with the alpha that most modules of a network have for all of them; the ups make up for it."""
+    common = {component: _commonest([a for a in found if a] or found) for component, found in lora.alphas.items()}
+    return replace(lora, pairs={name: _rescaled(p, common[name.partition(".")[0]]) for name, p in lora.pairs.items()})
+
+
+def _rescaled(pair: Pair, alpha: float) -> Pair:
+    """The same change of the weight by another alpha, rounded once to the dtype of up."""
+    if pair.alpha == alpha:
+        return pair
+    ratio = pair.alpha / alpha
+    return replace(pair, up=pair.up.map(lambda up: (up.float() * ratio).to(up.dtype)), alpha=alpha)

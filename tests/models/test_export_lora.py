@@ -6,7 +6,8 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,10 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from sdxl_fast.errors import ModelError
-from sdxl_fast.models.config import SDXL, build_unet
 from sdxl_fast.models.export import export_lora, find_lora
 from sdxl_fast.models.facts import Facts
 from sdxl_fast.models.loading import EMBEDDED
-from sdxl_fast.models.lora import merge_lora, read_lora, target_modules
+from sdxl_fast.models.lora import merge_lora, read_lora
 from sdxl_fast.models.lora_file import (
     ADAPTER_KEY,
     LoraFile,
@@ -32,7 +32,7 @@ from sdxl_fast.models.lora_file import (
 )
 from sdxl_fast.models.original_keys import original_modules
 from sdxl_fast.models.source import open_model
-from sdxl_fast.models.weights import Lazy, open_weights, plan
+from sdxl_fast.models.weights import Lazy, open_weights
 from sdxl_fast.testing.toy import random_lora
 
 DIALECTS = ("kohya", "diffusers", "peft")
@@ -106,29 +106,69 @@ def test_base_and_lora_are_the_merged_model(
     write_lora_file(path, LoraFile(pairs, {}), dialect)
     wanted = _merged_by_hand(stock, pairs)
     _check(_merged_by_diffusers(stock, path), wanted)
-    model = open_model(path, base=toy_folder)
-    ours = {
+    _check(_merged_by_us(path, toy_folder), wanted)
+
+
+ALPHAS: dict[str, Callable[[int, int], float]] = {
+    "any": lambda number, rank: 3.0 + number % 5,
+    "the ranks": lambda number, rank: float(rank),
+    "some zero": lambda number, rank: 8.0 * (number % 2),
+}
+
+
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize("alphas", ALPHAS)
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_module_keeps_its_own_alpha_and_rank(
+    stock: Any, toy_folder: Path, tmp_path: Path, dialect: str, alphas: str, texts: bool
+) -> None:
+    pairs = {}
+    for number, (name, pair) in enumerate(_pairs(stock, texts=texts).items()):
+        rank = 2 + number % 3
+        down, up = pair.down.read()[:rank].clone(), pair.up.read()[:, :rank].clone()
+        pairs[name] = Pair(Lazy.of(down), Lazy.of(up), ALPHAS[alphas](number, rank))
+    path = tmp_path / "l.safetensors"
+    write_lora_file(path, LoraFile(pairs, {}), dialect)
+    wanted = _merged_by_hand(stock, pairs)
+    _check(_merged_by_diffusers(stock, path), wanted)
+    _check(_merged_by_us(path, toy_folder), wanted)
+    _check(_merged_by_comfyui(stock, path) if dialect == "kohya" else wanted, wanted)
+
+
+def _merged_by_us(path: Path, base: Path) -> dict[str, torch.Tensor]:
+    model = open_model(path, base=base)
+    return {
         f"{component}.{name.removeprefix('text_model.')}": lazy.read()
         for component in NETWORKS
         for name, lazy in model.tensors[component].items()
     }
-    _check(ours, wanted)
 
 
-@pytest.mark.parametrize("dialect", ["diffusers", "peft"])
-def test_every_module_keeps_its_own_alpha_and_rank(stock: Any, tmp_path: Path, dialect: str) -> None:
-    pairs = {}
-    for number, (name, pair) in enumerate(_pairs(stock, texts=False).items()):
-        rank = 2 + number % 3
-        down, up = pair.down.read()[:rank].clone(), pair.up.read()[:, :rank].clone()
-        pairs[name] = Pair(Lazy.of(down), Lazy.of(up), 3.0 + number % 5)
-    path = tmp_path / "l.safetensors"
-    write_lora_file(path, LoraFile(pairs, {}), dialect)
-    _check(_merged_by_diffusers(stock, path), _merged_by_hand(stock, pairs))
-    unet = copy.deepcopy(stock.unet)
-    merge_lora(unet, read_lora(path, unet))
-    wanted = {name: w for name, w in _merged_by_hand(stock, pairs).items() if name.startswith("unet.")}
-    _check({f"unet.{name}": tensor for name, tensor in unet.state_dict().items()}, wanted)
+def _merged_by_comfyui(stock: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Its loader's rule, module by module: alpha / rank by the file's own `.alpha`, no metadata."""
+    tensors = load_file(path)
+    weights = {name: tensor.double() for name, tensor in _weights(stock)}
+    stems = {"unet": "lora_unet_", "text_encoder": "lora_te1_text_model_", "text_encoder_2": "lora_te2_text_model_"}
+    for name in weights:
+        component, _, module = name.removesuffix(".weight").partition(".")
+        stem = stems[component] + module.replace(".", "_")
+        if f"{stem}.alpha" in tensors:
+            down, up = (tensors[f"{stem}.lora_{half}.weight"].double() for half in ("down", "up"))
+            scale = float(tensors[f"{stem}.alpha"]) / len(down)
+            weights[name] += scale * (up.flatten(1) @ down.flatten(1)).reshape(weights[name].shape)
+    return weights
+
+
+def test_a_true_alpha_of_each_network_is_kept_by_kohya(stock: Any) -> None:
+    pairs = {n: replace(p, alpha=2.0) if n.startswith("text") else p for n, p in _pairs(stock, alpha=8.0).items()}
+    tensors = lora_tensors(LoraFile(pairs, {}), "kohya")
+    found = {key[:8]: float(tensor.read()) for key, tensor in tensors.items() if key.endswith(".alpha")}
+    assert found == {"lora_une": 8.0, "lora_te1": 2.0, "lora_te2": 2.0}
+    one = next(iter(pairs))
+    tensors = lora_tensors(LoraFile(pairs | {one: replace(pairs[one], alpha=3.0)}, {}), "kohya")
+    stem = "lora_" + one.replace(".", "_")
+    assert float(tensors[f"{stem}.alpha"].read()) == 8.0
+    assert torch.equal(tensors[f"{stem}.lora_up.weight"].read(), pairs[one].up.read() * (3.0 / 8.0))
 
 
 def _same(found: LoraFile, wanted: dict[str, Pair]) -> None:
@@ -143,8 +183,8 @@ def _same(found: LoraFile, wanted: dict[str, Pair]) -> None:
 @pytest.mark.parametrize("first, second", list(itertools.permutations(DIALECTS, 2)))
 def test_there_and_back_is_bitwise(stock: Any, tmp_path: Path, first: str, second: str) -> None:
     pairs = _pairs(stock, alpha=0.7)
-    for name in list(pairs)[::3]:
-        pairs[name] = Pair(pairs[name].down, pairs[name].up, 5.0)
+    for name in list(pairs)[::3] if "kohya" not in (first, second) else ():
+        pairs[name] = replace(pairs[name], alpha=5.0)
     a, b, c = (tmp_path / f"{letter}.safetensors" for letter in "abc")
     write_lora_file(a, LoraFile(pairs, {"note": "kept"}), first)
     write_lora_file(b, read_lora_file(a), second)
@@ -154,35 +194,6 @@ def test_there_and_back_is_bitwise(stock: Any, tmp_path: Path, first: str, secon
 
 
 # ---- names ----
-
-
-def test_kohya_names_and_the_size_of_the_published_files(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        unet = build_unet(SDXL)
-    pairs = {}
-    for name in target_modules(unet):
-        weight: Any = unet.get_submodule(name).weight
-        ones = (1,) * (weight.ndim - 2)
-        down = Lazy(torch.float16, (64, *weight.shape[1:]), lambda: pytest.fail("read"))
-        pairs[f"unet.{name}"] = Pair(down, Lazy(torch.float16, (weight.shape[0], 64, *ones), down.read), 64.0)
-    file = LoraFile(pairs, {})
-    tensors = lora_tensors(file, "kohya", torch.float16)
-    layout = plan(tensors)
-    assert (len(pairs), len(layout.names), layout.size) == (788, 3 * 788, 393_854_592)
-    assert file.architecture == "stable-diffusion-xl-v1-base"
-    for name, shape in {
-        "lora_unet_down_blocks_0_downsamplers_0_conv.lora_down.weight": (64, 320, 3, 3),
-        "lora_unet_down_blocks_0_downsamplers_0_conv.lora_up.weight": (320, 64, 1, 1),
-        "lora_unet_down_blocks_0_resnets_0_conv1.alpha": (),
-        "lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight": (64, 640),
-        "lora_unet_down_blocks_1_resnets_0_conv_shortcut.lora_up.weight": (640, 64, 1, 1),
-        "lora_unet_down_blocks_2_attentions_1_transformer_blocks_9_attn2_to_k.lora_down.weight": (64, 2048),
-        "lora_unet_mid_block_attentions_0_transformer_blocks_9_ff_net_0_proj.lora_up.weight": (10240, 64),
-        "lora_unet_mid_block_resnets_1_time_emb_proj.lora_down.weight": (64, 1280),
-        "lora_unet_up_blocks_0_attentions_2_transformer_blocks_0_attn1_to_out_0.lora_up.weight": (1280, 64),
-        "lora_unet_up_blocks_1_upsamplers_0_conv.lora_down.weight": (64, 640, 3, 3),
-    }.items():
-        assert tensors[name].shape == shape
 
 
 def test_names_of_the_text_encoders(stock: Any, tmp_path: Path) -> None:
@@ -216,22 +227,6 @@ def test_kohyas_own_names_are_those_of_a_single_file(stock: Any, tmp_path: Path)
     assert any("input_blocks" in key for key in load_file(path))
     _same(read_lora_file(path, modules=list(names)), pairs)
     _check(_merged_by_diffusers(stock, path), _merged_by_hand(stock, pairs))
-
-
-def test_sdxls_own_names_need_no_model(tmp_path: Path) -> None:
-    keys = {
-        "lora_unet_input_blocks_8_1_transformer_blocks_3_attn1_to_q": (
-            "unet.down_blocks.2.attentions.1.transformer_blocks.3.attn1.to_q"
-        ),
-        "lora_unet_output_blocks_5_2_conv": "unet.up_blocks.1.upsamplers.0.conv",
-        "lora_unet_middle_block_0_out_layers_3": "unet.mid_block.resnets.0.conv2",
-        "diffusion_model.output_blocks.0.0.skip_connection": "unet.up_blocks.0.resnets.0.conv_shortcut",
-    }
-    tensors = {}
-    for key in keys:
-        tensors |= {f"{key}.lora_down.weight": torch.zeros(2, 3), f"{key}.lora_up.weight": torch.zeros(5, 2)}
-    save_file(tensors, tmp_path / "l.safetensors")
-    assert set(read_lora_file(tmp_path / "l.safetensors").pairs) == set(keys.values())
 
 
 def test_older_diffusers_names(stock: Any, tmp_path: Path) -> None:
