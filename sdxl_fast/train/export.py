@@ -1,4 +1,6 @@
-"""What distillation hands out: one diffusers folder with the one-step student, the base UNet and the few-step LoRAs."""
+"""What distillation hands out: files of each stage's student as few-step checkpoints are published, and one diffusers
+folder with the one-step student, the base UNet and the few-step LoRAs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from diffusers import EulerDiscreteScheduler
 
 from ..files import replacing_folder
 from ..models.config import scheduler_arguments
+from ..models.export import export_lora, export_unet
+from ..models.facts import Facts
 from ..models.lora import lora_file_name, read_lora, write_lora
+from ..models.lora_file import read_lora_file
+from ..models.source import open_model
+
+PUBLISHED = "published"
+"""The folder in a run for the files of its stages' students."""
 
 
 @contextmanager
@@ -52,6 +61,25 @@ def export_pipeline(folder: Path, pipe: Any, student: Any, loras: dict[int, Path
             target = writing / lora_file_name(name, steps)
             write_lora(target, pairs, alpha=rank, num_inference_steps=steps, prediction_type=prediction_type)
     return folder
+
+
+def publish_student(folder: Path, facts: Facts, *, base: Path, lora: Path | None, full: Path | None) -> None:
+    """Writes `{name}_{N}step[_x0]_unet.safetensors` and, of a LoRA, `{name}_{N}step_lora.safetensors`, in float16.
+
+    Args:
+        folder: where to; files of these names there are replaced.
+        facts: the student's name, step count and prediction type.
+        base: folder of the UNet that the LoRA is for.
+        lora: what was trained of it as a LoRA, if anything; written in kohya's dialect, as SDXL-Lightning's.
+        full: all weights of the student; None is the base with the LoRA merged.
+    """
+    source = full or lora
+    if source is None:
+        raise ValueError("neither a LoRA nor whole weights: there is no student to publish")
+    model = open_model(source, base=base, dtype=torch.float16)
+    export_unet(model, folder / facts.file_name("unet"))
+    if lora is not None:
+        export_lora(read_lora_file(lora), folder / facts.file_name("lora"), dialect="kohya", facts=facts)
 
 
 def _forget_paths(folder: Path) -> None:

@@ -27,12 +27,14 @@ from ..diffusion.prediction import PredictionType
 from ..files import file_sha256, replacing
 from ..models.discriminators import LightningDiscriminator
 from ..models.encoders import make_encoder
+from ..models.facts import Facts
 from ..models.lora import merge_lora, read_lora, write_lora
 from ..nn import fuse
 from . import distributed
+from .base import base_folder, unet_folder
 from .bench import Bench, lay_out, load_teacher, make_bench
 from .config import AdversarialPhase, LightningConfig, StageConfig, Trains
-from .export import export_pipeline
+from .export import PUBLISHED, export_pipeline, publish_student
 from .interruptions import STOP
 from .lightning import AdversarialTask, RegressionTask, Student, StudentTask, Teacher
 from .students import adapter_pairs, add_lora, load_adapter, same_lora_on
@@ -286,6 +288,8 @@ def _run_unit(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage, *, re
     if isinstance(task, AdversarialTask) and task.phase.adversarial_weight:
         _write_weights(task.discriminator, folder / "discriminator.safetensors")
     if distributed.is_first():
+        if unit is lineage.units[-1] or lineage.units[unit.index + 1].stage is not unit.stage:
+            _publish(lineage, unit.stage)
         _record(unit, lineage.run, time.perf_counter() - started)
     distributed.barrier()  # the next unit reads these files
     return True
@@ -309,6 +313,19 @@ def run_stages(config: LightningConfig, run: Path, *, resume: bool) -> bool:
         _export(config, lineage, run)
     distributed.barrier()
     return True
+
+
+def _publish(lineage: Lineage, stage: StageConfig) -> None:
+    """Writes a finished stage's student into `run/published`: its LoRA, and its UNet as the last phase left it."""
+    units = [unit for unit in lineage.units if unit.stage is stage]
+    files = {unit.trains: unit.folder(lineage.run) / STUDENT for unit in units}
+    publish_student(
+        lineage.run / PUBLISHED,
+        Facts(lineage.config.export_name, stage.steps, "sample" if stage.convert_images else lineage.prediction_type),
+        base=unet_folder(base_folder(lineage.config.teacher)),
+        lora=files.get("lora"),
+        full=files["full"] if units[-1].trains == "full" else None,
+    )
 
 
 def _export(config: LightningConfig, lineage: Lineage, run: Path) -> None:

@@ -31,6 +31,7 @@ from .config import (
     cache_folder,
     load_recipe,
 )
+from .export import PUBLISHED
 from .interruptions import STOP, StepAbandonedError, clear_temporaries
 from .log import Log
 from .monitor import Monitor, facts_of_sheet
@@ -195,7 +196,7 @@ def _drop_later_lines(path: Path, images: int) -> None:
 
 
 def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, dry_run: bool = False) -> Path:
-    """Runs a recipe and returns the folder of its exported result.
+    """Runs a recipe and returns the folder of its exported result: a pipeline, or the files of its stages' students.
 
     Args:
         recipe: path of a YAML recipe, or the name of one of the package's.
@@ -230,8 +231,9 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
     distributed.barrier()
     with STOP.watching():
         finished = _run_kind(config, folder, resume is not None)
-    print(f"{folder / 'export'}" if finished else f"stopped; `--resume latest` goes on in {folder}")
-    return folder / "export"
+    made = folder / ("export" if not finished or (folder / "export").is_dir() else PUBLISHED)
+    print(f"{made}" if finished else f"stopped; `--resume latest` goes on in {folder}")
+    return made
 
 
 def _run_kind(config: AnyConfig, folder: Path, resume: bool) -> bool:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from sdxl_fast import OneStepPipeline
 from sdxl_fast.diffusion import prediction, schedule
 from sdxl_fast.models.lora import merge_lora, read_lora
 from sdxl_fast.train import checkpoint, losses, stages
@@ -317,8 +319,50 @@ def test_all_stages_run_chain_and_export(lightning_recipe: Path, cache: Path, te
         "toy_8step_lora.safetensors",
     ]
 
+    published = folder / "published"
+    assert sorted(path.name for path in published.iterdir()) == [
+        "toy_1step_x0_unet.safetensors",
+        "toy_32step_lora.safetensors",
+        "toy_32step_unet.safetensors",
+        "toy_4step_lora.safetensors",
+        "toy_4step_unet.safetensors",
+        "toy_8step_lora.safetensors",
+        "toy_8step_unet.safetensors",
+    ]
+    for file, unit in (("8step", "03-8-step-full-d-prime"), ("1step_x0", "07-1-step-full-d-prime")):
+        trained = load_file(folder / unit / "student.safetensors")
+        found = load_file(published / f"toy_{file}_unet.safetensors")
+        assert _same(found, {name: tensor.half() for name, tensor in trained.items()}), "trained as a whole"
+
     finished = folder.joinpath("chain.jsonl").read_text()
     run(lightning_recipe, [], resume="latest")
     assert folder.joinpath("chain.jsonl").read_text() == finished, "a finished unit is not run again"
     with pytest.raises(ValueError, match="already holds a run; pass --resume latest"):
         run(lightning_recipe, [])
+
+
+def test_a_run_that_ends_above_one_step_publishes_its_students(
+    lightning_recipe: Path, cache: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    tree = yaml.safe_load(lightning_recipe.read_text())
+    first, second = tree["stages"][0], tree["stages"][1] | {"name": "2-step", "steps": 2}
+    tree["stages"] = [first, second | {"phases": second["phases"][:1]}]
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(yaml.safe_dump(tree))
+    out = run(recipe, [])
+    assert out == cache / "runs" / "distil" / "published"
+    lora, unet = out / "toy_2step_lora.safetensors", out / "toy_2step_unet.safetensors"
+    trained = UNet2DConditionModel.from_pretrained(teacher_folder / "unet")
+    trained.requires_grad_(False)
+    merge_lora(trained, read_lora(cache / "runs" / "distil" / "01-2-step-lora-d" / "student.safetensors", trained))
+    found = load_file(unet)
+    assert _same(found, {name: tensor.half() for name, tensor in trained.state_dict().items()})
+    stock = StableDiffusionXLPipeline.from_pretrained(teacher_folder, torch_dtype=torch.float32)
+    stock.load_lora_weights(out, weight_name=lora.name)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    for name, tensor in stock.unet.state_dict().items():
+        torch.testing.assert_close(tensor, trained.state_dict()[name], rtol=1e-3, atol=1e-3)
+    for file in (lora, unet):
+        pipe = OneStepPipeline.from_pretrained(file, base=teacher_folder, device="cpu")
+        assert (pipe.num_inference_steps, pipe.preset.prediction_type) == ((2,), "epsilon")
