@@ -45,6 +45,8 @@ Prediction = Annotated[
 ]
 Alpha = Annotated[float | None, typer.Option(help="What a LoRA was trained with, where its file does not say.")]
 Metadata = Annotated[bool, typer.Option(help="Say in the file what it is and how to sample it.")]
+License = Annotated[str | None, typer.Option(help="For the metadata, such as CreativeML Open RAIL++-M.")]
+Author = Annotated[str | None, typer.Option(help="For the metadata.")]
 Format = Annotated[str, typer.Option("--format", help="kohya (ComfyUI), diffusers or peft.")]
 
 
@@ -80,12 +82,15 @@ def export_single_file(
     prediction_type: Prediction = None,
     alpha: Alpha = None,
     metadata: Metadata = True,
+    license: License = None,
+    author: Author = None,
 ) -> None:
     """Write an all-in-one checkpoint, as ComfyUI and diffusers' `from_single_file` read it."""
     from .models import export
 
+    stated = _stated(license, author, metadata)
     model = _open(source, base, steps, dtype, name, prediction_type, alpha)
-    path = export.export_single_file(model, out, dtype=_dtype(dtype), metadata=metadata)
+    path = export.export_single_file(model, out, dtype=_dtype(dtype), metadata=metadata, stated=stated)
     _say(path, model.facts)
     widths = {model.configs.get(part, {}).get("hidden_size") for part in ("text_encoder", "text_encoder_2")}
     if len(widths) == 1 and widths != {None}:
@@ -138,6 +143,8 @@ def export_lora(
     name: Name = None,
     prediction_type: Prediction = None,
     metadata: Metadata = True,
+    license: License = None,
+    author: Author = None,
 ) -> None:
     """Write a LoRA in another dialect, at the strength it has.
 
@@ -146,11 +153,17 @@ def export_lora(
     from .models import export
     from .models.facts import Facts
     from .models.lora_file import read_lora_file
+    from .models.source import open_model
 
-    path = export.find_lora(_resolve(source), steps)
+    stated = _stated(license, author, metadata)
+    found = _resolve(source)
+    path = export.find_lora(found, steps)
+    side = None if path == found else open_model(found).side
     lora = read_lora_file(path, alpha=alpha)
     facts = Facts.of(path, lora.metadata).but(name=name, num_steps=steps, prediction_type=prediction_type)
-    written = export.export_lora(lora, out, dialect=format, facts=facts, dtype=_dtype(dtype), metadata=metadata)
+    written = export.export_lora(
+        lora, out, dialect=format, facts=facts, dtype=_dtype(dtype), metadata=metadata, side=side, stated=stated
+    )
     _say(written, facts)
     _note_alpha(lora, format)
 
@@ -167,6 +180,8 @@ def extract_lora(
     name: Name = None,
     prediction_type: Prediction = None,
     metadata: Metadata = True,
+    license: License = None,
+    author: Author = None,
     device: Annotated[str, typer.Option(help="Where to decompose: cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Make a LoRA of what changed between two UNets, and say how much of it a LoRA of that rank leaves out."""
@@ -178,6 +193,7 @@ def extract_lora(
 
     if _dtype(dtype) is None:
         raise ValueError("--dtype is keep; allowed here: float16, bfloat16, float32")
+    stated = _stated(license, author, metadata)
     model = _open(source, None, steps, "float32", name, prediction_type, None)  # rounded, it would differ everywhere
     origin = undistilled(open_model(_resolve(base)))
     target = export.target_file(out, model.facts, "lora")  # a mistake there is to come up before the work
@@ -191,7 +207,9 @@ def extract_lora(
     )
     if not residual.total:
         raise ValueError(f"{source} and {base} have equal UNets: there is nothing to extract")
-    written = export.export_lora(lora, target, dialect=format, facts=model.facts, dtype=None, metadata=metadata)
+    written = export.export_lora(
+        lora, target, dialect=format, facts=model.facts, dtype=None, metadata=metadata, side=origin.side, stated=stated
+    )
     _say(written, model.facts)
     for line in residual_lines(residual, rank):
         print(line)
@@ -228,6 +246,15 @@ def _open(
     whole = None if base is None else _resolve(base)
     model = open_model(_resolve(source), base=whole, steps=steps, alpha=alpha, dtype=target)
     return rescheduled(model, model.facts.but(name=name, num_steps=steps, prediction_type=prediction_type))
+
+
+def _stated(license: str | None, author: str | None, metadata: bool) -> dict[str, str]:
+    """ModelSpec's entries for what the person who exports says."""
+    stated = {"modelspec.license": license, "modelspec.author": author}
+    found = {key: value for key, value in stated.items() if value is not None}
+    if found and not metadata:
+        raise ValueError("--license and --author go into the metadata, which --no-metadata leaves out: choose one")
+    return found
 
 
 def _resolve(model: str) -> Path:

@@ -108,6 +108,21 @@ def test_alpha_of_a_silent_file(toy_folder: Path, tmp_path: Path, capsys: pytest
     assert {pair.alpha for pair in read_lora_file(tmp_path / "p.safetensors").pairs.values()} == {8.0}
 
 
+def test_licence_author_and_size_are_said(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lora, said = toy_folder / "toy_4step_lora.safetensors", ("--license", "MIT", "--author", "A. N. Author")
+    for number, (arguments, side) in enumerate((
+        (("single-file", toy_folder), "32x32"),
+        (("lora", toy_folder, "--steps", 4, "--format", "peft"), "32x32"),
+        (("lora", lora, "--format", "kohya"), None),
+        (("extract-lora", toy_folder, "--steps", 4, "--base", toy_folder, "--rank", 2), "32x32"),
+    )):  # fmt: skip
+        out = tmp_path / f"{number}.safetensors"
+        assert _run(capsys, *arguments, *said, "--out", out)[0] == 0
+        metadata = check_safetensors(out)["__metadata__"]
+        assert (metadata["modelspec.license"], metadata["modelspec.author"]) == ("MIT", "A. N. Author")
+        assert metadata.get("modelspec.resolution") == side
+
+
 def test_metadata_can_be_left_out(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = []
     for more in ((), ("--no-metadata",)):
@@ -181,6 +196,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "device": (["extract-lora", "TOY", "--base", "TOY", "--rank", "2", "--device", "toaster"], "--device is 'toaster'"),
     "keep": (["extract-lora", "TOY", "--base", "TOY", "--rank", "2", "--dtype", "keep"], "--dtype is keep"),
     "prediction": (["unet", "TOY", "--prediction-type", "x0"], "prediction_type is 'x0'"),
+    "no place": (
+        ["lora", "LORA", "--format", "kohya", "--license", "mit", "--no-metadata"],
+        "--license and --author go",
+    ),
     "samples": (["folder", "TOY", "--samples", "-1"], "--samples is -1"),
 }
 

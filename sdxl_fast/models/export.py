@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -84,7 +85,12 @@ def single_file_tensors(model: Model, dtype: torch.dtype | None) -> dict[str, La
 
 
 def export_single_file(
-    model: Model, out: str | Path, *, dtype: torch.dtype | None = torch.float16, metadata: bool = True
+    model: Model,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = torch.float16,
+    metadata: bool = True,
+    stated: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write an all-in-one checkpoint as diffusers' `from_single_file` and ComfyUI read it.
 
@@ -94,13 +100,14 @@ def export_single_file(
         dtype: of all weights; None leaves them.
         metadata: ModelSpec with a hash and how to sample it; for networks that are not of SDXL's size also their
             configurations and tokenizers, without which nobody could load the file.
+        stated: more metadata, which only the person who exports can know: `modelspec.license`, `modelspec.author`.
     """
     tensors = single_file_tensors(model, dtype)
     path = target_file(out, model.facts, "")
     said: dict[str, str] = {}
     if metadata:
         said = model.facts.metadata("", architecture=model.architecture, implementation="sgm", side=model.side)
-        said[HASH_KEY] = ""
+        said |= {HASH_KEY: "", **stated}
         if model.architecture.endswith("-shrunken"):
             said[CONFIG_KEY] = embedded_configs(completed(model))
     write_weights(path, tensors, said)
@@ -158,6 +165,8 @@ def export_lora(
     facts: Facts,
     dtype: torch.dtype | None = torch.float16,
     metadata: bool = True,
+    side: int | None = None,
+    stated: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write a LoRA in another dialect with its true alpha; kohya's has one for each network.
 
@@ -170,6 +179,8 @@ def export_lora(
         facts: its name and how it is sampled.
         dtype: of the matrices; None leaves them.
         metadata: keep the LoRA's and say how to sample it, if that is known.
+        side: the native picture side of its base in pixels; None is SDXL's, if it is for SDXL.
+        stated: as for `export_single_file`.
 
     Raises:
         ValueError: an unknown dialect, or no metadata where the dialect keeps alpha there.
@@ -177,8 +188,9 @@ def export_lora(
     path = target_file(out, facts, "lora")
     said = {key: value for key, value in lora.metadata.items() if key not in _STALE}
     if facts.sampling:
-        said |= facts.metadata("lora", architecture=lora.architecture, implementation="diffusers")
+        said |= facts.metadata("lora", architecture=lora.architecture, implementation="diffusers", side=side)
         said[HASH_KEY] = ""
+    said |= stated
     if said and dialect == "kohya":
         said |= _kohya_facts(with_one_alpha(lora))
     write_lora_file(path, replace(lora, metadata=said), dialect, dtype=dtype, bare=not metadata)

@@ -22,6 +22,7 @@ SCHEDULER_KEY = "sdxl_fast.scheduler"
 TITLE_KEY = "modelspec.title"
 
 SDXL_ARCHITECTURE = "stable-diffusion-xl-v1-base"
+SDXL_SIDE = 1024
 TRAILING_EULER = "EulerDiscreteScheduler, timestep_spacing=trailing"
 
 SCHEDULER_ARGUMENTS = (
@@ -109,13 +110,15 @@ class Facts:
     def metadata(
         self, kind: Kind, *, architecture: str, implementation: str, side: int | None = None
     ) -> dict[str, str]:
-        """ModelSpec 1.0.1 and our own keys; `side` is the native picture side in pixels."""
+        """ModelSpec 1.0.1 and our own keys; `side` is the native picture side in pixels, by default SDXL's for SDXL."""
         facts = {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": architecture + ("/lora" if kind == "lora" else ""),
             "modelspec.implementation": implementation,
             TITLE_KEY: self.name if self.num_steps is None else f"{self.name} {self.num_steps}-step",
         }
+        if side is None and architecture == SDXL_ARCHITECTURE:
+            side = SDXL_SIDE
         if side is not None:
             facts["modelspec.resolution"] = f"{side}x{side}"
         if self.prediction_type is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sdxl_fast.errors import ModelError
-from sdxl_fast.models.facts import Facts, parse_file_name, scheduler_config, scheduler_text
+from sdxl_fast.models.facts import SDXL_ARCHITECTURE, Facts, parse_file_name, scheduler_config, scheduler_text
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,14 @@ def test_published_order_and_no_order() -> None:
         Facts("a").but(num_steps=0)
     with pytest.raises(ValueError, match="prediction_type is 'x0'"):
         Facts("a").but(prediction_type="x0")
+
+
+def test_the_size_of_sdxl_goes_without_saying() -> None:
+    for architecture, side, wanted in ((SDXL_ARCHITECTURE, None, "1024x1024"), (SDXL_ARCHITECTURE, 512, "512x512")):
+        said = Facts("a", 4).metadata("lora", architecture=architecture, implementation="diffusers", side=side)
+        assert said["modelspec.resolution"] == wanted
+    said = Facts("a", 4).metadata("lora", architecture=f"{SDXL_ARCHITECTURE}-shrunken", implementation="diffusers")
+    assert "modelspec.resolution" not in said
 
 
 def test_scheduler_lines() -> None:
