@@ -62,8 +62,8 @@ def prepare(
     values = dict(locals())  # before anything else is one
     import torch
 
+    from .data.config import PrepareConfig
     from .data.encoders import facts_of
-    from .data.precompute import PrepareConfig
     from .data.precompute import prepare as run
 
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # torchrun's

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.config import PrepareConfig
 from ..data.filters import Filters
-from ..data.precompute import PrepareConfig, prepare
+from ..data.precompute import prepare
 from ..data.report import Report
 
 

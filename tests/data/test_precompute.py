@@ -13,10 +13,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from sdxl_fast.data import precompute
+from sdxl_fast.data import part
+from sdxl_fast.data.config import PrepareConfig
 from sdxl_fast.data.encoders import Encoders
 from sdxl_fast.data.filters import Filters
-from sdxl_fast.data.precompute import PrepareConfig, prepare
+from sdxl_fast.data.precompute import prepare
 from sdxl_fast.data.shards import LatentShards
 from sdxl_fast.errors import DataError
 from sdxl_fast.models.conditioning import encode_prompts
@@ -197,17 +198,17 @@ def test_few_pictures_wait_for_their_bucket(
     source: Path, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory is bounded however many buckets there are: the fullest goes first when too many wait."""
-    monkeypatch.setattr(precompute, "PENDING_BATCHES", 1)
-    batches, add, most = [], precompute.Part.add, 0
+    monkeypatch.setattr(part, "PENDING_BATCHES", 1)
+    batches, add, most = [], part.Part.add, 0
     latents = Encoders.latents
     monkeypatch.setattr(Encoders, "latents", lambda self, many: batches.append(len(many)) or latents(self, many))
 
-    def watched(self: precompute.Part, candidate: Any) -> None:
+    def watched(self: part.Part, candidate: Any) -> None:
         nonlocal most
         add(self, candidate)
         most = max(most, sum(map(len, self.pending.values())))
 
-    monkeypatch.setattr(precompute.Part, "add", watched)
+    monkeypatch.setattr(part.Part, "add", watched)
     report = prepare_small(source, tmp_path / "out", toy_folder, rows_per_shard=20, batch=5)
     assert report.kept == sum(batches) == 20
     assert most < 5 and max(batches) < 5 and len(batches) > 4

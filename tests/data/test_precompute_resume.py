@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from sdxl_fast.data import precompute
+from sdxl_fast.data.config import PrepareConfig
 from sdxl_fast.data.filters import Filters
-from sdxl_fast.data.precompute import PrepareConfig, prepare
+from sdxl_fast.data.precompute import prepare
 from sdxl_fast.data.shards import LatentShards
 from sdxl_fast.errors import DataError
 from sdxl_fast.testing.pictures import contents, good_files, prepare_small, write_tar
@@ -87,7 +88,8 @@ import diffusers, transformers, webdataset
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTokenizer
 from sdxl_fast.data.filters import Filters
-from sdxl_fast.data.precompute import PrepareConfig, prepare
+from sdxl_fast.data.config import PrepareConfig
+from sdxl_fast.data.precompute import prepare
 
 source, model, out = sys.argv[1:]
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from sdxl_fast.data.filters import Dropped
-from sdxl_fast.data.sources import Damage, HuggingFace, Row, Source, Tars, open_source
+from sdxl_fast.data.rows import Damage, Row, Source
+from sdxl_fast.data.sources import HuggingFace, open_source
+from sdxl_fast.data.tars import Tars
 from sdxl_fast.errors import DataError
 from sdxl_fast.testing.pictures import encoded, good_files, good_rows, picture, write_folder, write_tar
 

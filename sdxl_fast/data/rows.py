@@ -1,0 +1,70 @@
+"""What every source of pictures and captions gives: parts, each a fixed sequence of rows."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .filters import Dropped, Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture as its source has it.
+
+    `read` gives the picture file's bytes and may raise `Dropped`; `facts` are the caption and all other columns;
+    `problem` is set instead where the source itself knows that the row is broken.
+    """
+
+    name: str
+    read: Callable[[], bytes] | None
+    facts: dict[str, Any] = field(default_factory=dict)
+    problem: tuple[Reason, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """An input file that could not be read to its end; what it held beyond the rows before is unknown."""
+
+    name: str
+    detail: str
+
+
+class Source(ABC):
+    """A sequence of parts, `len` of them."""
+
+    caption_column: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def rows(self, part: int) -> Iterator[Row | Damage]:
+        """The rows of one part, in order."""
+
+    @abstractmethod
+    def identity(self, part: int) -> str:
+        """Changes when the part does, as far as can be told without reading all of it."""
+
+
+def digest_of(*contents: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for content in contents:
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+        Dropped: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise Dropped("no picture", error.strerror or str(error)) from None

@@ -1,0 +1,140 @@
+"""Pictures and captions in webdataset tars, whole and broken."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+from .filters import Reason
+from .rows import Damage, Row, Source, digest_of
+
+PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
+_ENDS = 65536  # bytes at both ends of a tar that tell it from another of the same size
+
+
+class Tars(Source):
+    """webdataset tars: files of the same name up to the first dot are one sample; a picture and .txt or .json or both.
+
+    Each tar is one part. The columns of the .json are the facts; the .txt is the caption where there is one.
+    """
+
+    def __init__(self, paths: list[Path], *, caption_column: str = "text") -> None:
+        self.paths, self.caption_column = paths, caption_column
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def identity(self, part: int) -> str:
+        path = self.paths[part]
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - _ENDS))
+                tail = file.read()
+                file.seek(0)
+                return digest_of(path.name.encode(), str(size).encode(), file.read(_ENDS), tail)
+        except OSError:
+            return digest_of(path.name.encode())
+
+    def rows(self, part: int) -> Iterator[Row | Damage]:
+        path = self.paths[part]
+        key, files = "", dict[str, bytes]()
+        try:
+            for name, content in _members(path):
+                # webdataset's own rule, case of the extension aside
+                match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
+                if match is None:
+                    continue
+                if match[1] != key and files:
+                    yield self._row(path, key, files)
+                    files = {}
+                key = match[1]
+                files[match[2].lower()] = content
+        # zlib.error and lzma's have no common base with OSError and tarfile's
+        except Exception as error:
+            if files:
+                # what is missing may be the very column that would have kept it out
+                broken: tuple[Reason, str] = ("unreadable", "the tar breaks off inside or right after this sample")
+                yield Row(f"{path.name}/{key}", None, problem=broken)
+            yield Damage(str(path), " ".join(f"{type(error).__name__}: {error}".split())[:200])
+        else:
+            if files:
+                yield self._row(path, key, files)
+
+    def _row(self, path: Path, key: str, files: dict[str, bytes]) -> Row:
+        name = f"{path.name}/{key}"
+        facts: dict[str, Any] = {}
+        try:
+            if "json" in files:
+                facts = json.loads(files["json"])
+                if not isinstance(facts, dict):
+                    return Row(name, None, problem=("bad record", "its .json is not an object"))
+            if "txt" in files:
+                facts = facts | {self.caption_column: files["txt"].decode("utf-8")}
+        except ValueError as error:
+            return Row(name, None, problem=("bad record", f"its .json or .txt cannot be read: {error}"))
+        suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in files), None)
+        if suffix is None:
+            return Row(name, None, facts, problem=("no picture", f"has only {', '.join(sorted(files))}"))
+        return Row(name, partial(bytes, files[suffix]), facts)
+
+
+def _members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the files in a tar, in order.
+
+    Raises:
+        Exception: of any kind, where it cannot be read on. A header broken in the middle and a tar cut off between two
+        members count too, which tarfile takes for the end.
+    """
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                stream = tar.extractfile(member)
+                content = stream.read() if stream is not None else b""
+                if len(content) != member.size:
+                    raise tarfile.ReadError(f"{member.name} has {len(content)} of {member.size} bytes")
+                yield member.name, content
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
+        assert tar.fileobj is not None
+        tar.fileobj.seek(tar.offset)
+        mark = tar.fileobj.read(tarfile.BLOCKSIZE)
+        if len(mark) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("no end-of-archive mark: cut off between two files")
+        if mark.strip(b"\0"):
+            raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+
+
+def tar_paths(pattern: str) -> list[Path]:
+    """The tars of a folder, or of a pattern with braces or wildcards, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    if Path(pattern).is_dir():
+        paths = sorted(path for path in Path(pattern).iterdir() if TAR.search(path.name))
+        if not paths:
+            raise DataError(f"{pattern}: holds neither metadata.jsonl nor tars nor a saved data set")
+        return paths
+    if not TAR.search(pattern):
+        raise DataError(f"{pattern}: no such folder; give a folder, tars (data/{{000..099}}.tar) or a hub id")
+    try:
+        from webdataset.shardlists import expand_urls
+    except ImportError:
+        raise DataError("reading tars needs webdataset: pip install 'sdxl-fast[data]'") from None
+    paths = []
+    for one in expand_urls(pattern):
+        matches = sorted(glob.glob(one)) if glob.has_magic(one) else [one]  # a missing tar is reported, not passed over
+        if not matches:
+            raise DataError(f"{one}: no tar of that name")
+        paths += [Path(match) for match in matches]
+    if not any(path.exists() for path in paths):
+        raise DataError(f"{pattern}: none of these {len(paths)} tars exists")
+    return list(dict.fromkeys(paths))
