@@ -78,14 +78,14 @@ _EDGES = " \t,;:|-_/\\*~=+"
 def clean_caption(text: str) -> str:
     """The caption without what web pages leave in it; empty when no letter or digit remains.
 
-    HTML entities and tags, links, e-mail addresses, file names, control and zero-width characters and empty brackets
-    go, long runs of punctuation become one character, white space one blank. Words and their order stay.
+    HTML entities and tags, links, e-mail addresses, file names, control and zero-width characters, lone surrogates and
+    empty brackets go, long runs of punctuation become one character, white space one blank. Words and their order stay.
     """
     for _ in range(2):  # &amp;quot; is common
         text = html.unescape(text)
     text = unicodedata.normalize("NFC", text)
     text = _FILE_NAME.sub(" ", _LINK.sub(" ", _TAG.sub(" ", text)))
-    text = "".join(" " if c.isspace() or unicodedata.category(c) == "Cc" else c for c in text)
+    text = "".join(" " if c.isspace() or unicodedata.category(c) in ("Cc", "Cs") else c for c in text)
     # zero-width joiners hold emoji and some scripts together; the rest of the format characters hold nothing
     text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in "\u200c\u200d")
     text = _EMPTY_BRACKETS.sub(" ", _REPEATED.sub(r"\1", text))
@@ -124,8 +124,10 @@ def check_aesthetic(facts: Mapping[str, Any], filters: Filters) -> float | None:
         return None
     try:
         score = float(value)
-    except (TypeError, ValueError):
-        raise Dropped("bad record", f"the aesthetic score is {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise Dropped("bad record", f"the aesthetic score is {str(value)[:80]!r}") from None
+    if math.isinf(score):
+        raise Dropped("bad record", f"the aesthetic score is {score}")
     if math.isnan(score):  # how tables write a missing number
         return None
     if not score > filters.min_aesthetic:

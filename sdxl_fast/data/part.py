@@ -18,7 +18,7 @@ from .buckets import Fit, Size, fit, nearest_bucket
 from .config import PrepareConfig
 from .encoders import Encoders, finite
 from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, open_picture
-from .rows import Damage, Row, Source
+from .rows import Damage, Row, Source, one_line
 from .shards import Sample, scan
 
 PENDING_BATCHES = 8  # pictures waiting for their bucket to fill, in batches: 40 buckets must not hold 40 batches
@@ -53,7 +53,7 @@ class Candidate:
 
 
 def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, ...]) -> Candidate | Dropped:
-    """Everything that can be said of a picture by itself: the filters, then its bucket."""
+    """Everything that can be said of a picture by itself: the filters, then its bucket. No input makes it raise."""
     try:
         if row.problem is not None or row.read is None:
             raise Dropped(*(row.problem or ("no picture", "")))
@@ -73,6 +73,10 @@ def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, .
         sharp = check_sharpness(picture, config.filters)
     except Dropped as dropped:
         return dropped
+    except MemoryError:
+        raise
+    except Exception as error:  # one row of millions must not end the run
+        return Dropped("bad record", one_line(error))
     return Candidate(number, row.name, caption, picture, chosen, digest, aesthetic, sharp)
 
 

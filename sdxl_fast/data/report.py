@@ -13,6 +13,7 @@ import torch
 
 from ..files import replacing
 from .filters import CORRUPT, REASONS, Reason
+from .rows import printable
 from .shards import Index
 
 REPORT, SUMMARY, DROPPED = "report.json", "report.md", "dropped.jsonl"
@@ -46,7 +47,7 @@ class Record:
 
     def drop(self, name: str, reason: Reason, detail: str) -> None:
         """Notes a picture that stays out."""
-        self.dropped.append((name, reason, detail))
+        self.dropped.append((name, reason, printable(detail)))
 
     def save(self, path: Path) -> None:
         """Writes it, whole or not at all."""

@@ -12,9 +12,19 @@ from typing import Any
 from .filters import Dropped, Reason
 
 
+def printable(text: str) -> str:
+    """The text with lone surrogates as escapes: names that are not Unicode can be written to any file."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and text, short."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One picture as its source has it.
+    """One picture as its source has it, under a printable name.
 
     `read` gives the picture file's bytes and may raise `Dropped`; `facts` are the caption and all other columns;
     `problem` is set instead where the source itself knows that the row is broken.
@@ -25,6 +35,9 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
     problem: tuple[Reason, str] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
+
 
 @dataclass(frozen=True, slots=True)
 class Damage:
@@ -32,6 +45,9 @@ class Damage:
 
     name: str
     detail: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", printable(self.name))
 
 
 class Source(ABC):
@@ -68,3 +84,5 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise Dropped("no picture", error.strerror or str(error)) from None
+    except ValueError as error:  # NUL, or what is not Unicode
+        raise Dropped("bad record", f"no file can have this name ({error})") from None

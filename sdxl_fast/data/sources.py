@@ -43,7 +43,7 @@ class ImageFolder(Source):
     def _row(self, line: bytes, where: str) -> Row:
         try:
             facts = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Row(where, None, problem=("bad record", f"not JSON: {error}"))
         name = facts.get("file_name") if isinstance(facts, dict) else None
         if not isinstance(name, str) or not name:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError
 from .filters import Reason
-from .rows import Damage, Row, Source, digest_of
+from .rows import Damage, Row, Source, digest_of, one_line
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
@@ -64,7 +64,7 @@ class Tars(Source):
                 # what is missing may be the very column that would have kept it out
                 broken: tuple[Reason, str] = ("unreadable", "the tar breaks off inside or right after this sample")
                 yield Row(f"{path.name}/{key}", None, problem=broken)
-            yield Damage(str(path), " ".join(f"{type(error).__name__}: {error}".split())[:200])
+            yield Damage(str(path), one_line(error))
         else:
             if files:
                 yield self._row(path, key, files)
@@ -79,7 +79,7 @@ class Tars(Source):
                     return Row(name, None, problem=("bad record", "its .json is not an object"))
             if "txt" in files:
                 facts = facts | {self.caption_column: files["txt"].decode("utf-8")}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return Row(name, None, problem=("bad record", f"its .json or .txt cannot be read: {error}"))
         suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in files), None)
         if suffix is None:
