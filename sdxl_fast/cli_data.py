@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 from typer import Option
 
+from .errors import DataError
+
 _NATIVE = "by default the model's native size"
 Source = Annotated[
     str, typer.Argument(help="Folder with metadata.jsonl, tars ('data/{000..099}.tar'), or a data set's id.")
@@ -79,3 +81,6 @@ def prepare(
     if report is not None:
         print(report.text())
         print(f"wrote {out}; report.md and dropped.jsonl there say what was left out and why")
+        if not report.kept:
+            unread = f" and {len(report.damaged)} damaged input files" if report.damaged else ""
+            raise DataError(f"{out}: none of {report.input} pictures{unread} was kept; {out}/report.md says why")

@@ -46,6 +46,16 @@ def test_the_command(
     assert code == 2
 
 
+def test_nothing_kept_is_reported_and_a_failure(
+    source: Path, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [source, "--out", tmp_path / "out", "--model", toy_folder, "--min-side", 500, "--device", "cpu"]
+    code, printed, err = _command(capsys, *arguments)
+    assert code == 2 and "0 of 20 pictures kept" in printed
+    assert "none of 20 pictures was kept" in err and err.count("\n") == 1
+    assert (tmp_path / "out" / "report.json").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

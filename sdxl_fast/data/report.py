@@ -91,7 +91,7 @@ class Report:
             "|---|---|---|",
         ]
         for reason, count in self.dropped.items():
-            lines.append(f"| {reason} | {count} | {count / self.input:.1%} |")
+            lines.append(f"| {reason} | {count} | {count / max(self.input, 1):.1%} |")
         lines += ["", "| latents | pictures |", "|---|---|"]
         lines += [f"| {shape} | {count} |" for shape, count in self.buckets.items()]
         if self.damaged:

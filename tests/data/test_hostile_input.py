@@ -62,6 +62,15 @@ def test_members_of_tars_that_are_not_unicode(toy_folder: Path, tmp_path: Path) 
     assert names == {"x.tar/caf\\udce9", "x.tar/0001", "x.tar/0002"}
 
 
+def test_tars_without_a_row_are_reported(toy_folder: Path, tmp_path: Path) -> None:
+    write_tar(tmp_path / "tars" / "0.tar", [])
+    (tmp_path / "tars" / "1.tar").write_bytes(b"<html>404</html>")
+    report = prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder)
+    assert (report.input, report.kept, len(report.damaged)) == (0, 0, 1)
+    assert "0 of 0 pictures kept" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "index.safetensors").is_file()
+
+
 @pytest.mark.parametrize("error", [RuntimeError("odd\nfile"), MemoryError()])
 def test_an_exception_drops_its_row_and_lack_of_memory_ends_the_run(tmp_path: Path, error: Exception) -> None:
     def read() -> bytes:
