@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .rows import Row, Source, digest_of, read_file
+from .rows import Row, Source, digest_of, one_line, read_file
 from .tars import TAR, Tars, tar_paths
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -54,19 +55,20 @@ class ImageFolder(Source):
 
 
 class HuggingFace(Source):
-    """A data set of the `datasets` library, in its cache or made by `save_to_disk`; pictures stay undecoded."""
+    """A data set of the `datasets` library, in its cache or made by `save_to_disk`; no column is decoded."""
 
     def __init__(
         self, data: Any, *, caption_column: str = "text", image_column: str = "image", rows_per_part: int = 2048
     ) -> None:
-        from datasets import Image as ImageFeature
-
         for column in (image_column, caption_column):
             if column not in data.column_names:
                 known = ", ".join(data.column_names)
                 raise DataError(f"the data set has no column {column!r}; its columns are {known}")
-        if isinstance(data.features[image_column], ImageFeature):
-            data = data.cast_column(image_column, ImageFeature(decode=False))
+        for column, feature in dict(data.features).items():
+            if getattr(feature, "decode", False):  # pictures, sound and video: one broken file would end the reading
+                stored = copy(feature)
+                stored.decode = False
+                data = data.cast_column(column, stored)
         self.data, self.caption_column, self.image_column = data, caption_column, image_column
         self.rows_per_part = rows_per_part
 
@@ -79,17 +81,25 @@ class HuggingFace(Source):
     def rows(self, part: int) -> Iterator[Row]:
         first = part * self.rows_per_part
         for number in range(first, min(first + self.rows_per_part, len(self.data))):
+            yield self._row(number)
+
+    def _row(self, number: int) -> Row:
+        name = f"row {number}"
+        try:
             facts = dict(self.data[number])
-            picture = facts.pop(self.image_column)
-            content = picture.get("bytes") if isinstance(picture, dict) else picture
-            path = picture.get("path") if isinstance(picture, dict) else None
-            if isinstance(content, bytes):
-                yield Row(f"row {number}", partial(bytes, content), facts)
-            elif path is not None:
-                yield Row(f"row {number}", partial(read_file, Path(path)), facts)
-            else:
-                what = "empty" if picture is None else f"holds {type(picture).__name__}"
-                yield Row(f"row {number}", None, facts, problem=("no picture", f"{self.image_column} {what}"))
+        except MemoryError:
+            raise
+        except Exception as error:  # of Arrow, of codecs, of files that are gone
+            return Row(name, None, problem=("bad record", one_line(error)))
+        picture = facts.pop(self.image_column)
+        content = picture.get("bytes") if isinstance(picture, dict) else picture
+        path = picture.get("path") if isinstance(picture, dict) else None
+        if isinstance(content, bytes):
+            return Row(name, partial(bytes, content), facts)
+        if isinstance(path, str):
+            return Row(name, partial(read_file, Path(path)), facts)
+        what = "empty" if picture is None else f"holds {type(picture).__name__}"
+        return Row(name, None, facts, problem=("no picture", f"{self.image_column} {what}"))
 
 
 def open_source(

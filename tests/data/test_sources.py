@@ -189,6 +189,35 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_source(f"{tmp_path}/{{0..3}}.tar")
 
 
+class _Feature:
+    decode = True
+
+
+class _Table:
+    """As much of a `datasets.Dataset` as is asked of one: row 1 cannot be read, and what decodes raises."""
+
+    def __init__(self, features: dict[str, Any]) -> None:
+        self.features, self.column_names, self._fingerprint = features, list(features), "f"
+
+    def cast_column(self, column: str, feature: Any) -> _Table:
+        return _Table(self.features | {column: feature})
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if number == 1 or any(getattr(feature, "decode", False) for feature in self.features.values()):
+            raise RuntimeError("broken codec")
+        return {"image": {"bytes": b"content", "path": None}, "sound": {"bytes": b"", "path": None}, "text": "a"}
+
+
+def test_nothing_of_a_table_is_decoded_and_a_row_that_raises_is_a_bad_record() -> None:
+    table = _Table({"image": _Feature(), "sound": _Feature(), "text": None})
+    found, damage = _all(HuggingFace(table))
+    assert [_problem(row) for row in found] == [None, ("bad record", "RuntimeError: broken codec"), None]
+    assert not damage and table.features["sound"].decode  # the caller's own is left as it is
+
+
 def test_hugging_face(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
     rows = good_rows(5)
