@@ -27,7 +27,8 @@ class ImageFolder(Source):
 
     def __init__(self, folder: Path, *, caption_column: str = "text", rows_per_part: int = 2048) -> None:
         self.folder, self.caption_column, self.rows_per_part = folder, caption_column, rows_per_part
-        self.lines = [line for line in (folder / "metadata.jsonl").read_bytes().split(b"\n") if line.strip()]
+        content = (folder / "metadata.jsonl").read_bytes().rstrip()
+        self.lines = content.split(b"\n") if content else []  # blank ones too: rows are named by their line's number
 
     def __len__(self) -> int:
         return -(-len(self.lines) // self.rows_per_part)
@@ -39,7 +40,8 @@ class ImageFolder(Source):
     def rows(self, part: int) -> Iterator[Row]:
         first = part * self.rows_per_part
         for number, line in enumerate(self.lines[first : first + self.rows_per_part], first + 1):
-            yield self._row(line, f"metadata.jsonl:{number}")
+            if line.strip():
+                yield self._row(line, f"metadata.jsonl:{number}")
 
     def _row(self, line: bytes, where: str) -> Row:
         try:

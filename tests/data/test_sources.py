@@ -61,6 +61,19 @@ def test_broken_rows_of_an_image_folder(tmp_path: Path) -> None:
     assert "No such file" in problems[3][1]  # type: ignore[index]
 
 
+def test_rows_are_named_by_their_line_blank_ones_counted(tmp_path: Path) -> None:
+    rows: list[tuple[Any, bytes | None]] = [
+        ("", None),
+        *good_rows(1),
+        ("  ", None),
+        ("", None),
+        ("{", None),
+        ("", None),
+    ]
+    source = open_source(str(write_folder(tmp_path / "set", rows)), rows_per_part=2)
+    assert [row.name for row in _all(source)[0]] == ["0000.png", "metadata.jsonl:5"]
+
+
 def test_tars(tmp_path: Path) -> None:
     for number in range(3):
         write_tar(tmp_path / f"{number:02d}.tar", good_files(2, 2 * number))
