@@ -66,21 +66,39 @@ class Dropped(Exception):  # noqa: N818  (not an error: an answer)
         self.reason, self.detail = reason, detail
 
 
-_TAG = re.compile(r"<[^<>]*>")
-_LINK = re.compile(r"(?:https?://|www\.)\S+|\S+@\S+\.\w+")
-_FILE_NAME = re.compile(r"\S+\.(?:jpe?g|png|gif|webp|tiff?|bmp|pdf)\b", re.IGNORECASE)
+CAPTION_READ = 4096  # characters of a caption that are looked at: the text encoders read 77 tokens of it
+# What begins with \S begins at a word's start: tried at every character, a long word would take its length squared.
+_TAG = re.compile(r"<[A-Za-z/!][^<>]*>")  # neither "<3" nor "a < b"
+_LINK = re.compile(r"(?:https?://|www\.)\S+|(?<!\S)[^\s@]+@\S+\.\w+")
+_FILE_NAME = re.compile(r"(?<!\S)\S+\.(?:jpe?g|png|gif|webp|tiff?|bmp|pdf)\b", re.IGNORECASE)
 _REPEATED = re.compile(r"([!?.,;:\-_=*#~|/\\+])\1{2,}")
 _EMPTY_BRACKETS = re.compile(r"\(\s*\)|\[\s*\]|\{\s*\}")
 _SPACE_BEFORE = re.compile(r"\s+([,.;:!?])")
-_EDGES = " \t,;:|-_/\\*~=+"
+_EDGES = " ,;:|_/\\*~="
+_SIGNS = "+-"  # at the edges only as words of their own: not those of "C++" and "-5 °C"
+
+
+def _trimmed(text: str) -> str:
+    """Text with single blanks, without the punctuation that stands around it."""
+    words = text.split(" ")
+    content = [number for number, word in enumerate(words) if word.strip(_EDGES + _SIGNS)]
+    return " ".join(words[content[0] : content[-1] + 1]).strip(_EDGES) if content else ""
+
+
+def _says_something(character: str) -> bool:
+    """Letters and digits of any script, and symbols that are not Latin-1's signs: emoji stand for words."""
+    category = unicodedata.category(character)
+    return category[0] in "LN" or (category == "So" and ord(character) > 0xFF)
 
 
 def clean_caption(text: str) -> str:
-    """The caption without what web pages leave in it; empty when no letter or digit remains.
+    """The caption without what web pages leave in it; empty when only punctuation remains.
 
     HTML entities and tags, links, e-mail addresses, file names, control and zero-width characters, lone surrogates and
     empty brackets go, long runs of punctuation become one character, white space one blank. Words and their order stay.
+    Of longer texts only the first `CAPTION_READ` characters are read.
     """
+    text = text[:CAPTION_READ]
     for _ in range(2):  # &amp;quot; is common
         text = html.unescape(text)
     text = unicodedata.normalize("NFC", text)
@@ -89,12 +107,11 @@ def clean_caption(text: str) -> str:
     # zero-width joiners hold emoji and some scripts together; the rest of the format characters hold nothing
     text = "".join(c for c in text if unicodedata.category(c) != "Cf" or c in "\u200c\u200d")
     text = _EMPTY_BRACKETS.sub(" ", _REPEATED.sub(r"\1", text))
-    text = _SPACE_BEFORE.sub(r"\1", " ".join(text.split())).strip(_EDGES)
+    text = _trimmed(_SPACE_BEFORE.sub(r"\1", " ".join(text.split())))
     for quote in ('"', "'"):
         if len(text) > 1 and text[0] == text[-1] == quote and quote not in text[1:-1]:
-            text = text[1:-1].strip(_EDGES)
-    # any symbol outside ASCII counts as content: emoji and ideographs say something by themselves
-    return text if any(c.isalnum() or ord(c) > 0x2000 for c in text) else ""
+            text = _trimmed(text[1:-1].strip())
+    return text if any(map(_says_something, text)) else ""
 
 
 def check_caption(text: object) -> str:

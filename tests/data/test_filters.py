@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from sdxl_fast.data.filters import (
+    CAPTION_READ,
     Dropped,
     Filters,
     check_aesthetic,
@@ -60,7 +62,14 @@ def _reason(call: Any, *arguments: Any) -> str:
         ("猫が寝ている", "猫が寝ている"),
         ("🍎", "🍎"),
         ("1967 Ford, 3/4 view (front)", "1967 Ford, 3/4 view (front)"),
+        ("C++", "C++"),
+        ("- C++ at -5 °C -", "C++ at -5 °C"),
+        ("a <3 dogs and > 2 cats", "a <3 dogs and > 2 cats"),
+        ("I &lt;3 <a href='x'>you</a><!-- note -->", "I <3 you"),
         ("...", ""),
+        ("—", ""),
+        ("……", ""),
+        ("• ©", ""),
         ("IMG_1.jpg", ""),
         ("", ""),
     ],
@@ -72,6 +81,14 @@ def test_captions_are_cleaned(text: str, cleaned: str) -> None:
         assert check_caption(text) == cleaned
     else:
         assert _reason(check_caption, text) == "no caption"
+
+
+@pytest.mark.parametrize("part", ["a", "@", "a@", "a.", ".jpg", "<", "( ", "&amp;", "- ", "-=", " ,"])
+def test_a_long_caption_takes_no_time(part: str) -> None:
+    text = part * (100_000 // len(part))
+    begun = time.perf_counter()
+    assert len(clean_caption(text)) <= CAPTION_READ
+    assert time.perf_counter() - begun < 1
 
 
 def test_captions_that_are_none() -> None:
