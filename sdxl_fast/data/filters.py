@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
 from .buckets import Size
@@ -152,22 +152,52 @@ def check_aesthetic(facts: Mapping[str, Any], filters: Filters) -> float | None:
     return score
 
 
+# Pillow's readers of the raster files that the web is made of, MPO among JPEG's; that of PostScript starts a program.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")
+
+
 def open_picture(content: bytes, filters: Filters) -> Image.Image:
-    """The picture as RGB, turned upright by its EXIF orientation, transparency on white, first frame of an animation.
+    """The picture as sRGB, turned upright by its EXIF orientation, transparency on white, first frame of an animation.
+
+    EXIF data and colour profiles that cannot be read are passed over.
 
     Raises:
         Dropped: unreadable or too small. The size is read from the header, before anything is decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(content))  # refuses more than 179 megapixels by itself
+        picture = Image.open(io.BytesIO(content), formats=FORMATS)  # refuses more than 179 megapixels by itself
         size = Size(picture.height, picture.width)
         if min(size) <= filters.min_side:
             raise Dropped("too small", f"{size}, needed more than {filters.min_side}")
-        return _to_rgb(ImageOps.exif_transpose(picture))
+        return _to_rgb(_upright(picture))
     except (Dropped, MemoryError):
         raise
+    except UnidentifiedImageError:  # its text holds an address in memory
+        raise Dropped("unreadable", f"not a picture ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's readers raise a dozen types on a broken file, SyntaxError among them
         raise Dropped("unreadable", " ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    picture.load()  # which turns a TIFF
+    try:
+        turn = _TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except MemoryError:
+        raise
+    except Exception:  # EXIF is parsed by the rules of TIFF, and fails in as many ways
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
@@ -175,13 +205,36 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         raise ValueError("floating-point pixels have no agreed range")
     if picture.mode.startswith("I"):
         # 16-bit grey: Pillow's own conversion would clip at 255
-        grey = np.asarray(picture, dtype=np.float32)
+        grey = np.array(picture, dtype=np.float32)
+        if isinstance(clear := picture.info.get("transparency"), int):
+            grey[grey == clear] = 65535
         return Image.fromarray((grey / 257).clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info:
-        cutout = picture.convert("RGBA")
+        cutout = _to_srgb(picture.convert("RGBA"))
         picture = Image.new("RGBA", cutout.size, "white")
         picture.alpha_composite(cutout)
-    return picture.convert("RGB")
+        return picture.convert("RGB")
+    if picture.mode in ("P", "1", "LAB", "HSV"):
+        picture = picture.convert("RGB")
+    return _to_srgb(picture).convert("RGB")
+
+
+def _to_srgb(picture: Image.Image) -> Image.Image:
+    """The picture by its colour profile in sRGB, alpha kept; as it is where there is none that fits its mode."""
+    content = picture.info.get("icc_profile")
+    if not content:
+        return picture
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(content))
+        if "sRGB" in ImageCms.getProfileDescription(profile):  # most are, and the way through changes pixels by one
+            return picture
+        mode = "RGBA" if picture.mode == "RGBA" else "RGB"
+        found = ImageCms.profileToProfile(picture, profile, ImageCms.createProfile("sRGB"), outputMode=mode)
+    except MemoryError:
+        raise
+    except Exception:  # damaged, of another colour space than the pixels, or a Pillow without LittleCMS
+        return picture
+    return picture if found is None else found
 
 
 def content_hash(picture: Image.Image) -> str:

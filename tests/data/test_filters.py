@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageCms, ImageFilter, ImageOps
 
 from sdxl_fast.data.filters import (
     CAPTION_READ,
@@ -171,6 +171,54 @@ def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     assert open_picture(_file(picture, "JPEG", exif=exif), SMALL).size == (20, 40)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_pillows_own(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = _file(Image.fromarray(_noise(24, 16, 3)), kind, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert np.array_equal(np.asarray(open_picture(content, SMALL)), np.asarray(expected))
+
+
+def test_damaged_exif_is_passed_over() -> None:
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x02\0\xff\xff\xff\x7f\xff\xff\xff\xff" * 2
+    found = open_picture(_file(Image.new("RGB", (40, 20), "black"), "JPEG", exif=exif), SMALL)
+    assert found.size == (40, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "getexif", lambda self: 1 / 0)
+        assert open_picture(_file(Image.new("RGB", (40, 20))), SMALL).size == (40, 20)
+
+
+def test_sixteen_bit_grey_may_be_transparent() -> None:
+    grey = np.full((16, 16), 300, dtype=np.uint16)
+    grey[8:] = 40000
+    found = np.asarray(open_picture(_file(Image.fromarray(grey), transparency=300), SMALL))
+    assert (found[:8] == 255).all() and (found[8:] == round(40000 / 257)).all()
+
+
+def test_colour_profiles_are_followed() -> None:
+    """A profile like sRGB's with the primaries of red and blue exchanged: its red is our blue."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = bytearray(srgb.replace(b"s\0R\0G\0B", b"o\0w\0n\0 ").replace(b"sRGB", b"own "))
+    red, blue = (swapped.index(tag, 128) for tag in (b"rXYZ", b"bXYZ"))
+    swapped[red : red + 4], swapped[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    for mode in ("RGB", "RGBA", "P"):
+        picture = Image.new("RGB", (16, 16), (255, 0, 0)).convert(mode)
+        for profile, colour in ((bytes(swapped), (0, 0, 255)), (srgb, (255, 0, 0)), (b"damaged", (255, 0, 0))):
+            found = np.asarray(open_picture(_file(picture, icc_profile=profile), SMALL), dtype=int)
+            assert np.abs(found - colour).max() <= 2, (mode, profile[:8])
+    grey = Image.new("L", (16, 16), 100)  # not of its mode: passed over
+    assert open_picture(_file(grey, icc_profile=bytes(swapped)), SMALL).getpixel((0, 0)) == (100, 100, 100)
+
+
+def test_no_other_reader_is_tried() -> None:
+    for kind in ("EPS", "PPM", "ICO"):
+        with pytest.raises(Dropped) as caught:
+            open_picture(_file(Image.new("RGB", (32, 32)), kind), SMALL)
+        assert caught.value.detail == "not a picture (JPEG, PNG, GIF, BMP, TIFF, WEBP)"
 
 
 def test_first_frame_of_an_animation() -> None:
