@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _PIECE = 1 << 20  # bytes
@@ -26,7 +26,8 @@ def file_sha256(path: str | Path) -> str:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` when the block ends well and vanishes when it does not.
 
-    The parent folder is made. The temporary name keeps the suffix, where image and weight writers read the format.
+    The parent folder is made. The temporary name keeps the suffix, where image and weight writers read the format. The
+    content is on the disk before the file has its name, so that no crash of the machine leaves an empty one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,9 +39,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
+        _sync(temporary)
         temporary.replace(path)
+        with suppress(OSError):  # not every file system can, and what it would save is the name alone
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager

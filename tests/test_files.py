@@ -24,6 +24,16 @@ def test_the_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> Non
     assert target.stat().st_mode == plain.stat().st_mode
 
 
+def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or fsync(handle))
+    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("replace") or replace(self, to))
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("all")
+    assert events == [(tmp_path / "file.txt").stat().st_ino, "replace", tmp_path.stat().st_ino]
+
+
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "file.txt"
     target.write_text("old")
