@@ -63,14 +63,17 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Writes the settings into a new folder, or compares them with those it was begun with.
 
     Raises:
-        DataError: it was begun with others.
+        DataError: it was begun with others, or they cannot be read.
     """
     path = out / SETTINGS
     if not path.is_file():
         with replacing(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=2) + "\n")
         return
-    before = json.loads(path.read_text())
+    try:
+        before = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); remove {out} and prepare it anew") from None
     different = [
         f"{key} ({before[key]} there, {value} now)"
         for key, value in settings.items()

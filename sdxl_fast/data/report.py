@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -50,14 +51,16 @@ class Record:
         self.dropped.append((name, reason, printable(detail)))
 
     def save(self, path: Path) -> None:
-        """Writes it, whole or not at all."""
+        """Writes it, whole or not at all: a line that says whether the part is done, then everything."""
+        content = _line(asdict(self)).encode()
+        head = {"identity": self.identity, "bytes": self.bytes, "content": len(content)}
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_bytes(_line(head).encode() + content)
 
     @classmethod
     def load(cls, path: Path) -> Record:
         """Reads what `save` wrote."""
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_bytes().partition(b"\n")[2])
         return cls(**fields | {"samples": [Entry(*entry) for entry in fields["samples"]]})
 
 
@@ -106,12 +109,16 @@ def record_path(out: Path, part: int) -> Path:
 
 
 def is_done(out: Path, part: int, identity: str) -> bool:
-    """Whether the record of this very part is there and its shard has the size that the record says."""
-    path = record_path(out, part)
-    if not path.is_file():
+    """Whether the record of this very part is there, whole, and its shard has the size that the record says."""
+    try:
+        with open(record_path(out, part), "rb") as file:
+            line = file.readline()
+            size = os.fstat(file.fileno()).st_size
+        head, shard = json.loads(line), out / f"{part:06d}.tar"
+        found = (head["identity"], head["bytes"], len(line) + head["content"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
         return False
-    record, shard = Record.load(path), out / f"{part:06d}.tar"
-    return record.identity == identity and record.bytes == (shard.stat().st_size if shard.is_file() else 0)
+    return found == (identity, shard.stat().st_size if shard.is_file() else 0, size)
 
 
 def _records(out: Path, parts: int) -> Iterator[tuple[str, Record]]:

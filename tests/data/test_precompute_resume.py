@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,27 @@ def test_killed_at_any_moment_and_taken_up_again(source: Path, toy_folder: Path,
     assert len(listings) >= 5
     assert ".000000-" in listings[0]  # a half-written shard, under a name of its own
     assert all("'index.safetensors'" not in listing for listing in listings)  # whoever can read it reads all of it
+
+
+@pytest.mark.parametrize("damage", [b"", b"[]\n", b"\0" * 100, None])
+def test_a_damaged_record_is_made_again(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, damage: bytes | None
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(made, out)
+    record = out / "000001.json"
+    record.write_bytes(record.read_bytes()[:-10] if damage is None else damage)
+    prepare_small(source, out, toy_folder)
+    assert contents(out) == contents(made)
+
+
+def test_damaged_settings_are_named(source: Path, made: Path, toy_folder: Path, tmp_path: Path) -> None:
+    for damage in ("", "[1]"):
+        out = tmp_path / f"out{len(damage)}"
+        shutil.copytree(made, out)
+        (out / "settings.json").write_text(damage)
+        with pytest.raises(DataError, match=r"settings.json: damaged .* prepare it anew"):
+            prepare_small(source, out, toy_folder)
 
 
 def test_an_output_folder_begun_otherwise_is_refused(source: Path, toy_folder: Path, tmp_path: Path) -> None:
