@@ -28,7 +28,9 @@ MinSharpness = Annotated[float, Option(help="Least variance of the Laplacian; 0 
 KeepDuplicates = Annotated[bool, Option("--keep-duplicates", help="Keep pictures with equal pixels.")]
 Crop = Annotated[str, Option(help="center or random.")]
 Seed = Annotated[int, Option(help="Of random crops.")]
-CaptionColumn = Annotated[str, Option(help="Where the caption is.")]
+CaptionColumn = Annotated[
+    str, Option(help="Where the caption is. A tar's .txt comes before the default, after one named.")
+]
 ImageColumn = Annotated[str, Option(help="Where the picture is, in a Hugging Face data set.")]
 Split = Annotated[str, Option(help="Of a Hugging Face data set.")]
 RowsPerShard = Annotated[int, Option(help="Rows in a shard; but a tar becomes one shard.")]

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .filters import Filters
+from .rows import CAPTION
 
 
 class PrepareConfig(BaseModel):
@@ -23,7 +24,7 @@ class PrepareConfig(BaseModel):
     crop: Literal["center", "random"] = "center"
     seed: int = Field(0, description="of random crops")
     filters: Filters = Filters()
-    caption_column: str = "text"
+    caption_column: str = Field(CAPTION, description="a tar's .txt comes before the default column, after another")
     image_column: str = "image"
     split: str = "train"
     rows_per_shard: int = Field(2048, ge=1, description="where the source is not divided into tars")

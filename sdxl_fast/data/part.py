@@ -57,7 +57,7 @@ def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, .
     try:
         if row.problem is not None or row.read is None:
             raise Dropped(*(row.problem or ("no picture", "")))
-        caption = check_caption(row.facts.get(config.caption_column))
+        caption = check_caption(row.caption(config.caption_column))
         aesthetic = check_aesthetic(row.facts, config.filters)
         picture = open_picture(row.read(), config.filters)
         original = Size(picture.height, picture.width)

@@ -11,6 +11,9 @@ from typing import Any
 
 from .filters import Dropped, Reason
 
+CAPTION = "text"
+"""The column of captions, where no other is named."""
+
 
 def printable(text: str) -> str:
     """The text with lone surrogates as escapes: names that are not Unicode can be written to any file."""
@@ -27,16 +30,25 @@ class Row:
     """One picture as its source has it, under a printable name.
 
     `read` gives the picture file's bytes and may raise `Dropped`; `facts` are the caption and all other columns;
-    `problem` is set instead where the source itself knows that the row is broken.
+    `problem` is set instead where the source itself knows that the row is broken. `text` is a caption that comes in a
+    file of its own.
     """
 
     name: str
     read: Callable[[], bytes] | None
     facts: dict[str, Any] = field(default_factory=dict)
     problem: tuple[Reason, str] | None = None
+    text: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", printable(self.name))
+
+    def caption(self, column: str) -> object:
+        """What is in the caption's column; a file with it comes first for the default column, and last for another."""
+        value = self.facts.get(column)
+        if self.text is None or (value is not None and (column != CAPTION or not self.text.strip())):
+            return value
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +64,6 @@ class Damage:
 
 class Source(ABC):
     """A sequence of parts, `len` of them."""
-
-    caption_column: str
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .rows import Row, Source, digest_of, one_line, read_file
+from .rows import CAPTION, Row, Source, digest_of, one_line, read_file
 from .tars import TAR, Tars, tar_paths
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -25,8 +25,8 @@ _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 class ImageFolder(Source):
     """A folder of pictures with `metadata.jsonl`: one JSON object per line with file_name, a caption, other columns."""
 
-    def __init__(self, folder: Path, *, caption_column: str = "text", rows_per_part: int = 2048) -> None:
-        self.folder, self.caption_column, self.rows_per_part = folder, caption_column, rows_per_part
+    def __init__(self, folder: Path, *, rows_per_part: int = 2048) -> None:
+        self.folder, self.rows_per_part = folder, rows_per_part
         content = (folder / "metadata.jsonl").read_bytes().rstrip()
         self.lines = content.split(b"\n") if content else []  # blank ones too: rows are named by their line's number
 
@@ -60,7 +60,7 @@ class HuggingFace(Source):
     """A data set of the `datasets` library, in its cache or made by `save_to_disk`; no column is decoded."""
 
     def __init__(
-        self, data: Any, *, caption_column: str = "text", image_column: str = "image", rows_per_part: int = 2048
+        self, data: Any, *, caption_column: str = CAPTION, image_column: str = "image", rows_per_part: int = 2048
     ) -> None:
         for column in (image_column, caption_column):
             if column not in data.column_names:
@@ -71,8 +71,7 @@ class HuggingFace(Source):
                 stored = copy(feature)
                 stored.decode = False
                 data = data.cast_column(column, stored)
-        self.data, self.caption_column, self.image_column = data, caption_column, image_column
-        self.rows_per_part = rows_per_part
+        self.data, self.image_column, self.rows_per_part = data, image_column, rows_per_part
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.rows_per_part)
@@ -107,7 +106,7 @@ class HuggingFace(Source):
 def open_source(
     source: str,
     *,
-    caption_column: str = "text",
+    caption_column: str = CAPTION,
     image_column: str = "image",
     split: str = "train",
     rows_per_part: int = 2048,
@@ -117,7 +116,7 @@ def open_source(
     Args:
         source: a folder with metadata.jsonl, a folder of tars, a pattern of tars with braces or wildcards, a folder
             made by `save_to_disk`, or a data set's id on the hub, `owner/name`.
-        caption_column: of metadata.jsonl, of a tar's .json, or of the data set.
+        caption_column: of a Hugging Face data set, which must have it.
         image_column: of a Hugging Face data set.
         split: of a Hugging Face data set.
         rows_per_part: rows per output shard, where the source is not divided into tars.
@@ -128,12 +127,12 @@ def open_source(
     path = Path(source).expanduser()
     found: Source
     if (path / "metadata.jsonl").is_file():
-        found = ImageFolder(path, caption_column=caption_column, rows_per_part=rows_per_part)
+        found = ImageFolder(path, rows_per_part=rows_per_part)
     elif (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file() or _is_hub_id(source):
         data = _load_hugging_face(source, path, split)
         found = HuggingFace(data, caption_column=caption_column, image_column=image_column, rows_per_part=rows_per_part)
     else:
-        found = Tars(tar_paths(str(path)), caption_column=caption_column)
+        found = Tars(tar_paths(str(path)))
     if not len(found):
         raise DataError(f"{source}: has no rows")
     return found

@@ -23,11 +23,11 @@ _ENDS = 65536  # bytes at both ends of a tar that tell it from another of the sa
 class Tars(Source):
     """webdataset tars: files of the same name up to the first dot are one sample; a picture and .txt or .json or both.
 
-    Each tar is one part. The columns of the .json are the facts; the .txt is the caption where there is one.
+    Each tar is one part. The columns of the .json are the facts.
     """
 
-    def __init__(self, paths: list[Path], *, caption_column: str = "text") -> None:
-        self.paths, self.caption_column = paths, caption_column
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,14 +77,14 @@ class Tars(Source):
                 facts = json.loads(files["json"])
                 if not isinstance(facts, dict):
                     return Row(name, None, problem=("bad record", "its .json is not an object"))
-            if "txt" in files:
-                facts = facts | {self.caption_column: files["txt"].decode("utf-8")}
+            text = files["txt"].decode("utf-8") if "txt" in files else None
         except (ValueError, RecursionError) as error:
             return Row(name, None, problem=("bad record", f"its .json or .txt cannot be read: {error}"))
         suffix = next((suffix for suffix in PICTURE_SUFFIXES if suffix in files), None)
         if suffix is None:
-            return Row(name, None, facts, problem=("no picture", f"has only {', '.join(sorted(files))}"))
-        return Row(name, partial(bytes, files[suffix]), facts)
+            problem: tuple[Reason, str] = ("no picture", f"has only {', '.join(sorted(files))}")
+            return Row(name, None, facts, problem, text)
+        return Row(name, partial(bytes, files[suffix]), facts, text=text)
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:

@@ -92,10 +92,10 @@ def test_tars(tmp_path: Path) -> None:
         found, damage = _all(source)
         assert len(damage) == (7 if parts == 10 else 0)
         assert len(found) == 2 * (parts - len(damage))
-        assert all(row.facts.keys() == {"text", "aesthetic"} and _problem(row) is None for row in found)
+        assert all(row.facts.keys() == {"aesthetic"} and _problem(row) is None for row in found)
     found, _ = _all(open_source(str(tmp_path)))
     assert [row.read() for row in found] == [content for _, content in good_rows(8)]  # type: ignore[misc]
-    assert [row.facts["text"] for row in found] == [facts["text"] for facts, _ in good_rows(8)]
+    assert [row.caption("text") for row in found] == [facts["text"] for facts, _ in good_rows(8)]
 
 
 def test_members_of_a_tar_that_make_no_sample(tmp_path: Path) -> None:
@@ -121,6 +121,27 @@ def test_members_of_a_tar_that_make_no_sample(tmp_path: Path) -> None:
     reasons = [problem and problem[0] for problem in map(_problem, found)]
     assert reasons == [None, "no picture", None, "bad record", "bad record", "bad record", "no picture"]
     assert found[2].facts == {"text": "from the json", "aesthetic": 7}
+
+
+@pytest.mark.parametrize(
+    ("column", "files", "caption"),
+    [
+        ("text", {"json": b'{"text": "json"}', "txt": b"txt"}, "txt"),
+        ("text", {"json": b'{"text": "json"}', "txt": b" \n"}, "json"),
+        ("text", {"json": b"{}", "txt": b"txt"}, "txt"),
+        ("text", {"json": b'{"text": "json"}'}, "json"),
+        ("alt", {"json": b'{"alt": "json"}', "txt": b"txt"}, "json"),
+        ("alt", {"json": b'{"alt": ""}', "txt": b"txt"}, ""),
+        ("alt", {"json": b'{"alt": null, "text": "other"}', "txt": b"txt"}, "txt"),
+        ("alt", {"json": b'{"text": "other"}'}, None),
+    ],
+)
+def test_a_named_caption_column_comes_before_the_txt(
+    tmp_path: Path, column: str, files: dict[str, bytes], caption: str | None
+) -> None:
+    members = [(f"a.{suffix}", content) for suffix, content in files.items()]
+    (row,), _ = _all(Tars([write_tar(tmp_path / "x.tar", [("a.png", b"picture"), *members])]))
+    assert row.caption(column) == caption
 
 
 def _headers(path: Path) -> list[int]:
