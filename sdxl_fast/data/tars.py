@@ -17,6 +17,8 @@ from .rows import Damage, Row, Source, digest_of, one_line
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
+_RECORD = 10_240  # what tars are filled up to with zeros, unless made with another --blocking-factor ...
+_LARGEST_RECORD = 1 << 20  # ... of which powers of two are taken for such, up to this
 _ENDS = 65536  # bytes at both ends of a tar that tell it from another of the same size
 
 
@@ -91,8 +93,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the files in a tar, in order.
 
     Raises:
-        Exception: of any kind, where it cannot be read on. A header broken in the middle and a tar cut off between two
-        members count too, which tarfile takes for the end.
+        Exception: of any kind, where it cannot be read on. A header broken in the middle, a tar cut off between two
+        members and one that goes on after its end count too, which tarfile takes for the end.
     """
     with tarfile.open(path) as tar:
         for member in tar:
@@ -105,11 +107,25 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
             tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
         assert tar.fileobj is not None
         tar.fileobj.seek(tar.offset)
-        mark = tar.fileobj.read(tarfile.BLOCKSIZE)
-        if len(mark) < tarfile.BLOCKSIZE:
-            raise tarfile.ReadError("no end-of-archive mark: cut off between two files")
-        if mark.strip(b"\0"):
-            raise tarfile.ReadError(f"broken header at byte {tar.offset}")
+        _check_end(tar.fileobj.read(_LARGEST_RECORD + 2 * tarfile.BLOCKSIZE), tar.offset)
+
+
+def _check_end(end: bytes, offset: int) -> None:
+    """Whether what follows the last member is an end: two blocks of zeros, and more only to fill the last record.
+
+    Raises:
+        tarfile.ReadError: it is not.
+    """
+    if len(end) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("no end-of-archive mark: cut off between two files")
+    if end[: tarfile.BLOCKSIZE].strip(b"\0"):
+        raise tarfile.ReadError(f"broken header at byte {offset}")
+    size = offset + len(end)
+    record = max(_RECORD, min(size & -size, _LARGEST_RECORD))
+    if len(end) > record + tarfile.BLOCKSIZE or end.strip(b"\0"):
+        raise tarfile.ReadError(
+            f"goes on after the end-of-archive mark at byte {offset}: zeros where data was, or several tars in one file"
+        )
 
 
 def tar_paths(pattern: str) -> list[Path]:
