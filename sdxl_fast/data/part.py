@@ -18,7 +18,7 @@ from .buckets import Fit, Size, fit, nearest_bucket
 from .config import PrepareConfig
 from .encoders import Encoders, finite
 from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, open_picture
-from .rows import Damage, Row, Source, one_line
+from .rows import Damage, Row, Source, Stray, one_line
 from .shards import Sample, scan
 
 PENDING_BATCHES = 8  # pictures waiting for their bucket to fill, in batches: 40 buckets must not hold 40 batches
@@ -161,6 +161,8 @@ def prepare_part(
         for row in source.rows(number):
             if isinstance(row, Damage):
                 record.damaged.append((row.name, row.detail))
+            elif isinstance(row, Stray):
+                record.strays += 1
             else:
                 record.input += 1
                 yield record.input - 1, row

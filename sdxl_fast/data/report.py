@@ -44,6 +44,8 @@ class Record:
     dropped: list[tuple[str, Reason, str]] = field(default_factory=list)
     damaged: list[tuple[str, str]] = field(default_factory=list)
     """Input files that could not be read to their end, and why."""
+    strays: int = 0
+    """Files in tars that are part of no row: without an extension."""
     bytes: int = 0
 
     def drop(self, name: str, reason: Reason, detail: str) -> None:
@@ -81,6 +83,8 @@ class Report:
     """Kept captions of which the text encoders see only the beginning."""
     unscored: int
     """Kept pictures that came without an aesthetic score."""
+    strays: int
+    """Files in tars that were passed over, for they have no extension."""
 
     def text(self) -> str:
         """A Markdown summary."""
@@ -97,6 +101,8 @@ class Report:
             lines.append(f"| {reason} | {count} | {count / max(self.input, 1):.1%} |")
         lines += ["", "| latents | pictures |", "|---|---|"]
         lines += [f"| {shape} | {count} |" for shape, count in self.buckets.items()]
+        if self.strays:
+            lines += ["", f"{self.strays} files in the tars have no extension and were passed over."]
         if self.damaged:
             lines += ["", f"{len(self.damaged)} input files could not be read to their end:", ""]
             lines += [f"- {name}: {detail}" for name, detail in self.damaged]
@@ -133,7 +139,7 @@ def finish(out: Path, parts: int, *, deduplicate: bool) -> Report:
     same records give the same files, so it does no harm if two ranks come here at once.
     """
     counts: Counter[str] = Counter()
-    whole = Report(0, 0, {}, [], {}, 0, 0, 0, 0)
+    whole = Report(0, 0, {}, [], {}, 0, 0, 0, 0, 0)
     shards: list[tuple[str, int]] = []
     shapes: dict[tuple[int, int, int], int] = {}
     rows: list[tuple[int, int, int, int]] = []
@@ -162,6 +168,7 @@ def finish(out: Path, parts: int, *, deduplicate: bool) -> Report:
             counts.update(reason for _, reason, _ in dropped)
             whole.input += record.input
             whole.damaged += record.damaged
+            whole.strays += record.strays
     whole.kept, whole.shards, whole.bytes = len(rows), len(shards), sum(size for _, size in shards)
     whole.dropped = {reason: counts[reason] for reason in REASONS}
     whole.buckets = dict(buckets.most_common())

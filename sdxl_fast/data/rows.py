@@ -62,6 +62,13 @@ class Damage:
         object.__setattr__(self, "name", printable(self.name))
 
 
+@dataclass(frozen=True, slots=True)
+class Stray:
+    """A file of the input that is part of no row."""
+
+    name: str
+
+
 class Source(ABC):
     """A sequence of parts, `len` of them."""
 
@@ -69,7 +76,7 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def rows(self, part: int) -> Iterator[Row | Damage]:
+    def rows(self, part: int) -> Iterator[Row | Damage | Stray]:
         """The rows of one part, in order."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError
 from .filters import Reason
-from .rows import Damage, Row, Source, digest_of, one_line
+from .rows import Damage, Row, Source, Stray, digest_of, one_line
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
@@ -46,7 +46,7 @@ class Tars(Source):
         except OSError:
             return digest_of(path.name.encode())
 
-    def rows(self, part: int) -> Iterator[Row | Damage]:
+    def rows(self, part: int) -> Iterator[Row | Damage | Stray]:
         path = self.paths[part]
         key, files = "", dict[str, bytes]()
         try:
@@ -54,12 +54,14 @@ class Tars(Source):
                 # webdataset's own rule, case of the extension aside
                 match = re.match(r"^((?:.*/|)[^.]+)[.]([^/]*)$", name)
                 if match is None:
+                    yield Stray(name)
                     continue
-                if match[1] != key and files:
+                suffix = match[2].lower()
+                if files and (match[1] != key or suffix in files):  # what comes again is another sample of that name
                     yield self._row(path, key, files)
                     files = {}
                 key = match[1]
-                files[match[2].lower()] = content
+                files[suffix] = content
         # zlib.error and lzma's have no common base with OSError and tarfile's
         except Exception as error:
             if files:

@@ -168,7 +168,9 @@ def test_damaged_tars_are_listed_and_do_not_stop_the_rest(toy_folder: Path, tmp_
     broken = tmp_path / "tars" / "1.tar"
     broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 3])
     (tmp_path / "tars" / "2.tar").write_bytes(b"")
+    write_tar(tmp_path / "tars" / "3.tar", [("README", b"about"), *good_files(3, 9)])
     report = prepare_small(f"{tmp_path}/tars/{{0..4}}.tar", tmp_path / "out", toy_folder)
+    assert report.strays == 1 and "1 files in the tars" in report.text()
     assert [Path(name).name for name, _ in report.damaged] == ["1.tar", "2.tar", "4.tar"]
     assert report.input == report.kept + sum(report.dropped.values())
     assert 6 <= report.kept < 9

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sdxl_fast.data.filters import Dropped
-from sdxl_fast.data.rows import Damage, Row, Source
+from sdxl_fast.data.rows import Damage, Row, Source, Stray
 from sdxl_fast.data.sources import HuggingFace, open_source
 from sdxl_fast.data.tars import Tars
 from sdxl_fast.errors import DataError
@@ -18,7 +18,7 @@ from sdxl_fast.testing.pictures import encoded, good_files, good_rows, picture, 
 
 
 def _all(source: Source) -> tuple[list[Row], list[Damage]]:
-    found = [row for part in range(len(source)) for row in source.rows(part)]
+    found = [row for part in range(len(source)) for row in source.rows(part) if not isinstance(row, Stray)]
     return [row for row in found if isinstance(row, Row)], [row for row in found if isinstance(row, Damage)]
 
 
@@ -121,6 +121,22 @@ def test_members_of_a_tar_that_make_no_sample(tmp_path: Path) -> None:
     reasons = [problem and problem[0] for problem in map(_problem, found)]
     assert reasons == [None, "no picture", None, "bad record", "bad record", "bad record", "no picture"]
     assert found[2].facts == {"text": "from the json", "aesthetic": 7}
+
+
+def test_a_file_that_comes_again_is_another_sample_and_one_without_extension_is_noted(tmp_path: Path) -> None:
+    files = [
+        ("a.png", b"1"),
+        ("a.txt", b"one"),
+        ("a.PNG", b"2"),
+        ("a.txt", b"two"),
+        ("a.txt", b"three"),
+        ("LICENSE", b""),
+    ]
+    found = list(Tars([write_tar(tmp_path / "x.tar", files)]).rows(0))
+    rows = [row for row in found if isinstance(row, Row)]
+    assert [(row.name, row.text) for row in rows] == [("x.tar/a", "one"), ("x.tar/a", "two"), ("x.tar/a", "three")]
+    assert [row.read and row.read() for row in rows] == [b"1", b"2", None]
+    assert [row for row in found if not isinstance(row, Row)] == [Stray("LICENSE")]
 
 
 @pytest.mark.parametrize(
