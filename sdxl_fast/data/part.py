@@ -104,16 +104,18 @@ class Part:
     writer: Any
     record: report.Record
     pending: dict[Size, list[Candidate]] = field(default_factory=dict)
-    hashes: set[str] = field(default_factory=set)
+    hashes: set[str] = field(default_factory=set)  # of what was written
     written: dict[str, report.Entry] = field(default_factory=dict)  # by key; where they lie comes at the end
 
     def add(self, candidate: Candidate) -> None:
         """Takes a picture; encodes a bucket when it is full, or the fullest when too many wait."""
         if self.config.filters.deduplicate:
+            bucket = candidate.fit.target  # equal pictures have the same
+            if any(earlier.hash == candidate.hash for earlier in self.pending.get(bucket, ())):
+                self.encode(bucket)  # a copy is one only if the earlier picture is kept
             if candidate.hash in self.hashes:
                 self.record.drop(candidate.name, "duplicate", "of an earlier picture in this part")
                 return
-            self.hashes.add(candidate.hash)
         waiting = self.pending.setdefault(candidate.fit.target, [])
         waiting.append(candidate)
         if len(waiting) == self.config.batch:
@@ -136,6 +138,7 @@ class Part:
             key = f"{self.number:06d}-{candidate.row:06d}"
             sample = Sample(key, latents[row], embeds[row], pooled[row], candidate.caption, candidate.facts())
             self.writer.write(sample.members())
+            self.hashes.add(candidate.hash)
             channels, height, width = sample.latents.shape
             self.written[key] = report.Entry(
                 candidate.name,

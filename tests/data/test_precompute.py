@@ -162,6 +162,17 @@ def test_duplicates_stay_when_asked(toy_folder: Path, tmp_path: Path) -> None:
         assert (report.kept, report.dropped["duplicate"]) == (kept, 4 - kept)
 
 
+@pytest.mark.usefixtures("infinity")
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_copy_of_a_picture_that_was_dropped_is_kept(toy_folder: Path, tmp_path: Path, batch: int) -> None:
+    image = good_rows(1)[0][1]
+    captions = ("a caption of infinity", "a thing", "the same thing")
+    rows = [({"file_name": f"{k}.png", "text": caption}, image) for k, caption in enumerate(captions)]
+    report = prepare_small(write_folder(tmp_path / "set", rows), tmp_path / "out", toy_folder, batch=batch)
+    assert (report.kept, report.dropped["not finite"], report.dropped["duplicate"]) == (1, 1, 1)
+    assert LatentShards(tmp_path / "out")[0].caption == "a thing"
+
+
 def test_damaged_tars_are_listed_and_do_not_stop_the_rest(toy_folder: Path, tmp_path: Path) -> None:
     for number in range(4):
         write_tar(tmp_path / "tars" / f"{number}.tar", good_files(3, 3 * number))
