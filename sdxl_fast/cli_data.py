@@ -39,6 +39,8 @@ Workers = Annotated[int, Option(help="Threads that read, decode and resize.")]
 Device = Annotated[str | None, Option(help="cpu, cuda, cuda:1, ...; a GPU of its own for every rank if there is one.")]
 Precision = Annotated[str | None, Option(help="bf16 or fp32; by default bf16 on a GPU.")]
 
+Retry = Annotated[bool, Option("--retry", help="Make parts with damaged files or missing pictures again.")]
+
 
 def prepare(
     source: Source,
@@ -61,6 +63,7 @@ def prepare(
     workers: Workers = 4,
     device: Device = None,
     precision: Precision = None,
+    retry: Retry = False,
 ) -> None:
     """Filter, crop and encode pictures with captions into shards for training; under torchrun, on many GPUs."""
     values = dict(locals())  # before anything else is one
@@ -79,7 +82,8 @@ def prepare(
     del values["min_side"]
     values |= {"resolution": side, "filters": filters, "device": device}
     values["precision"] = precision or ("bf16" if device.startswith("cuda") else "fp32")
-    report = run(PrepareConfig.model_validate(values), rank=rank, world_size=world_size)
+    again = values.pop("retry")
+    report = run(PrepareConfig.model_validate(values), rank=rank, world_size=world_size, retry=again)
     if report is not None:
         print(report.text())
         print(f"wrote {out}; report.md and dropped.jsonl there say what was left out and why")

@@ -18,7 +18,7 @@ from .buckets import Fit, Size, fit, nearest_bucket
 from .config import PrepareConfig
 from .encoders import Encoders, finite
 from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, open_picture
-from .rows import Damage, Row, Source, Stray, one_line
+from .rows import Damage, Row, Source, Stray, Unavailable, one_line
 from .shards import Sample, scan
 
 PENDING_BATCHES = 8  # pictures waiting for their bucket to fill, in batches: 40 buckets must not hold 40 batches
@@ -53,7 +53,11 @@ class Candidate:
 
 
 def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, ...]) -> Candidate | Dropped:
-    """Everything that can be said of a picture by itself: the filters, then its bucket. No input makes it raise."""
+    """Everything that can be said of a picture by itself: the filters, then its bucket.
+
+    Raises:
+        Unavailable: the file system fails; nothing that the row holds makes it raise.
+    """
     try:
         if row.problem is not None or row.read is None:
             raise Dropped(*(row.problem or ("no picture", "")))
@@ -73,7 +77,7 @@ def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, .
         sharp = check_sharpness(picture, config.filters)
     except Dropped as dropped:
         return dropped
-    except MemoryError:
+    except (MemoryError, Unavailable):
         raise
     except Exception as error:  # one row of millions must not end the run
         return Dropped("bad record", one_line(error))
@@ -154,7 +158,11 @@ class Part:
 def prepare_part(
     number: int, source: Source, config: PrepareConfig, buckets: tuple[Size, ...], encoders: Encoders
 ) -> report.Record:
-    """Makes one shard and its record; nothing of it is there before it is whole."""
+    """Makes one shard and its record; nothing of it is there before it is whole.
+
+    Raises:
+        Unavailable: the file system fails to give an input.
+    """
     from webdataset import TarWriter
 
     record = report.Record(source.identity(number))

@@ -9,6 +9,7 @@ all records there writes index and report.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.util
 import json
@@ -27,6 +28,7 @@ from .buckets import Size, make_buckets
 from .config import PrepareConfig
 from .encoders import Encoders, facts_of
 from .part import prepare_part
+from .rows import Unavailable
 from .shards import EMPTY_PROMPT, INDEX
 from .sources import open_source
 
@@ -51,6 +53,27 @@ def _sole_writer(out: Path) -> Iterator[None]:
                 for leftover in out.glob(f".{Path(name).stem}-*"):
                     leftover.unlink()
         yield
+
+
+_PARTS_LOCK = ".parts.lock"  # a byte of it for each part
+
+
+@contextmanager
+def _part_locks(out: Path) -> Iterator[Callable[[int], bool]]:
+    """Gives a function that takes the lock of a part, and says whether no other process has it.
+
+    All go with their process, at the latest. Where the file system has none, everyone gets them.
+    """
+    with open(out / _PARTS_LOCK, "wb") as file:
+
+        def take(number: int) -> bool:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            except OSError as error:
+                return error.errno not in (errno.EACCES, errno.EAGAIN)
+            return True
+
+        yield take
 
 
 def _settings(config: PrepareConfig, buckets: tuple[Size, ...]) -> dict[str, Any]:
@@ -87,15 +110,28 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def prepare(
-    config: PrepareConfig, *, rank: int = 0, world_size: int = 1, log: Callable[[str], None] = print
+    config: PrepareConfig,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    retry: bool = False,
+    log: Callable[[str], None] = print,
 ) -> report.Report | None:
     """Makes this rank's shards, and the index and report if they were the last.
+
+    Args:
+        config: what to make of which source.
+        rank: which process this is.
+        world_size: how many there are.
+        retry: make this rank's parts with damaged files or missing pictures again.
+        log: takes lines about the progress.
 
     Returns:
         The report; None while other ranks' shards are missing.
 
     Raises:
-        DataError: the source or the output folder is not what it should be.
+        DataError: the source or the output folder is not what it should be, or the file system failed to give an
+            input; all parts but those are done then.
         ModelError: the pipeline cannot be loaded.
     """
     if importlib.util.find_spec("webdataset") is None:
@@ -120,19 +156,38 @@ def prepare(
             f"{config.out}: was made of more parts than {config.source} has now ({min(surplus)}); make it anew"
         )
     mine = range(rank, len(source), world_size)
+    if retry:
+        for number in mine:
+            report.forget_broken(config.out, number)
     todo = [number for number in mine if not report.is_done(config.out, number, source.identity(number))]
+    left: list[str] = []
     if todo:
         encoders = Encoders(config.model, device=config.device, precision=config.precision)
         with _sole_writer(config.out):
             check_settings(config.out, settings | {"encoders": encoders.digest()})
             (config.out / INDEX).unlink(missing_ok=True)  # of the parts as they were
             _write_empty_prompt(config.out, encoders)
-        for number in tqdm(
-            todo, desc=f"shards of rank {rank}", initial=len(mine) - len(todo), total=len(mine), disable=None
-        ):
-            for leftover in config.out.glob(f".{number:06d}-*"):  # of a killed run; no other rank makes this part
-                leftover.unlink()
-            prepare_part(number, source, config, buckets, encoders)
+        bar = tqdm(todo, desc=f"shards of rank {rank}", initial=len(mine) - len(todo), total=len(mine), disable=None)
+        with _part_locks(config.out) as take:
+            for number in bar:
+                free = take(number)
+                if report.is_done(config.out, number, source.identity(number)):  # by now
+                    continue
+                if not free:
+                    log(f"part {number:06d} is left out: another process is making it; is RANK set?")
+                    continue
+                for leftover in config.out.glob(f".{number:06d}-*"):  # of a killed run: the lock is ours
+                    leftover.unlink()
+                try:
+                    prepare_part(number, source, config, buckets, encoders)
+                except Unavailable as error:
+                    left.append(f"{number:06d} ({error})")
+                    log(f"part {left[-1]} is left for another run")
+    if left:
+        raise DataError(
+            f"{len(left)} parts were left, for their input could not be read now: {', '.join(left[:3])}; "
+            "the same command tries them again, and counts as missing what was removed"
+        )
     missing = sum(not report.is_done(config.out, number, source.identity(number)) for number in range(len(source)))
     if missing:
         log(f"rank {rank} is done; {missing} of {len(source)} shards are missing, index and report come with the last")

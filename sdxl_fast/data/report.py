@@ -127,6 +127,18 @@ def is_done(out: Path, part: int, identity: str) -> bool:
     return found == (identity, shard.stat().st_size if shard.is_file() else 0, size)
 
 
+def forget_broken(out: Path, part: int) -> None:
+    """Deletes the record of a part whose input was damaged or lacked pictures, so that it counts as not done."""
+    path = record_path(out, part)
+    if path.is_file():
+        try:
+            record = Record.load(path)
+        except (ValueError, TypeError, KeyError):
+            return  # not done anyway
+        if record.damaged or any(reason == "no picture" for _, reason, _ in record.dropped):
+            path.unlink()
+
+
 def _records(out: Path, parts: int) -> Iterator[tuple[str, Record]]:
     for part in range(parts):
         yield f"{part:06d}.tar", Record.load(record_path(out, part))

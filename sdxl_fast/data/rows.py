@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -23,6 +24,33 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """An exception's type and text, short."""
     return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+
+# What the file system says of a file. Any other error is one of its own, and may be gone the next time.
+_FINAL = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EINVAL,
+}
+
+
+class Unavailable(Exception):  # noqa: N818  (says so of an input)
+    """The file system failed to give an input; what depends on it is left for another run."""
+
+
+def check_final(error: Exception, name: str) -> None:
+    """Returns where an error is about what is read.
+
+    Raises:
+        Unavailable: it is about reading, as EIO and ESTALE are.
+    """
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in _FINAL:
+        raise Unavailable(printable(f"{name}: {error.strerror or error}")) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +105,11 @@ class Source(ABC):
 
     @abstractmethod
     def rows(self, part: int) -> Iterator[Row | Damage | Stray]:
-        """The rows of one part, in order."""
+        """The rows of one part, in order.
+
+        Raises:
+            Unavailable: it cannot be read now.
+        """
 
     @abstractmethod
     def identity(self, part: int) -> str:
@@ -96,10 +128,12 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         Dropped: it cannot be read.
+        Unavailable: it cannot be read now.
     """
     try:
         return path.read_bytes()
     except OSError as error:
+        check_final(error, str(path))
         raise Dropped("no picture", error.strerror or str(error)) from None
     except ValueError as error:  # NUL, or what is not Unicode
         raise Dropped("bad record", f"no file can have this name ({error})") from None

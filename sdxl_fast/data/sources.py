@@ -1,8 +1,8 @@
 """Where pictures and captions come from: image folders, webdataset tars, Hugging Face data sets.
 
 Every source is a fixed sequence of parts, and a part a fixed sequence of rows, so that any process can do any part and
-what it makes depends on nothing else. What cannot be read comes out as a row or part with its reason, never as an
-exception.
+what it makes depends on nothing else. What cannot be read comes out as a row or part with its reason; an exception says
+that the file system failed, and a later try may not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .rows import CAPTION, Row, Source, digest_of, one_line, read_file
+from .rows import CAPTION, Row, Source, check_final, digest_of, one_line, read_file
 from .tars import TAR, Tars, tar_paths
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
@@ -91,6 +91,7 @@ class HuggingFace(Source):
         except MemoryError:
             raise
         except Exception as error:  # of Arrow, of codecs, of files that are gone
+            check_final(error, name)
             return Row(name, None, problem=("bad record", one_line(error)))
         picture = facts.pop(self.image_column)
         content = picture.get("bytes") if isinstance(picture, dict) else picture

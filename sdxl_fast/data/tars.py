@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import DataError
 from .filters import Reason
-from .rows import Damage, Row, Source, Stray, digest_of, one_line
+from .rows import Damage, Row, Source, Stray, check_final, digest_of, one_line
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
@@ -64,6 +64,7 @@ class Tars(Source):
                 files[suffix] = content
         # zlib.error and lzma's have no common base with OSError and tarfile's
         except Exception as error:
+            check_final(error, str(path))
             if files:
                 # what is missing may be the very column that would have kept it out
                 broken: tuple[Reason, str] = ("unreadable", "the tar breaks off inside or right after this sample")

@@ -75,11 +75,16 @@ def good_files(count: int, first: int = 0) -> list[tuple[str, bytes]]:
     return files
 
 
-def prepare_small(source: Path | str, out: Path, model: Path, **settings: Any) -> Report:
-    """`data prepare` for pictures over 32 px, six rows a shard; `ranks`: (rank, world size) of one after the other."""
-    ranks = settings.pop("ranks", [(0, 1)])
+def small_config(source: Path | str, out: Path, model: Path, **settings: Any) -> PrepareConfig:
+    """For pictures over 32 px, six rows a shard."""
     chosen = {"filters": Filters(min_side=32), "rows_per_shard": 6, **settings}
-    config = PrepareConfig(source=str(source), out=out, model=str(model), **chosen)
+    return PrepareConfig(source=str(source), out=out, model=str(model), **chosen)
+
+
+def prepare_small(source: Path | str, out: Path, model: Path, **settings: Any) -> Report:
+    """`data prepare` by `small_config`; `ranks`: (rank, world size) of one after the other."""
+    ranks = settings.pop("ranks", [(0, 1)])
+    config = small_config(source, out, model, **settings)
     reports = [prepare(config, rank=rank, world_size=size, log=lambda _: None) for rank, size in ranks]
     assert all(report is None for report in reports[:-1])  # only the last one finds everything there
     assert reports[-1] is not None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,19 @@ from sdxl_fast.data import precompute
 from sdxl_fast.data.config import PrepareConfig
 from sdxl_fast.data.filters import Filters
 from sdxl_fast.data.precompute import prepare
+from sdxl_fast.data.rows import Unavailable
 from sdxl_fast.data.shards import LatentShards
+from sdxl_fast.data.tars import Tars
 from sdxl_fast.errors import DataError
-from sdxl_fast.testing.pictures import contents, good_files, prepare_small, write_tar
+from sdxl_fast.testing.pictures import (
+    contents,
+    good_files,
+    good_rows,
+    prepare_small,
+    small_config,
+    write_folder,
+    write_tar,
+)
 from sdxl_fast.testing.toy import toy_pipeline
 
 pytest.importorskip("webdataset", reason="the extra data is not installed")
@@ -80,6 +92,92 @@ def test_a_repaired_input_is_done_again_and_nothing_else(toy_folder: Path, tmp_p
     (tmp_path / "tars" / "1.tar").unlink()
     with pytest.raises(DataError, match=r"more parts than .* has now \(000001.json\)"):
         prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder)
+
+
+def test_what_the_file_system_fails_to_give_is_left_for_the_next_run(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, read_bytes = tmp_path / "out", Path.read_bytes
+
+    def failing(self: Path) -> bytes:
+        if self.name == "0007.png":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read_bytes(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(DataError, match=r"1 parts were left.*000001 \(.*0007.png: Stale file handle\)"):
+            prepare_small(source, out, toy_folder)
+    assert sorted(path.name for path in out.glob("0*.tar")) == ["000000.tar", "000002.tar", "000003.tar"]
+    assert not (out / "index.safetensors").exists()
+    prepare_small(source, out, toy_folder)
+    assert contents(out) == contents(made)
+
+
+def test_a_tar_on_a_failing_disk_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tar(tmp_path / "x.tar", good_files(2))
+
+    def failing(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(tarfile.ExFileObject, "read", failing)
+    with pytest.raises(Unavailable, match=r"x.tar: Input/output error"):
+        list(Tars([path]).rows(0))
+
+
+def test_retry_makes_parts_with_missing_pictures_again(toy_folder: Path, tmp_path: Path) -> None:
+    rows = good_rows(12)
+    gone = write_folder(tmp_path / "set", rows) / "0008.png"
+    gone.unlink()
+    assert prepare_small(tmp_path / "set", tmp_path / "out", toy_folder).kept == 11
+    first = (tmp_path / "out" / "000000.tar").stat()
+    gone.write_bytes(rows[8][1])
+    assert prepare_small(tmp_path / "set", tmp_path / "out", toy_folder).kept == 11
+    config = small_config(tmp_path / "set", tmp_path / "out", toy_folder)
+    report = prepare(config, retry=True)
+    assert report is not None and report.kept == 12
+    assert (tmp_path / "out" / "000000.tar").stat() == first
+
+
+_HOLDING = """
+import fcntl, sys
+file = open(sys.argv[1], "wb")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, 2)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_part_that_another_process_makes_is_left_to_it(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path
+) -> None:
+    out, lines = tmp_path / "out", list[str]()
+    out.mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", _HOLDING, str(out / ".parts.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None and other.stdout is not None and other.stdout.readline() == b"held\n"
+        theirs = out / ".000002-theirs.tar"
+        theirs.touch()
+        assert prepare(small_config(source, out, toy_folder), log=lines.append) is None
+        assert theirs.exists()
+        other.stdin.close()
+    assert any("part 000002 is left out: another process is making it; is RANK set" in line for line in lines)
+    assert "1 of 4 shards are missing" in lines[-1]
+    prepare_small(source, out, toy_folder)
+    assert contents(out) == contents(made)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_a_file_system_without_locks_will_do(
+    source: Path, made: Path, toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(number, "No locks available")
+
+    monkeypatch.setattr(precompute.fcntl, "lockf", none)
+    prepare_small(source, tmp_path / "out", toy_folder)
+    assert contents(tmp_path / "out") == contents(made)
 
 
 # Kills itself at the n-th call of a function that writes; forked before torch has computed anything.
