@@ -42,7 +42,7 @@ def test_the_command(
         assert code == 0 and expected in printed
     prepare_small(source, tmp_path / "wanted", toy_folder)
     assert contents(out) == contents(tmp_path / "wanted")
-    code, printed, _ = _command(capsys, *arguments, "--seed", "1")
+    code, printed, _ = _command(capsys, *arguments, "--crop", "random")
     assert code == 2
 
 

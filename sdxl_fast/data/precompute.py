@@ -77,8 +77,13 @@ def _part_locks(out: Path) -> Iterator[Callable[[int], bool]]:
 
 
 def _settings(config: PrepareConfig, buckets: tuple[Size, ...]) -> dict[str, Any]:
-    """Everything that decides what the shards hold, the pictures and the encoders' weights aside."""
-    left_out = {"out", "model", "resolution", "buckets", "workers", "device"}
+    """Everything that decides what the shards hold, the pictures and the encoders' weights aside.
+
+    Each part has the identity of what it was made from, so the source may be spelled otherwise or grow.
+    """
+    left_out = {"source", "out", "model", "resolution", "buckets", "batch", "workers", "device"}
+    if config.crop != "random":
+        left_out.add("seed")
     return config.model_dump(mode="json", exclude=left_out) | {"buckets": [str(bucket) for bucket in buckets]}
 
 

@@ -256,6 +256,19 @@ def test_damaged_settings_are_named(source: Path, made: Path, toy_folder: Path, 
             prepare_small(source, out, toy_folder)
 
 
+def test_a_source_that_grows_or_is_spelled_otherwise_goes_on(toy_folder: Path, tmp_path: Path) -> None:
+    for number in range(3):
+        write_tar(tmp_path / "tars" / f"{number}.tar", good_files(3, 3 * number))
+    out = tmp_path / "out"
+    prepare_small(f"{tmp_path}/tars/{{0..1}}.tar", out, toy_folder)
+    first = (out / "000000.tar").stat()
+    assert prepare_small(tmp_path / "tars", out, toy_folder, batch=2, seed=1).kept == 9
+    assert (out / "000000.tar").stat() == first
+    prepare_small(tmp_path / "tars", tmp_path / "random", toy_folder, crop="random")
+    with pytest.raises(DataError, match="another seed"):
+        prepare_small(tmp_path / "tars", tmp_path / "random", toy_folder, crop="random", seed=1)
+
+
 def test_an_output_folder_begun_otherwise_is_refused(source: Path, toy_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare_small(source, out, toy_folder)
@@ -265,6 +278,7 @@ def test_an_output_folder_begun_otherwise_is_refused(source: Path, toy_folder: P
         ({"filters": Filters(min_side=33)}, "another filters"),
         ({"precision": "bf16"}, r"another precision \(fp32 there, bf16 now\)"),
         ({"rows_per_shard": 7}, "another rows_per_shard"),
+        ({"crop": "random"}, "another crop"),
     ):
         with pytest.raises(DataError, match=message):
             prepare_small(source, out, toy_folder, **change)  # type: ignore[arg-type]
