@@ -13,13 +13,13 @@ import errno
 import fcntl
 import importlib.util
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 from ..errors import DataError
 from ..files import replacing
@@ -28,9 +28,10 @@ from .buckets import Size, make_buckets
 from .config import PrepareConfig
 from .encoders import Encoders, facts_of
 from .part import prepare_part
+from .progress import Progress
 from .rows import Unavailable
 from .shards import EMPTY_PROMPT, INDEX
-from .sources import open_source
+from .sources import check_columns, open_source
 
 SETTINGS = "settings.json"
 
@@ -114,13 +115,18 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(merged, indent=2) + "\n")
 
 
+def say(line: str) -> None:
+    """Prints a line at once, also into a file."""
+    print(line, flush=True)
+
+
 def prepare(
     config: PrepareConfig,
     *,
     rank: int = 0,
     world_size: int = 1,
     retry: bool = False,
-    log: Callable[[str], None] = print,
+    log: Callable[[str], None] = say,
 ) -> report.Report | None:
     """Makes this rank's shards, and the index and report if they were the last.
 
@@ -154,17 +160,23 @@ def prepare(
     held = [entry.name for entry in config.out.glob("*") if not entry.name.startswith(".")]
     if held and SETTINGS not in held:  # which is written first
         raise DataError(f"{config.out}: holds other files; name a new folder")
+    if not held:
+        check_columns(source, config.caption_column, config.filters.aesthetic_column)
     with _sole_writer(config.out):
         check_settings(config.out, settings)
     if surplus := [path.name for path in config.out.glob("[0-9]*.json") if int(path.stem) >= len(source)]:
         raise DataError(
             f"{config.out}: was made of more parts than {config.source} has now ({min(surplus)}); make it anew"
         )
+
+    def done(number: int) -> bool:
+        return report.is_done(config.out, number, source.identity(number))
+
     mine = range(rank, len(source), world_size)
     if retry:
         for number in mine:
             report.forget_broken(config.out, number)
-    todo = [number for number in mine if not report.is_done(config.out, number, source.identity(number))]
+    todo = [number for number in mine if not done(number)]
     left: list[str] = []
     if todo:
         encoders = Encoders(config.model, device=config.device, precision=config.precision)
@@ -172,33 +184,47 @@ def prepare(
             check_settings(config.out, settings | {"encoders": encoders.digest()})
             (config.out / INDEX).unlink(missing_ok=True)  # of the parts as they were
             _write_empty_prompt(config.out, encoders)
-        bar = tqdm(todo, desc=f"shards of rank {rank}", initial=len(mine) - len(todo), total=len(mine), disable=None)
-        with _part_locks(config.out) as take:
-            for number in bar:
-                free = take(number)
-                if report.is_done(config.out, number, source.identity(number)):  # by now
-                    continue
-                if not free:
-                    log(f"part {number:06d} is left out: another process is making it; is RANK set?")
-                    continue
-                for leftover in config.out.glob(f".{number:06d}-*"):  # of a killed run: the lock is ours
-                    leftover.unlink()
-                try:
-                    prepare_part(number, source, config, buckets, encoders)
-                except Unavailable as error:
-                    left.append(f"{number:06d} ({error})")
-                    log(f"part {left[-1]} is left for another run")
+        progress = Progress(f"rank {rank}", len(mine), len(mine) - len(todo), log)
+        make = partial(prepare_part, source=source, config=config, buckets=buckets, encoders=encoders)
+        left = _make_parts(todo, config.out, make, done, progress)
     if left:
         raise DataError(
             f"{len(left)} parts were left, for their input could not be read now: {', '.join(left[:3])}; "
             "the same command tries them again, and counts as missing what was removed"
         )
-    missing = sum(not report.is_done(config.out, number, source.identity(number)) for number in range(len(source)))
+    missing = sum(not done(number) for number in range(len(source)))
     if missing:
         log(f"rank {rank} is done; {missing} of {len(source)} shards are missing, index and report come with the last")
         return None
     with _sole_writer(config.out):
         return report.finish(config.out, len(source), deduplicate=config.filters.deduplicate)
+
+
+def _make_parts(
+    todo: Iterable[int],
+    out: Path,
+    make: Callable[[int], report.Record],
+    done: Callable[[int], bool],
+    progress: Progress,
+) -> list[str]:
+    """Makes parts one after the other; returns those whose input could not be read now, each with the reason."""
+    left: list[str] = []
+    with _part_locks(out) as take:
+        for number in todo:
+            free = take(number)
+            if done(number):  # by now
+                continue
+            if not free:
+                progress.log(f"part {number:06d} is left out: another process is making it; is RANK set?")
+                continue
+            for leftover in out.glob(f".{number:06d}-*"):  # of a killed run: the lock is ours
+                leftover.unlink()
+            try:
+                progress.tell(number, make(number))
+            except Unavailable as error:
+                left.append(f"{number:06d} ({error})")
+                progress.log(f"part {left[-1]} is left for another run")
+    return left
 
 
 def _write_empty_prompt(out: Path, encoders: Encoders) -> None:

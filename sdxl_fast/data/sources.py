@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .rows import CAPTION, Row, Source, check_final, digest_of, one_line, read_file
+from .rows import CAPTION, Row, Source, Unavailable, check_final, digest_of, one_line, printable, read_file
 from .tars import TAR, Tars, tar_paths
 
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_PARTS_LOOKED_AT, _ROWS_LOOKED_AT = 16, 512  # for the names of columns
 
 
 class ImageFolder(Source):
@@ -137,6 +140,38 @@ def open_source(
     if not len(found):
         raise DataError(f"{source}: has no rows")
     return found
+
+
+def check_columns(source: Source, caption: str, aesthetic: str | None) -> None:
+    """Looks for the named columns among the first rows of parts all over the source.
+
+    A score may be missing from most parts of a mixed set, and a caption from some rows: one row that has it will do.
+
+    Args:
+        source: where to look.
+        caption: column of the captions; the .txt of a tar counts as `text`.
+        aesthetic: column of the scores, None where any usual name will do.
+
+    Raises:
+        DataError: there is none.
+    """
+    parts = range(0, len(source), -(-len(source) // _PARTS_LOOKED_AT))
+    wanted, known, looked_at = {caption, aesthetic} - {None}, set[str](), 0
+    for part in parts:
+        with suppress(Unavailable):  # says so when the part's turn comes
+            for row in islice(source.rows(part), -(-_ROWS_LOOKED_AT // len(parts))):
+                if isinstance(row, Row) and row.problem is None:
+                    looked_at += 1
+                    known |= row.facts.keys() if row.text is None else {*row.facts, CAPTION}
+                    if wanted <= known:
+                        return
+    for column in (caption, aesthetic):
+        if column is not None and column not in known and looked_at:
+            option = "--caption-column" if column == caption else "--aesthetic-column"
+            raise DataError(
+                f"{option}: none of the {looked_at} rows looked at has {column!r}; "
+                f"they have {', '.join(sorted(map(printable, known))) or 'no column at all'}"
+            )
 
 
 def _is_hub_id(source: str) -> bool:

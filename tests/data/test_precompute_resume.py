@@ -70,7 +70,7 @@ def test_finished_shards_are_not_done_again(
     made_now = []
     prepare_part = precompute.prepare_part
     monkeypatch.setattr(
-        precompute, "prepare_part", lambda number, *rest: made_now.append(number) or prepare_part(number, *rest)
+        precompute, "prepare_part", lambda number, **rest: made_now.append(number) or prepare_part(number, **rest)
     )
     prepare_small(source, tmp_path / "out", toy_folder)
     assert made_now == [1, 2]
