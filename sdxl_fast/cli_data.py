@@ -21,7 +21,9 @@ Resolution = Annotated[int | None, Option(help=f"Side of the square bucket in pi
 Buckets = Annotated[
     str, Option(help="sdxl (the published list, scaled), square, or height x width: '1024x1024,832x1216'.")
 ]
-MinSide = Annotated[int | None, Option(help=f"The shorter side must have more pixels, {_NATIVE}.")]
+MinSide = Annotated[
+    int | None, Option(help=f"The shorter side must have more pixels, {_NATIVE} whatever --resolution.")
+]
 MinAesthetic = Annotated[float, Option(help="Where there is a score, it must be higher.")]
 AestheticColumn = Annotated[str | None, Option(help="Name of that score; usual ones are found.")]
 MinSharpness = Annotated[float, Option(help="Least variance of the Laplacian; 0 keeps all.")]
@@ -76,11 +78,11 @@ def prepare(
     names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))  # torchrun's
     rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in names)
     device = device or (f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu")
-    side = resolution or facts_of(model)[0]
+    native, _ = facts_of(model)
     filters = {name: values.pop(name) for name in ("min_aesthetic", "aesthetic_column", "min_sharpness")}
-    filters |= {"min_side": side if min_side is None else min_side, "deduplicate": not values.pop("keep_duplicates")}
+    filters |= {"min_side": native if min_side is None else min_side, "deduplicate": not values.pop("keep_duplicates")}
     del values["min_side"]
-    values |= {"resolution": side, "filters": filters, "device": device}
+    values |= {"filters": filters, "device": device}
     values["precision"] = precision or ("bf16" if device.startswith("cuda") else "fp32")
     again = values.pop("retry")
     report = run(PrepareConfig.model_validate(values), rank=rank, world_size=world_size, retry=again)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdxl_fast import cli
-from sdxl_fast.testing.pictures import contents, good_rows, prepare_small, write_folder
+from sdxl_fast.testing.pictures import contents, encoded, good_rows, picture, prepare_small, write_folder
 
 pytest.importorskip("webdataset", reason="the extra data is not installed")
 
@@ -44,6 +44,17 @@ def test_the_command(
     assert contents(out) == contents(tmp_path / "wanted")
     code, printed, _ = _command(capsys, *arguments, "--crop", "random")
     assert code == 2
+
+
+def test_the_minimum_side_is_the_models_own_whatever_the_resolution(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*good_rows(2), ({"file_name": "small.png", "text": "a"}, encoded(picture(9, 32, 32)))]
+    folder = write_folder(tmp_path / "set", rows)
+    arguments = [folder, "--model", toy_folder, "--resolution", 16, "--buckets", "square", "--device", "cpu"]
+    for options, kept in (([], 2), (["--min-side", 16], 3)):
+        _, printed, _ = _command(capsys, *arguments, *options, "--out", tmp_path / str(kept))
+        assert f"{kept} of 3 pictures kept" in printed
 
 
 def test_nothing_kept_is_reported_and_a_failure(
