@@ -21,6 +21,7 @@ from ..errors import DataError
 from .rows import CAPTION, Row, Source, Unavailable, check_final, digest_of, one_line, printable, read_file
 from .tars import TAR, Tars, tar_paths
 
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _PARTS_LOOKED_AT, _ROWS_LOOKED_AT = 16, 512  # for the names of columns
 
@@ -128,6 +129,8 @@ def open_source(
     Raises:
         DataError: none of these, or nothing in it.
     """
+    if _URL.match(source):
+        raise DataError(f"{source}: URLs are not read; copy the data here, or mount them, and give the folder")
     path = Path(source).expanduser()
     found: Source
     if (path / "metadata.jsonl").is_file():

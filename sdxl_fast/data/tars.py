@@ -17,6 +17,10 @@ from .rows import Damage, Row, Source, Stray, check_final, digest_of, one_line
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
+_PARQUET = (
+    "Parquet is read as a Hugging Face data set, extra hf: datasets.load_dataset('parquet', data_files=..., "
+    "split='train').save_to_disk(FOLDER), then give FOLDER"
+)
 _RECORD = 10_240  # what tars are filled up to with zeros, unless made with another --blocking-factor ...
 _LARGEST_RECORD = 1 << 20  # ... of which powers of two are taken for such, up to this
 _ENDS = 65536  # bytes at both ends of a tar that tell it from another of the same size
@@ -139,9 +143,13 @@ def tar_paths(pattern: str) -> list[Path]:
     """
     if Path(pattern).is_dir():
         paths = sorted(path for path in Path(pattern).iterdir() if TAR.search(path.name))
+        if not paths and any(Path(pattern).glob("*.parquet")):
+            raise DataError(f"{pattern}: {_PARQUET}")
         if not paths:
             raise DataError(f"{pattern}: holds neither metadata.jsonl nor tars nor a saved data set")
         return paths
+    if pattern.endswith(".parquet"):
+        raise DataError(f"{pattern}: {_PARQUET}")
     if not TAR.search(pattern):
         raise DataError(f"{pattern}: no such folder; give a folder, tars (data/{{000..099}}.tar) or a hub id")
     try:

@@ -235,12 +235,19 @@ def test_the_identity_follows_the_part(tmp_path: Path) -> None:
 def test_what_is_no_source(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_folder(tmp_path / "nothing", [])
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "0.parquet").touch()
     for source, message in (
         (tmp_path / "absent", "no such folder"),
         (tmp_path / "empty", "neither metadata.jsonl nor tars"),
         (tmp_path / "nothing", "has no rows"),
         (tmp_path / "x.tar", "none of these 1 tars exists"),
         (tmp_path / "*.tar", "no tar of that name"),
+        ("s3://bucket/{000..099}.tar", "URLs are not read; copy the data here, or mount them"),
+        ("https://example.org/set.tar", "URLs are not read"),
+        ("pipe:aws s3 cp s3://bucket/0.tar -", "URLs are not read"),
+        (tmp_path / "table", "read as a Hugging Face data set"),
+        (tmp_path / "table" / "0.parquet", r"load_dataset\('parquet'"),
     ):
         with pytest.raises(DataError, match=message):
             open_source(str(source))
