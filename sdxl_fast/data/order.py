@@ -4,7 +4,8 @@ Samples fall into buckets, one per latent shape, and a batch comes from one buck
 endless stream: all n in a random order, then all n in another, and so on; consecutive global batches of B are
 consecutive pieces of it. After e epochs floor(n e / B) pieces have been used, so what is left of a pass, fewer than B
 samples, opens the bucket's next epoch: nothing is dropped, nothing padded, and every sample comes once in every pass.
-Only a batch that spans the end of a pass can hold a sample twice. Within an epoch the pieces come in random order.
+A batch that spans the end of a pass can hold a sample twice; a bucket of fewer than B samples fills every batch with
+copies, which `LatentShards` warns of. Within an epoch the pieces come in random order.
 
 So the position in all of this follows from the number of images seen, and nothing else has to be saved.
 """

@@ -20,6 +20,7 @@ import json
 import os
 import tarfile
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
@@ -181,6 +182,7 @@ class LatentShards:
         self._order = lru_cache(maxsize=4)(partial(Order, counts))  # each remembers permutations of the whole set
         self._files: collections.OrderedDict[str, BinaryIO] = collections.OrderedDict()
         self._lock = threading.Lock()
+        self._warned_for = set[int]()
 
     def __reduce__(self) -> tuple[type[LatentShards], tuple[Path]]:
         return LatentShards, (self.folder,)
@@ -227,8 +229,23 @@ class LatentShards:
 
     def positions(self, count: int, *, seed: int, images: int, rank: int = 0, world_size: int = 1) -> list[int]:
         """Which samples the batch consists of: `order.Order` says how. A pure function of its arguments."""
+        if count * world_size not in self._warned_for:
+            self._warned_for.add(count * world_size)
+            self._warn_of_copies(count * world_size)
         bucket, chosen = self._order(seed).batch(count, images=images, rank=rank, world_size=world_size)
         return self.buckets[bucket][chosen].tolist()
+
+    def _warn_of_copies(self, size: int) -> None:
+        rare = [
+            (shape, len(found)) for shape, found in zip(self.shapes, self.buckets, strict=True) if len(found) < size
+        ]
+        if rare:
+            listed = ", ".join(f"{'x'.join(map(str, shape))} ({count})" for shape, count in rare)
+            warnings.warn(
+                f"{self.folder}: batches of {size} hold samples several times where a bucket has fewer: {listed}; "
+                "prepare the data in fewer buckets (--buckets), or train with smaller batches",
+                stacklevel=4,
+            )
 
     def read(self, positions: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """These samples, of one bucket, as `batch` gives them."""

@@ -6,6 +6,7 @@ import pickle
 import random
 import shutil
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,18 @@ def test_a_batch_has_one_shape_and_its_own_conditions(folder: Path) -> None:
         assert {rows.dtype for rows in condition.values()} == {torch.float32}
         seen.update(positions)
     assert len(seen) == 60  # 24, 24 and 12 samples: whole batches, so this was one epoch
+
+
+def test_buckets_smaller_than_a_batch_are_named_once(folder: Path) -> None:
+    data = LatentShards(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.positions(12, seed=0, images=0)
+    with pytest.warns(UserWarning, match=r"batches of 16 hold samples several times .*: 4x10x6 \(12\); prepare"):
+        data.positions(4, seed=0, images=0, world_size=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        data.positions(16, seed=0, images=16)
 
 
 def test_resuming_needs_the_number_of_images_alone(folder: Path) -> None:
