@@ -29,7 +29,7 @@ from .config import PrepareConfig
 from .encoders import Encoders, facts_of
 from .part import prepare_part
 from .progress import Progress
-from .rows import Unavailable
+from .rows import Source, Unavailable
 from .shards import EMPTY_PROMPT, INDEX
 from .sources import check_columns, open_source
 
@@ -115,6 +115,21 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
             temporary.write_text(json.dumps(merged, indent=2) + "\n")
 
 
+def _check_folder(config: PrepareConfig, source: Source, settings: dict[str, Any]) -> None:
+    """Begins the output folder, or sees that the run goes on what is there."""
+    held = [entry.name for entry in config.out.glob("*") if not entry.name.startswith(".")]
+    if held and SETTINGS not in held:  # which is written first
+        raise DataError(f"{config.out}: holds other files; name a new folder")
+    if not held:
+        check_columns(source, config.caption_column, config.filters.aesthetic_column)
+    with _sole_writer(config.out):
+        check_settings(config.out, settings)
+    if surplus := [path.name for path in config.out.glob("[0-9]*.json") if int(path.stem) >= len(source)]:
+        raise DataError(
+            f"{config.out}: was made of more parts than {config.source} has now ({min(surplus)}); make it anew"
+        )
+
+
 def say(line: str) -> None:
     """Prints a line at once, also into a file."""
     print(line, flush=True)
@@ -157,17 +172,7 @@ def prepare(
         rows_per_part=config.rows_per_shard,
     )
     settings = _settings(config, buckets)
-    held = [entry.name for entry in config.out.glob("*") if not entry.name.startswith(".")]
-    if held and SETTINGS not in held:  # which is written first
-        raise DataError(f"{config.out}: holds other files; name a new folder")
-    if not held:
-        check_columns(source, config.caption_column, config.filters.aesthetic_column)
-    with _sole_writer(config.out):
-        check_settings(config.out, settings)
-    if surplus := [path.name for path in config.out.glob("[0-9]*.json") if int(path.stem) >= len(source)]:
-        raise DataError(
-            f"{config.out}: was made of more parts than {config.source} has now ({min(surplus)}); make it anew"
-        )
+    _check_folder(config, source, settings)
 
     def done(number: int) -> bool:
         return report.is_done(config.out, number, source.identity(number))
