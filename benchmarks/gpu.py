@@ -11,110 +11,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import command, machine, report, roofline
+from benchmarks import command, gpu_tests, report, roofline
+from benchmarks.build import again, build_and_restart
 from benchmarks.measure import ContextLostError
 from benchmarks.ops import benches
 from benchmarks.results import ResultsFile
 from benchmarks.suite import FORWARD, OpBench, Options, Work, works
 from benchmarks.timing import Clock, clock_for
 
-TEST_SECONDS = 150
-SANITIZER_SECONDS = 90
-# Whole tests of the CUDA kernels whose sizes fill no vector and no block, and of one element.
-SMALL = "test_matches_oracle and cuda and contiguous and (ragged or one) and (fp32 or bf16)"
-CUDA_FOLDERS = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-
 RANDOM = "SDXL's configuration with random weights"
 
 Stage = tuple[str, Callable[[], None]]
-
-
-def cuda_problem() -> str:
-    """Returns why the native library cannot serve the GPU, or "": asked in a fresh process, since a load is kept."""
-    code = "from sdxl_fast import native; print(native.unavailable_reason('cuda') or '')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else f"sdxl_fast does not import: {done.stderr.strip()[-300:]}"
-
-
-def build() -> str:
-    """Builds the native library for the GPU that is here, if need be; returns what is wrong with it afterwards."""
-    problem = cuda_problem()
-    if not problem:
-        return ""
-    command.say(f"building the CUDA kernels ({problem})")
-    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "-e", "."]
-    environment = {**os.environ, "SDXL_FAST_CUDA": "on"}
-    started = time.monotonic()
-    done = subprocess.run(install, cwd=machine.ROOT, env=environment)
-    command.say(f"build: exit status {done.returncode} after {time.monotonic() - started:.0f} s")
-    return cuda_problem()
-
-
-def run_tests(results: ResultsFile) -> None:
-    """Runs the op tests of the GPU backends, once per results file, in which their outcome goes.
-
-    Their time is bounded, so that there is some left to measure: whatever they did not get to, every number has its
-    own gate.
-    """
-    _test(results, ["tests/ops", "-k", "cuda or triton"], TEST_SECONDS)
-
-
-def sanitize(results: ResultsFile) -> None:
-    """Runs small cases of the CUDA kernels under compute-sanitizer where it is installed, once per results file.
-
-    It sees accesses outside of any allocation, so torch does not hand out parts of larger ones meanwhile.
-    """
-    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *CUDA_FOLDERS]))
-    if tool is None:
-        command.say("compute-sanitizer is not installed")
-        return
-    memcheck = [tool, "--tool", "memcheck", "--error-exitcode", "1"]
-    _test(results, ["tests/ops", "-k", SMALL], SANITIZER_SECONDS, memcheck, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
-
-
-def _test(
-    results: ResultsFile,
-    selection: Sequence[str],
-    seconds: float,
-    under: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-) -> None:
-    case = " ".join([*(Path(name).name for name in under[:1]), "pytest", *selection])
-    if results.find("tests", {"case": case}) is None:
-        command.say(case)
-        results.put("tests", {"case": case, **_pytest(selection, seconds, under, environment or {})})
-
-
-def _pytest(
-    arguments: Sequence[str], seconds: float, under: Sequence[str], environment: Mapping[str, str]
-) -> dict[str, Any]:
-    """Runs pytest and returns whether it passed, None when it ran out of time, and its last line."""
-    pytest = [*under, sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", *arguments]
-    known = {**os.environ, **environment}
-    try:
-        done = subprocess.run(pytest, cwd=machine.ROOT, env=known, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"passed": None, "outcome": f"stopped after {seconds:g} s without a verdict"}
-    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or ["no output"]
-    passed = done.returncode == 0
-    command.say("\n".join(lines[-1:] if passed else lines[-40:]))
-    return {"passed": passed, "outcome": lines[-1].strip("= ")}
-
-
-def failed(results: ResultsFile) -> bool:
-    """Whether a test of the run failed."""
-    return any(found["passed"] is False for found in results.data["tests"])
 
 
 def _of_dtype(bench: OpBench, dtype: str) -> OpBench:
@@ -181,7 +97,7 @@ def plan(session: Session) -> list[Stage]:
     return [
         ("ops, the maps that cost most, bfloat16", lambda: ops(works("bfloat16"))),
         ("one step", lambda: session.models(RANDOM, session.model)),
-        *([("compute-sanitizer", lambda: sanitize(session.results))] if session.tests else []),
+        *([("compute-sanitizer", lambda: gpu_tests.sanitize(session.results))] if session.tests else []),
         ("ops against torch.compile", lambda: ops(works("bfloat16", first=2), compile=True)),
         ("one step, four pictures", lambda: session.models(RANDOM, batch=4)),
         ("ops, float32", lambda: ops(works("float32"))),
@@ -212,14 +128,12 @@ def _stop(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _restart(given: Sequence[str], lost: ContextLostError, results: ResultsFile) -> None:
+def _restart(given: Sequence[str], lost: ContextLostError, results: ResultsFile, deadline: float) -> None:
     """Takes down what crashed the GPU and goes on in a new process."""
     results.put(lost.section, lost.row)
     command.say(f"{lost}\nrestarting")
     kept = [a for i, a in enumerate(given) if a != "--resume" and (i == 0 or given[i - 1] != "--resume")]
-    sys.stdout.flush()
-    again = [sys.executable, "-m", "benchmarks.gpu", *kept, "--resume", str(results.path)]
-    os.execv(sys.executable, again)
+    again("benchmarks.gpu", [*kept, "--resume", str(results.path)], deadline=deadline)
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
@@ -249,9 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rehearse: bool = arguments.rehearse
     device = "cpu" if rehearse else "cuda"
     clock = clock_for(device, quick=rehearse)
-    problem = "" if rehearse or arguments.skip_build or arguments.resume else build()
-    if problem:
-        command.say(f"WARNING: no CUDA kernels: {problem}")
+    ready = rehearse or arguments.skip_build or arguments.resume
+    problem = "" if ready else build_and_restart("benchmarks.gpu", given, deadline=deadline)
     if arguments.resume:
         results = ResultsFile.load(arguments.resume)
         results.set("complete", False)
@@ -259,7 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = command.start(arguments.out, device, clock, quick=rehearse)
     tests = not (rehearse or arguments.skip_tests)
     if tests:
-        run_tests(results)
+        gpu_tests.run_ops(results)
+        gpu_tests.run_graphs(results)
     options = Options(
         device,
         rounds=3 if rehearse else 15,
@@ -272,12 +186,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         finished = run(plan(session), results, deadline=deadline)
     except ContextLostError as lost:
-        _restart(given, lost, results)
+        _restart(given, lost, results, deadline)
     except KeyboardInterrupt:
         command.say(f"interrupted; what was measured is in {results.path}")
         raise SystemExit(130) from None
     status = command.finish(results, complete=finished)
-    raise SystemExit(1 if failed(results) or problem else status)
+    raise SystemExit(1 if gpu_tests.failed(results) or problem else status)
 
 
 if __name__ == "__main__":

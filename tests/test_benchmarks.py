@@ -326,32 +326,6 @@ def test_a_run_that_is_cut_off_leaves_its_results(tmp_path: Path) -> None:
     assert gpu.run([("late", second)], results, deadline=-math.inf) is False
 
 
-def test_small_cases_run_under_compute_sanitizer_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    results = ResultsFile.create(None, "", {})
-    monkeypatch.setattr(gpu, "CUDA_FOLDERS", [])
-    monkeypatch.setenv("PATH", str(tmp_path))
-    gpu.sanitize(results)
-    assert not results.data["tests"] and not gpu.failed(results)
-    tool = tmp_path / "compute-sanitizer"
-    tool.write_text(
-        f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" > {tmp_path}/asked\nexit $(cat {tmp_path}/code)\n'
-    )
-    tool.chmod(0o755)
-    for code in (0, 1):
-        (tmp_path / "code").write_text(str(code))
-        results = ResultsFile.create(None, "", {})
-        with monkeypatch.context() as paths:
-            paths.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
-            gpu.sanitize(results)
-        (row,) = results.data["tests"]
-        assert row["case"].startswith("compute-sanitizer pytest tests/ops -k") and row["passed"] is (code == 0)
-        assert gpu.failed(results) is (code == 1)
-    asked = (tmp_path / "asked").read_text()
-    assert asked.startswith("1 --tool memcheck --error-exitcode 1") and f"{sys.executable} -m pytest" in asked
-
-
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     return subprocess.run(

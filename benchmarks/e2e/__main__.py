@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import command, machine, report
+from benchmarks.build import build_and_restart
 from benchmarks.e2e import bench_cold_start, bench_one_step, bench_pipelines, peers
 from benchmarks.e2e.bench_pipelines import Request, default_dtype, parse_size
 from benchmarks.e2e.random_model import RANDOM_SDXL
@@ -84,16 +85,6 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     return found
 
 
-def _build(arguments: argparse.Namespace) -> None:
-    """Builds the CUDA kernels if they are missing; without them the numbers are those of Triton and the library."""
-    if arguments.device == "cuda" and not arguments.skip_build:
-        from benchmarks import gpu
-
-        problem = gpu.build()
-        if problem:
-            command.say(f"WARNING: no CUDA kernels: {problem}")
-
-
 def _true_width(arguments: argparse.Namespace, results: ResultsFile) -> None:
     """SDXL at 1024 px on a CPU: each in a process of its own for memory, then stock and packed on the same weights."""
     # In this order, as this process gives no memory back: warm memory is what it asks its allocator for.
@@ -111,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine.restart_with_warm_allocator("benchmarks.e2e", given, arguments.threads)
     torch.set_num_threads(arguments.threads)
     peers.quiet()
-    _build(arguments)
+    if arguments.device == "cuda" and not arguments.skip_build:
+        build_and_restart("benchmarks.e2e", given)
     clock = clock_for(arguments.device, quick=arguments.quick)
     if arguments.resume:
         results = ResultsFile.load(arguments.resume)

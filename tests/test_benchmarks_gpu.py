@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``make gpu`` does around the measurements: building, starting again, tests with bounded time and a log."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT))  # benchmarks/ is not installed
+
+from benchmarks import build, gpu_tests  # noqa: E402
+from benchmarks.results import ResultsFile  # noqa: E402
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that took this process's place."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(build.os, "execv", lambda path, arguments: found.append(arguments[1:]))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("built", "restarts"),
+    [
+        (build.Built("", installed=True), True),
+        (build.Built("", installed=False), False),  # it was there
+        (build.Built("no nvcc", installed=True), False),  # for the CPU alone
+        (build.Built("no nvcc", installed=False), False),
+    ],
+)
+def test_what_was_just_installed_is_measured_by_a_new_process(
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], built: build.Built, restarts: bool
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: built)
+    assert build.build_and_restart("benchmarks.gpu", ["--out", "x"]) == built.problem
+    assert started == ([["-m", "benchmarks.gpu", "--out", "x", "--skip-build"]] if restarts else [])
+
+
+@pytest.mark.parametrize(("status", "left"), [(0, ""), (1, "no nvcc")])
+def test_build_says_whether_it_installed(monkeypatch: pytest.MonkeyPatch, status: int, left: str) -> None:
+    problems = iter(["no library", left])
+    monkeypatch.setattr(build, "cuda_problem", lambda: next(problems))
+    monkeypatch.setattr(
+        build.subprocess, "run", lambda *args, **kwargs: build.subprocess.CompletedProcess(args[0], status)
+    )
+    assert build.build() == build.Built(left, installed=status == 0)
+    monkeypatch.setattr(build, "cuda_problem", lambda: "")
+    assert build.build() == build.Built("", installed=False)
+
+
+def test_a_new_process_has_the_time_that_is_left(started: list[list[str]]) -> None:
+    build.again("benchmarks.gpu", ["--minutes", "10"], deadline=time.monotonic() + 90)
+    *given, option, minutes = started[0]
+    assert given == ["-m", "benchmarks.gpu", "--minutes", "10"] and option == "--minutes"
+    assert math.isclose(float(minutes), 1.5, abs_tol=0.02)
+
+
+def _tests(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "test_made_up.py"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_failures_and_the_log_outlive_a_timeout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], parallel: bool
+) -> None:
+    monkeypatch.setattr(gpu_tests.machine, "processors", lambda: 1)
+    monkeypatch.setattr(gpu_tests, "REPORT_SECONDS", 1)
+    results = ResultsFile.create(tmp_path, "made-up", {})
+    pid = tmp_path / "pid"
+
+    class Impatient(subprocess.Popen):  # type: ignore[type-arg]
+        """Its time is up as soon as the last test runs, however busy this machine is."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout != 5:
+                return super().wait(timeout)
+            while self.poll() is None and not (pid.is_file() and pid.read_text()):
+                time.sleep(0.05)
+            raise subprocess.TimeoutExpired("pytest", 5)
+
+    monkeypatch.setattr(gpu_tests.subprocess, "Popen", Impatient)
+    text = f"""
+import os, pathlib, subprocess, time
+def test_right(): pass
+def test_wrong(): raise AssertionError("told in the log")
+def test_long():
+    child = subprocess.Popen(["sleep", "1000"])
+    pathlib.Path({str(pid)!r}).write_text(str(child.pid))
+    time.sleep(1000)
+"""
+    gpu_tests._test(results, [_tests(tmp_path, text)], 5, parallel=parallel)
+    (row,) = results.data["tests"]
+    assert row["passed"] is False and row["outcome"] == "stopped after 5 s: 1 passed, 1 failed by then"
+    assert "test_made_up.py::test_wrong" in capsys.readouterr().out
+    log = (tmp_path / "made-up_tests_0.log").read_text()
+    assert "test_wrong" in log
+    _wait_for_end(int(pid.read_text()))
+
+
+def _wait_for_end(pid: int) -> None:
+    """Nothing of what was stopped goes on: a zombie nobody waits for is all that may be left."""
+    for _ in range(50):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return
+        except OSError:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"process {pid} still runs")
+
+
+def test_outcome_of_tests_that_end() -> None:
+    lines = "tests/a.py::one PASSED [ 50%]\ntests/a.py::two FAILED [100%]\n=== 1 failed, 1 passed in 1.00s ==="
+    assert gpu_tests._outcome(1, lines, 9.0) == {"passed": False, "outcome": "1 failed, 1 passed in 1.00s"}
+    assert gpu_tests._outcome(0, "=== 2 passed ===", 9.0) == {"passed": True, "outcome": "2 passed"}
+    parallel = "[gw3] [ 50%] PASSED tests/a.py::one \n[gw1] [100%] PASSED tests/a.py::two"
+    stopped = {"passed": None, "outcome": "stopped after 9 s: 2 passed, 0 failed by then"}
+    assert gpu_tests._outcome(None, parallel, 9.0) == stopped
+
+
+def test_graphs_are_tested_where_the_pipelines_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ResultsFile.create(None, "", {})
+    with monkeypatch.context() as blocked:
+        blocked.setitem(sys.modules, "sdxl_fast.inference", None)
+        gpu_tests.run_graphs(results)
+    assert not results.data["tests"]
+    monkeypatch.setitem(sys.modules, "sdxl_fast.inference", ModuleType("a stand-in"))
+    monkeypatch.setattr(gpu_tests, "_run", lambda arguments, seconds, environment, log: log.write_text("passed") and 0)
+    gpu_tests.run_graphs(results)
+    case = f"pytest {gpu_tests.GRAPHS} -m gpu"
+    assert results.data["tests"] == [{"case": case, "passed": True, "outcome": "passed"}]
+    assert "pytest.mark.gpu" in (ROOT / gpu_tests.GRAPHS).read_text()
+
+
+def test_small_cases_run_under_compute_sanitizer_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = ResultsFile.create(None, "", {})
+    monkeypatch.setattr(gpu_tests, "CUDA_FOLDERS", [])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    gpu_tests.sanitize(results)
+    assert not results.data["tests"] and not gpu_tests.failed(results)
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text(
+        f'#!/bin/sh\necho "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" > {tmp_path}/asked\nexit $(cat {tmp_path}/code)\n'
+    )
+    tool.chmod(0o755)
+    for code in (0, 1):
+        (tmp_path / "code").write_text(str(code))
+        results = ResultsFile.create(None, "", {})
+        with monkeypatch.context() as paths:
+            paths.setenv("PATH", f"{tmp_path}{os.pathsep}/bin{os.pathsep}/usr/bin")
+            gpu_tests.sanitize(results)
+        (row,) = results.data["tests"]
+        assert row["case"].startswith("compute-sanitizer pytest tests/ops -k") and row["passed"] is (code == 0)
+        assert gpu_tests.failed(results) is (code == 1)
+    asked = (tmp_path / "asked").read_text()
+    assert asked.startswith("1 --tool memcheck --error-exitcode 1") and f"{sys.executable} -m pytest" in asked
