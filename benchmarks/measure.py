@@ -211,7 +211,7 @@ def _refusing(found: dict[str, dict[str, Any]], name: str, work: Work, options: 
     """Turns what a contestant raises into its entry."""
     try:
         yield
-    except (RuntimeError, ValueError, LookupError) as error:
+    except Exception as error:  # Triton's own are of no narrower class; the row says which it was
         found[name] = {"refused": one_line(error)}
         if not alive(options.device):
             raise ContextLostError("faults", {**_fault_key(work, name), "reason": one_line(error)}) from error

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import command, gpu, report  # noqa: E402
-from benchmarks.e2e import bench_fuse, bench_one_step  # noqa: E402
+from benchmarks.e2e import bench_fuse, bench_one_step, bench_pipelines  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
 from benchmarks.ops import bench_geglu, benches  # noqa: E402
@@ -221,6 +221,39 @@ def test_wrong_backend_is_refused_and_not_timed() -> None:
     said: list[str] = []
     assert command.finish(results, tell=said.append) == 1
     assert any("FAILED ITS GATE" in line for line in said)
+
+
+class _CompilerError(Exception):
+    """Of no class that PyTorch's errors have, as Triton's are."""
+
+
+def test_a_backend_that_does_not_compile_is_a_row_that_says_so() -> None:
+    bench = bench_geglu.BENCH
+    work = Work(bench, bench.cases("cpu", quick=True)[0], "float32", (FORWARD,))
+    entered = contestants(bench, "cpu", compile=False)
+
+    def broken(**values: Any) -> Any:
+        raise _CompilerError("out of resource: shared memory")
+
+    entered[0] = dataclasses.replace(entered[0], call=broken)
+    (row,) = measure(work, QUICK, CpuClock(0.0), entered=entered)
+    assert row["contestants"]["cpu"] == {"refused": "out of resource: shared memory"}
+    assert "seconds" in row["contestants"]["eager"]
+
+
+def test_a_whole_model_that_does_not_compile_is_a_row_that_says_so(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise _CompilerError("no such layout")
+
+    monkeypatch.setattr(bench_one_step, "measure", broken)
+    monkeypatch.setattr(bench_pipelines, "measure", broken)
+    results = ResultsFile.create(None, "", {})
+    request = bench_one_step.Request(str(toy_folder), "float32")
+    bench_one_step.run([request], "cpu", CpuClock(0.0), results, tell=lambda text: None)
+    bench_pipelines.run([bench_pipelines.Request(str(toy_folder))], "cpu", results, tell=lambda text: None)
+    assert [row["skipped"] for row in results.data["end_to_end"]] == ["no such layout"] * 2
 
 
 def test_inputs_rotate_in_the_layout_asked_for() -> None:

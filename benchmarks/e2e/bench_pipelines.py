@@ -245,7 +245,7 @@ def _rows(request: Request, device: str, results: ResultsFile, folder: Path) -> 
     """Returns the rows of a request, or the one that says what went wrong."""
     try:
         return measure(request, device, results.data["ceilings"], folder)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of any compiler of kernels too: the row says what it was
         row = {**request.key(MODES[0]), "about": "", "skipped": one_line(error), "contestants": {}}
         if not alive(device):
             raise ContextLostError("end_to_end", row) from error

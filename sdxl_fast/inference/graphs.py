@@ -11,6 +11,7 @@ and all captures share one memory pool: what one needs only while it runs, the n
 from __future__ import annotations
 
 import gc
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -49,7 +50,10 @@ class Capturer(Protocol):
     """Makes graphs."""
 
     def capture(self, stage: Stage, inputs: Inputs) -> Graph:
-        """Run `stage` on copies of `inputs` until it is warm, then record it. Raises RuntimeError if it cannot be."""
+        """Run `stage` on copies of `inputs` until it is warm, then record it.
+
+        Raises RuntimeError, or a TritonError, if it cannot be.
+        """
 
 
 @dataclass(slots=True)
@@ -178,7 +182,7 @@ class GraphCache:
         try:
             with dispatch.record() as calls:
                 graph = self._capturer.capture(stage, inputs)
-        except RuntimeError as error:
+        except _refusals() as error:
             self._give_up(name, key, " ".join(str(error).split())[:200])
             return None
         self._rates[name] = max(self._rates.get(name, 0.0), graph.nbytes / max(size, 1))
@@ -208,6 +212,12 @@ def through(
     """`stage(*inputs)`, replayed where there are graphs and can be one."""
     found = None if graphs is None else graphs.through(name, stage, inputs, weights, size=size)
     return stage(*inputs) if found is None else found
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a capture that cannot be raises: torch's errors, and Triton's, which have no class in common with them."""
+    triton = sys.modules.get("triton.errors")
+    return (RuntimeError,) if triton is None else (RuntimeError, triton.TritonError)
 
 
 WARM_RUNS = 2

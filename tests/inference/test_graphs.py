@@ -130,6 +130,18 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
     assert (cache.stats.captures, cache.stats.uncaptured) == (0, 2)
 
 
+def test_a_kernel_that_triton_cannot_compile_is_run_without_a_graph() -> None:
+    errors = pytest.importorskip("triton.runtime.errors")
+    cache, capturer = _cache(1000)
+
+    def refuse(stage: Any, inputs: Any) -> Any:
+        raise errors.OutOfResources(300_000, 232_448, "shared memory")
+
+    capturer.capture = refuse
+    assert cache.run("double", _double, (torch.ones(2),), weights=0) is None
+    assert cache.stats.reasons["double"].startswith("out of resource: shared memory")
+
+
 def test_an_error_of_the_stage_itself_is_the_callers() -> None:
     cache, _ = _cache(1000)
     with pytest.raises(ValueError, match="mine"):
