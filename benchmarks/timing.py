@@ -174,7 +174,8 @@ class GraphClock:
         count = len(calls) * max(1, math.ceil(wanted / len(calls)))
         held: list[object] = [None] * len(calls)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # the outer one: a capture that fails to end leaves its own stream current
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             for i in range(count):
                 held[i % len(calls)] = calls[i % len(calls)]()
         torch.cuda.synchronize()

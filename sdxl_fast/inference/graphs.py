@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -48,6 +49,9 @@ class Graph(Protocol):
 
 class Capturer(Protocol):
     """Makes graphs."""
+
+    def busy(self) -> bool:
+        """Whether somebody captures what runs now; no graph can be made or replayed within that."""
 
     def capture(self, stage: Stage, inputs: Inputs) -> Graph:
         """Run `stage` on copies of `inputs` until it is warm, then record it.
@@ -127,6 +131,10 @@ class GraphCache:
         Raises:
             StaleGraphError: the graph was captured with other weights; `clear` it.
         """
+        if self._capturer.busy():
+            self.stats.uncaptured += 1
+            self.stats.reasons[name] = "it is being captured already, in a graph of the caller's"
+            return None
         key = (name, *((tuple(t.shape), t.dtype, t.stride()) for t in inputs))
         held = self._held.get(key)
         if held is None:
@@ -249,12 +257,21 @@ class CudaCapturer:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: Any = None
         self._pool: Any = None
+        self._alive: weakref.WeakSet[CudaGraph] = weakref.WeakSet()
+
+    def busy(self) -> bool:
+        """See `Capturer`."""
+        with torch.cuda.device(self._device):
+            return torch.cuda.is_current_stream_capturing()
 
     def capture(self, stage: Stage, inputs: Inputs) -> CudaGraph:
         """See `Capturer`."""
         with torch.cuda.device(self._device):
-            if self._pool is None:
+            if self._stream is None:  # torch's own is one for all, on the GPU of whoever captured first
+                self._stream = torch.cuda.Stream()
+            if self._pool is None or not self._alive:  # torch gives up a pool with the last graph in it
                 self._pool = torch.cuda.graph_pool_handle()
             statics = tuple(t.detach().clone() for t in inputs)
             side = torch.cuda.Stream()
@@ -269,8 +286,16 @@ class CudaCapturer:
             before = torch.cuda.memory_reserved()
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other engines' threads do meanwhile is none of this capture's business
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = stage(*statics)
+            how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+            try:
+                # the outer one: a capture that fails to end leaves its own stream current
+                with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, **how):
+                    output = stage(*statics)
+            except BaseException:
+                self._pool = None  # torch may still be recording to it: no other capture could begin there
+                raise
             taken = max(torch.cuda.memory_reserved() - before, 0)
         held = sum(t.numel() * t.element_size() for t in (*statics, output))
-        return CudaGraph(graph, statics, output, max(taken, held))
+        captured = CudaGraph(graph, statics, output, max(taken, held))
+        self._alive.add(captured)
+        return captured

@@ -40,6 +40,10 @@ class FakeCapturer:
         self.nbytes = nbytes
         self.cache: GraphCache | None = None
         self.held_before: list[int] = []
+        self.within = False
+
+    def busy(self) -> bool:
+        return self.within
 
     def capture(self, stage: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> FakeGraph:
         assert self.cache is not None
@@ -128,6 +132,20 @@ def test_what_cannot_be_captured_runs_and_says_why() -> None:
         assert cache.run("double", _double, (torch.ones(2),), weights=0) is None
     assert cache.stats.reasons == {"double": "operation not permitted when stream is capturing"}
     assert (cache.stats.captures, cache.stats.uncaptured) == (0, 2)
+
+
+def test_within_a_capture_of_the_callers_there_is_no_graph() -> None:
+    """The stage runs as it is, and so becomes part of that; neither a new graph nor a replay could."""
+    cache, capturer = _cache(1000)
+    x, y = torch.ones(2), torch.ones(3)
+    cache.run("double", _double, (x,), weights=0)
+    capturer.within = True
+    assert cache.run("double", _double, (x,), weights=0) is None
+    assert through(cache, "double", _double, (y,), 0).tolist() == [2.0] * 3
+    assert cache.stats.reasons["double"].startswith("it is being captured already")
+    capturer.within = False
+    assert cache.run("double", _double, (y,), weights=0).tolist() == [2.0] * 3
+    assert (cache.stats.captures, cache.stats.replays, cache.stats.uncaptured) == (2, 2, 2)
 
 
 def test_a_kernel_that_triton_cannot_compile_is_run_without_a_graph() -> None:
