@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..nn import FuseReport, fuse
 from ..nn import restore as unfuse
-from .graphs import DEFAULT_BUDGET, CudaCapturer, GraphCache
+from .graphs import cache_on
 from .packing import unpack
 from .runner import SLOT, Runner, refusal, runner_of, tensors
 from .text_program import STOCK as STOCK_TEXT
@@ -151,7 +151,7 @@ def packable(network: Any) -> bool:
     return type(network) in (*_STOCK, *_STOCK.values())
 
 
-def attach(network: Any, *, graph_budget: int = DEFAULT_BUDGET) -> Runner[Any]:
+def attach(network: Any) -> Runner[Any]:
     """Put packed code in front of a UNet2DConditionModel, an AutoencoderKL or a CLIP text encoder, in place.
 
     Fused operations are swapped into the modules of UNet and VAE, which get channels-last weights and, on a GPU, CUDA
@@ -173,8 +173,7 @@ def attach(network: Any, *, graph_budget: int = DEFAULT_BUDGET) -> Runner[Any]:
     graphs, fused, was_contiguous = None, FuseReport(), False
     device = next(network.parameters()).device
     if cls in (PackedUNet, PackedVae):
-        if device.type == "cuda":
-            graphs = GraphCache(CudaCapturer(device), budget=graph_budget)
+        graphs = cache_on(device)
         first = network.conv_in.weight if cls is PackedUNet else network.decoder.conv_in.weight
         was_contiguous = first.is_contiguous()
         network.to(memory_format=torch.channels_last)

@@ -28,8 +28,10 @@ from .lru import ByteLru
 Stage = Callable[..., Tensor]
 Inputs = tuple[Tensor, ...]
 
-DEFAULT_BUDGET = 4 << 30
-"""Bytes that graphs may hold beyond the weights. At 1024 px the VAE's activations alone take about 2.5 GB in bf16."""
+FREE_SHARE = 1 / 3
+"""Of a GPU's memory that is free when a cache is made, what its graphs may hold. At 1024 px in bf16 the VAE's
+activations alone take about 2.5 GB a picture, so that beside SDXL's weights 80 GB have room for eight. A pipeline has
+three caches of that size, of which a call as one graph uses one, and others the other two."""
 
 
 class StaleGraphError(RuntimeError):
@@ -88,7 +90,7 @@ class GraphCache:
         budget: bytes that all graphs together may hold.
     """
 
-    def __init__(self, capturer: Capturer, *, budget: int = DEFAULT_BUDGET) -> None:
+    def __init__(self, capturer: Capturer, *, budget: int) -> None:
         self._capturer = capturer
         self._held: ByteLru[_Held] = ByteLru(budget)
         self._impossible: dict[Hashable, str] = {}
@@ -299,3 +301,13 @@ class CudaCapturer:
         captured = CudaGraph(graph, statics, output, max(taken, held))
         self._alive.add(captured)
         return captured
+
+
+def cache_on(device: torch.device) -> GraphCache | None:
+    """A cache of graphs for a GPU, with `FREE_SHARE` of what is free there now to hold; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    # what torch keeps for its next allocations is free as well
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return GraphCache(CudaCapturer(device), budget=int(FREE_SHARE * (free + unused)))

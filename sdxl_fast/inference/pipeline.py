@@ -24,7 +24,7 @@ from .accelerated import attach, packable
 from .adapters import Adapters, LoraVerbs
 from .calibration import check_quantization, use_scales
 from .float8 import Scales
-from .graphs import CudaCapturer, GraphCache
+from .graphs import cache_on
 from .install import NETWORKS, PartReport, check_shapes, describe
 from .presets import Preset
 from .prompts import PromptCache
@@ -93,8 +93,8 @@ class OneStepPipeline(LoraVerbs):
         attach(self.text_encoder_2)
         self._parts = parts
         self._prompts, self._texts = PromptCache(), TextWatch()
-        self._text_graphs = GraphCache(CudaCapturer(self.device)) if self.device.type == "cuda" else None
-        self._whole = WholeCall(GraphCache(CudaCapturer(self.device))) if self.device.type == "cuda" else None
+        self._text_graphs, images = cache_on(self.device), cache_on(self.device)
+        self._whole = None if images is None else WholeCall(images)
         networks = {name: getattr(self, name) for name in ("unet", "text_encoder", "text_encoder_2")}
         self._adapters = Adapters(networks, changed=self._prompts.clear)
         table = noise_schedule(parts.scheduler, parts.source)

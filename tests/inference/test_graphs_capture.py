@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdxl_fast.inference import graphs
-from sdxl_fast.inference.graphs import CudaCapturer, GraphCache
+from sdxl_fast.inference.graphs import CudaCapturer, GraphCache, cache_on
 
 
 class _Stream:
@@ -92,6 +92,12 @@ class _Cuda:
         self.users_seen = getattr(self, "users_seen", 0) + 1
         return self.users_seen
 
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        return 60 << 30, 80 << 30
+
+    def memory_allocated(self, device: torch.device) -> int:
+        return 7 << 30
+
     def is_current_stream_capturing(self) -> bool:
         return False
 
@@ -101,8 +107,8 @@ class _Cuda:
     def empty_cache(self) -> None:
         pass
 
-    def memory_reserved(self) -> int:
-        return 0
+    def memory_reserved(self, device: torch.device | None = None) -> int:
+        return 0 if device is None else 10 << 30
 
 
 @pytest.fixture
@@ -156,3 +162,10 @@ def test_each_captures_on_a_stream_of_its_own_on_its_own_gpu(cuda: _Cuda) -> Non
     first, again, second, _ = (stream for _, stream in cuda.captured)
     assert first is again and (first.device, second.device) == (0, 1)
     assert not {first, second} & set(cuda.default.values())
+
+
+def test_graphs_may_hold_a_third_of_what_is_free(cuda: _Cuda) -> None:
+    """Of 60 GB that nobody has taken and 3 GB that torch has taken but not handed out."""
+    cache = cache_on(torch.device("cuda", 0))
+    assert cache is not None and cache.budget == 21 << 30
+    assert cache_on(torch.device("cpu")) is None
