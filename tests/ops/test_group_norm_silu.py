@@ -227,9 +227,10 @@ def test_equals_torch_modules():
 def test_autocast_keeps_dtype(backend):
     """Under autocast a bfloat16 map meets float32 parameters, and their gradients are float32."""
     require(backend, "group_norm_silu")
-    weight, bias = torch.ones(8, requires_grad=True), torch.zeros(8, requires_grad=True)
-    x = torch.randn(2, 8, 4, 4).bfloat16()
-    with torch.autocast("cpu", torch.bfloat16), use_backend(backend):
+    device = device_of(backend)
+    weight, bias = torch.ones(8, device=device, requires_grad=True), torch.zeros(8, device=device, requires_grad=True)
+    x = torch.randn(2, 8, 4, 4, device=device).bfloat16()
+    with torch.autocast(device, torch.bfloat16), use_backend(backend):
         y = ops.group_norm_silu(x, weight, bias, num_groups=4)
         plain = ops.group_norm_silu(x, weight.detach(), bias.detach(), num_groups=4)
     y.sum().backward()

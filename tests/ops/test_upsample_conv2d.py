@@ -129,8 +129,9 @@ def test_error_of_16_bit_is_within_the_stated_bound(backend, dtype):
     x = torch.randn(1, 64, 8, 8).to(dtype)
     weight, bias = (torch.randn(32, 64, 3, 3) / 24).to(dtype), torch.randn(32).to(dtype)
     kernel = phase_weights(weight)
+    on = device_of(backend)
     with use_backend(backend):
-        got = ops.upsample_conv2d(x, weight, bias, phases=kernel).double()
+        got = ops.upsample_conv2d(x.to(on), weight.to(on), bias.to(on), phases=kernel.to(on)).double().cpu()
     exact = reference.fwd(x.double(), weight.double(), bias.double(), None)
     terms = F.conv_transpose2d(x.double().abs(), kernel.double().abs(), bias.double().abs(), stride=2, padding=1)
     accumulation = 4 * 64 * torch.finfo(torch.float32).eps * terms
