@@ -181,6 +181,7 @@ def main(bench: OpBench, module: str, argv: Sequence[str] | None = None) -> None
         found.error("--device cuda, but torch finds no CUDA GPU here")
     machine.restart_with_warm_allocator(module, arguments_given, arguments.threads)
     torch.set_num_threads(arguments.threads)
+    machine.full_float32()
     clock = clock_for(arguments.device, quick=arguments.quick)
     results = start(arguments.out, arguments.device, clock, quick=arguments.quick)
     cases = bench.cases(arguments.device, quick=arguments.quick)

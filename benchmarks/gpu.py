@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import command, gpu_tests, report, roofline
+from benchmarks import command, gpu_tests, machine, report, roofline
 from benchmarks.build import again, build_and_restart
 from benchmarks.measure import ContextLostError
 from benchmarks.ops import benches
@@ -162,6 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _stop)
     rehearse: bool = arguments.rehearse
     device = "cpu" if rehearse else "cuda"
+    machine.full_float32()
     clock = clock_for(device, quick=rehearse)
     ready = rehearse or arguments.skip_build or arguments.resume
     problem = "" if ready else build_and_restart("benchmarks.gpu", given, deadline=deadline)

@@ -59,6 +59,11 @@ def priority() -> str:
     return f"real-time ({policies[policy]})" if policy in policies and policy is not None else "normal"
 
 
+def full_float32() -> None:
+    """Has float32 mean float32: cuDNN's convolutions round to TF32 unless told otherwise, which no gate would pass."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def processors() -> int:
     """Returns how many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

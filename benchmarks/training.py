@@ -77,7 +77,7 @@ def gate(device: str = "cpu") -> dict[str, Verdict]:
 
     On the embedded architecture. The LoRA is given values, without which half of its gradients are zero.
     """
-    torch.backends.cudnn.allow_tf32 = False
+    machine.full_float32()
     ground = Ground.lay(Scene(device=device), "precision=fp32", "batch=4")
     other = copy.deepcopy(ground)  # ours fuses and lays out the very networks
     task = ground.ours()

@@ -18,6 +18,8 @@ import torch
 # imported. Without a GPU the interpreter is the only way to run them.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+else:  # cuDNN's convolutions round float32 to TF32 unless told otherwise, a thousand times what the bounds allow
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 # Processes of a parallel run (pytest -n) share the cores: two that each use all of them slow one another many times.

@@ -12,11 +12,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import build, gpu_tests  # noqa: E402
+from benchmarks import build, gpu_tests, machine  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
 
 
@@ -167,3 +168,15 @@ def test_small_cases_run_under_compute_sanitizer_where_there_is_one(
         assert gpu_tests.failed(results) is (code == 1)
     asked = (tmp_path / "asked").read_text()
     assert asked.startswith("1 --tool memcheck --error-exitcode 1") and f"{sys.executable} -m pytest" in asked
+
+
+def test_float32_is_not_rounded_to_tf32() -> None:
+    """No gate of a float32 convolution would pass on what cuDNN does unless told otherwise."""
+    parts = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [part.allow_tf32 for part in parts]
+    try:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        machine.full_float32()
+        assert not any(part.allow_tf32 for part in parts)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
