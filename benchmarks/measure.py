@@ -75,7 +75,10 @@ class Prepared:
     def sets(self, layout: str) -> list[tuple[Values, torch.Tensor]]:
         """Returns the sets of (arguments, gradient of the first output) in a layout, made once."""
         if layout not in self._layouts:
-            self._layouts[layout] = [(place(v, layout), place({"dy": dy}, layout)["dy"]) for v, dy in self._base]
+            ordered = self._work.bench.ordered
+            self._layouts[layout] = [
+                (place(v, layout, ordered), place({"dy": dy}, layout)["dy"]) for v, dy in self._base
+            ]
         return self._layouts[layout]
 
     def unavailable(self, contestant: Contestant) -> str | None:

@@ -59,6 +59,7 @@ class OpBench:
         dtypes: names, the most valuable first.
         modes: forward, or both passes too.
         images: whether tensors have a memory format; peers are then timed in both.
+        ordered: tensors that stay as ``make`` lays them out, since their order is what they were prepared for.
         rows: over how many rows an element of an output or gradient sums, by case.
         cost: what else the cost model needs to know of a case.
         arguments: the operation's own arguments of a case, where the subject's public function takes others.
@@ -77,6 +78,7 @@ class OpBench:
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
     modes: tuple[str, ...] = (FORWARD, BOTH)
     images: bool = False
+    ordered: tuple[str, ...] = ()
     rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
     cost: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
     arguments: Callable[[Values], Values] = field(default=dict)
@@ -178,12 +180,13 @@ def contestants(bench: OpBench, device: str, *, compile: bool) -> list[Contestan
     return found
 
 
-def place(values: Values, layout: str) -> Values:
-    """Returns ``values`` with every [N,C,H,W] tensor in the memory layout."""
-    return {
-        name: v.contiguous(memory_format=LAYOUTS[layout]) if isinstance(v, torch.Tensor) and v.ndim == 4 else v
-        for name, v in values.items()
-    }
+def place(values: Values, layout: str, ordered: tuple[str, ...] = ()) -> Values:
+    """Returns ``values`` with every [N,C,H,W] tensor in the memory layout, but for those that are ``ordered``."""
+
+    def moves(name: str) -> bool:
+        return isinstance(values[name], torch.Tensor) and values[name].ndim == 4 and name not in ordered
+
+    return {n: v.contiguous(memory_format=LAYOUTS[layout]) if moves(n) else v for n, v in values.items()}
 
 
 def fastest(row: Mapping[str, Any], prefix: str) -> str | None:

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import build, gpu_tests, machine  # noqa: E402
+from benchmarks.ops import benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
+from benchmarks.suite import place  # noqa: E402
 
 
 @pytest.fixture
@@ -180,3 +182,13 @@ def test_float32_is_not_rounded_to_tf32() -> None:
         assert not any(part.allow_tf32 for part in parts)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_what_was_prepared_in_an_order_keeps_it() -> None:
+    """As on a GPU the phases are: C_in innermost, which the kernel would otherwise copy at every call."""
+    bench = next(b for b in benches() if b.subject.op == "upsample_conv2d")
+    phases = torch.empty(6, 4, 4, 5).permute(3, 0, 1, 2)
+    x = torch.empty(1, 5, 2, 3)
+    placed = place({"x": x, "phases": phases}, bench.layout, bench.ordered)
+    assert placed["phases"].permute(1, 2, 3, 0).is_contiguous()
+    assert placed["x"].is_contiguous(memory_format=torch.channels_last)

@@ -55,6 +55,7 @@ BENCH = OpBench(
     gpu_cases=tuple(_SDXL.values()),
     modes=(FORWARD,),
     images=True,
+    ordered=("phases",),
     rows=lambda case: {"y": 9 * case.shape[1]},
     cost=lambda case: {"out_channels": case.options["out_channels"]},
     targets=tuple(Target(name, dtype, 1.5, backend="library") for name in CPU for dtype in ("float32", "bfloat16")),
