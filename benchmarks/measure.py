@@ -24,7 +24,7 @@ from benchmarks.suite import (
     place,
     with_ratios,
 )
-from benchmarks.timing import Call, Clock, Timed, interleave, sets_to_exceed, summarise, tensor_bytes
+from benchmarks.timing import Call, Clock, Timed, interleave, sets_to_exceed, summarise, tensor_bytes, without_graph
 from sdxl_fast.dispatch import available_backends, explain
 
 _COPY = "copy"  # beside the contestants' names, none of which it is
@@ -174,6 +174,7 @@ def measure(
         ContextLostError: when a GPU fault makes this process useless.
     """
     bench = work.bench
+    clock = clock if bench.captured else without_graph(clock)
     if options.compile:
         torch._dynamo.reset()  # its limit of recompilations counts per function, whatever the shapes were
     if entered is None:

@@ -60,6 +60,7 @@ class OpBench:
         modes: forward, or both passes too.
         images: whether tensors have a memory format; peers are then timed in both.
         ordered: tensors that stay as ``make`` lays them out, since their order is what they were prepared for.
+        captured: whether a CUDA graph may hold the call; else events are around the calls themselves.
         rows: over how many rows an element of an output or gradient sums, by case.
         cost: what else the cost model needs to know of a case.
         arguments: the operation's own arguments of a case, where the subject's public function takes others.
@@ -79,6 +80,7 @@ class OpBench:
     modes: tuple[str, ...] = (FORWARD, BOTH)
     images: bool = False
     ordered: tuple[str, ...] = ()
+    captured: bool = True
     rows: Callable[[Case], dict[str, int]] = field(default=lambda case: {})
     cost: Callable[[Case], dict[str, Any]] = field(default=lambda case: {})
     arguments: Callable[[Values], Values] = field(default=dict)

@@ -2,8 +2,9 @@
 """How long a call takes: rotating inputs, interleaved rounds, medians with their spread.
 
 A *clock* turns calls into something that can be sampled. On the CPU it is the wall clock around a run of calls; on a
-GPU the calls are captured in a CUDA graph and events time its replays, so that launch gaps and Python stay out. Both
-keep the outputs of as many calls as there are inputs, so that a call neither reads nor writes what is still cached.
+GPU the calls are captured in a CUDA graph and events time its replays, so that launch gaps and Python stay out; calls
+that no graph can hold have the events around themselves. All keep the outputs of as many calls as there are inputs, so
+that a call neither reads nor writes what is still cached.
 
 Contestants take turns, one sample each per round, in an order that moves on every round: what the machine does to one
 of them (a clock that drops, a neighbour that wakes up) it does to all.
@@ -144,6 +145,31 @@ class _Replay:
         return start.elapsed_time(end) / 1e3 / (self._count * self._replays)
 
 
+class _Events(_Loop):
+    """Calls in turn between two events, what the host takes to launch them with it."""
+
+    def _run(self, count: int) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        super()._run(count)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+class EventClock:
+    """Events around calls that no graph can hold. A sample repeats the call until ``min_seconds`` have passed."""
+
+    name = "CUDA events"
+
+    def __init__(self, min_seconds: float = 0.01) -> None:
+        self.min_seconds = min_seconds
+
+    def prepare(self, calls: Sequence[Call]) -> Timed:
+        """Runs every call twice, and counts how many a sample takes."""
+        return _Events(calls, self.min_seconds)
+
+
 class GraphClock:
     """Replays of a CUDA graph that holds the call on every input at least once.
 
@@ -186,6 +212,11 @@ def clock_for(device: str, *, quick: bool = False) -> Clock:
     """Returns the clock of a device type; ``quick`` samples for a tenth of the time."""
     scale = 0.1 if quick else 1.0
     return GraphClock(0.01 * scale) if device == "cuda" else CpuClock(0.05 * scale)
+
+
+def without_graph(clock: Clock) -> Clock:
+    """Returns what times as ``clock`` does, but captures nothing."""
+    return EventClock(clock.min_seconds) if isinstance(clock, GraphClock) else clock
 
 
 def interleave(

@@ -21,6 +21,7 @@ from benchmarks import build, gpu_tests, machine  # noqa: E402
 from benchmarks.ops import benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
 from benchmarks.suite import place  # noqa: E402
+from benchmarks.timing import CpuClock, GraphClock, without_graph  # noqa: E402
 
 
 @pytest.fixture
@@ -192,3 +193,34 @@ def test_what_was_prepared_in_an_order_keeps_it() -> None:
     placed = place({"x": x, "phases": phases}, bench.layout, bench.ordered)
     assert placed["phases"].permute(1, 2, 3, 0).is_contiguous()
     assert placed["x"].is_contiguous(memory_format=torch.channels_last)
+
+
+class _Event:
+    """An event of a GPU that takes a second for everything before it."""
+
+    count = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        _Event.count += 1.0
+        self.at = _Event.count
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+def test_what_no_graph_can_hold_is_timed_by_events_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = next(b for b in benches() if b.subject.op == "lora_merge")
+    assert not bench.captured
+    clock = without_graph(GraphClock())
+    assert clock.name == "CUDA events" and without_graph(CpuClock()).name == CpuClock.name
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    called: list[int] = []
+    timed = clock.prepare([lambda: called.append(0), lambda: called.append(1)])
+    assert timed.sample() == 1.0  # one call outlasts what a sample has to
+    assert called == [0, 1, 0, 1, 0]

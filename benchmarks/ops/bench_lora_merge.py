@@ -30,15 +30,18 @@ GPU_CASES = (_case(192, 1280, 1280, 64), _case(16, 1280, 11520, 64), _case(192, 
 def merged(**values: Any) -> torch.Tensor:
     """Merges all modules in one call into new weights."""
     weights = torch.empty_like(values["base"])
-    ops.lora_merge(**arguments(values) | {"weights": weights.unbind()})
+    ops.lora_merge(**_arguments(values, weights))
     return weights
 
 
 def arguments(values: Values) -> Values:
     """One list entry per module, and new weights."""
+    return _arguments(values, torch.empty_like(values["base"]))
+
+
+def _arguments(values: Values, weights: torch.Tensor) -> Values:
     base, down, up = (values[name].unbind() for name in ("base", "down", "up"))
-    weights = [torch.empty_like(each) for each in base]
-    return {"weights": weights, "downs": down, "ups": up, "scales": values["scale"], "bases": base}
+    return {"weights": weights.unbind(), "downs": down, "ups": up, "scales": values["scale"], "bases": base}
 
 
 def stock(base: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *, scale: float) -> torch.Tensor:
@@ -72,6 +75,7 @@ BENCH = OpBench(
     cpu_cases=CPU_CASES,
     gpu_cases=GPU_CASES,
     modes=(FORWARD,),
+    captured=False,
     rows=lambda case: {"weights": case.shape[3]},
     arguments=arguments,
 )

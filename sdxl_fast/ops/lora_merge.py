@@ -52,6 +52,7 @@ def lora_merge(
     Raises:
         ValueError: naming the argument, what came, what is allowed and the remedy.
         UnsupportedError: when the backend forced by ``use_backend`` cannot run the call.
+        RuntimeError: while a CUDA graph is being captured.
 
     Source: Hu et al. 2021, section 4.1 (arXiv:2106.09685).
     """
@@ -109,6 +110,10 @@ def _native_kernels(device: str) -> _backends.Functions:
     return fwd, _backends.no_backward
 
 
+def _capturing(lead: torch.Tensor) -> bool:
+    return lead.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 class _LoraMerge:
     """The op. Not a ``FusedOp``: it takes lists, writes to its arguments and returns nothing."""
 
@@ -159,6 +164,10 @@ class _LoraMerge:
         if not plain or torch._C._len_torch_dispatch_stack():
             reference.fwd(*(values[name] for name in self.parameters))  # works on whatever behaves like a tensor
             return
+        if _capturing(values["weights"][0]):
+            raise RuntimeError(
+                f"{self.name}: a CUDA graph is being captured, which would merge at every replay; merge before or after"
+            )
         kernels = dispatch.select(self.info, self._with_lead(values))
         counts = dispatch.recorder()
         if counts is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -338,3 +339,13 @@ def test_graphs_are_not_recorded_through_it():
         ops.lora_merge([weight], [D], [U])
     with pytest.raises(ValueError, match=r"ups\[0\] requires grad"):
         ops.lora_merge([W], [D], [nn.Parameter(U)])
+
+
+def test_is_not_captured(monkeypatch):
+    """A graph would merge once more at every replay; on CUDA its table of addresses could not be pinned either."""
+    weights, downs, ups, scales = _draw(MODULES[:1], torch.float32, torch.float32)
+    before = weights[0].clone()
+    monkeypatch.setitem(vars(sys.modules[type(_OP).__module__]), "_capturing", lambda lead: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+        ops.lora_merge(weights, downs, ups, scales=scales)
+    assert torch.equal(weights[0], before)
