@@ -15,6 +15,7 @@ COLOURS = {
     "text_encoders": "#8e6bbf",
     "unet": "#1b6ca8",
     "vae": "#2a9d57",
+    "image": "#17868a",
     "post_processing": "#b8860b",
     "imports": "#c8553d",
     "loading": "#d9a5b3",

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +19,14 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import build, gpu_tests, machine  # noqa: E402
+from benchmarks.e2e import bench_one_step  # noqa: E402
 from benchmarks.ops import benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
 from benchmarks.suite import place  # noqa: E402
 from benchmarks.timing import CpuClock, GraphClock, without_graph  # noqa: E402
+from sdxl_fast import OneStepPipeline  # noqa: E402
+from sdxl_fast.inference.graphs import GraphCache  # noqa: E402
+from sdxl_fast.inference.runner import runner_of  # noqa: E402
 
 
 @pytest.fixture
@@ -224,3 +229,28 @@ def test_what_no_graph_can_hold_is_timed_by_events_around_it(monkeypatch: pytest
     timed = clock.prepare([lambda: called.append(0), lambda: called.append(1)])
     assert timed.sample() == 1.0  # one call outlasts what a sample has to
     assert called == [0, 1, 0, 1, 0]
+
+
+def test_stages_are_captured_by_the_clock_alone(toy_folder: Path) -> None:
+    """No graph is replayed within the clock's, and one captured while it warms up would take memory for nothing."""
+    pipe = OneStepPipeline.from_pretrained(toy_folder, dtype=torch.float32, device="cpu")
+    runners = [runner_of(network) for network in (pipe.unet, pipe.vae)]
+    held = [GraphCache(_Capturer(), budget=1) for _ in runners]
+    for runner, cache in zip(runners, held, strict=True):
+        runner.graphs = cache
+    ways = bench_one_step.arrangements(pipe)
+    request = bench_one_step.Request(str(toy_folder), "float32", rounds=1)
+    found = bench_one_step._time_graphs(pipe, ways, request, CpuClock(0.0))
+    assert all("median" in found[name][stage] for name in ways for stage in bench_one_step.STAGES)
+    assert [runner.graphs for runner in runners] == held
+    assert not any(cache.stats.uncaptured for cache in held)
+
+
+class _Capturer:
+    """Captures nothing."""
+
+    def busy(self) -> bool:
+        return False
+
+    def capture(self, stage: Any, inputs: Any) -> Any:
+        raise RuntimeError("a graph within a graph")
