@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything for a machine with a CUDA GPU in one command: ``make gpu``, which is ``python -m benchmarks.gpu``.
 
-Builds the native library for the GPU that is here if it was built for none or another, runs the tests that need one,
-then measures, the most valuable first. The results file is whole after every row: cut the run off when you like, and
+Builds the native library for the GPU that is here if it was built for none or another, then measures and runs the tests
+that need one, the most valuable first. The results file is whole after every row: cut the run off when you like, and
 ``--resume FILE`` goes on with what is missing. A kernel that crashes the GPU costs a restart and its own numbers only.
 """
 
@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import command, gpu_tests, machine, report, roofline
 from benchmarks.build import again, build_and_restart
-from benchmarks.measure import ContextLostError
+from benchmarks.measure import ContextLostError, one_line
 from benchmarks.ops import benches
 from benchmarks.results import ResultsFile
 from benchmarks.suite import FORWARD, OpBench, Options, Work, works
@@ -69,9 +69,7 @@ class Session:
         try:
             from benchmarks.e2e import bench_one_step
         except ImportError as error:
-            row = {"model": "one step", "case": f"batch {batch}", "dtype": dtype, "mode": "latency"}
-            self.results.put("end_to_end", {**row, "about": "", "skipped": str(error), "contestants": {}})
-            command.say(f"one step skipped: {error}")
+            self._skip({"model": "one step", "case": f"batch {batch}", "dtype": dtype, "mode": "latency"}, error)
             return
         for model in models:
             if time.monotonic() < self.deadline:
@@ -85,9 +83,37 @@ class Session:
                 )
                 bench_one_step.run([request], self.device, self.clock, self.results)
 
+    def training(self, model: str) -> None:
+        """Measures the training steps of a model; where a package is missing, the row says so.
+
+        One process for each contestant: one of SDXL's size takes a minute to draw its weights.
+        """
+        try:
+            from benchmarks import training
+            from benchmarks.training_ground import Scene
+        except ImportError as error:
+            self._skip({"model": model, "case": "training", "dtype": "bfloat16", "mode": "SDXL-Lightning"}, error)
+            return
+        scene, batch = Scene(model, self.device), training.BATCHES[model]
+        key = training.key(scene, batch)
+        if self.results.find("end_to_end", key) is not None or time.monotonic() > self.deadline:
+            return
+        try:
+            row = training.measure(threads=torch.get_num_threads(), rounds=1, batch=batch, scene=scene)
+        except Exception as error:  # whatever its gate raises: the row says what it was
+            self._skip(key, error)
+        else:
+            training.write(self.results, row)
+
+    def _skip(self, key: dict[str, str], error: Exception) -> None:
+        """Puts the row of a model that says why there are no times."""
+        row = {**key, "about": "", "skipped": one_line(error), "contestants": {}}
+        self.results.put("end_to_end", row)
+        command.say(report.model_text(row))
+
 
 def plan(session: Session) -> list[Stage]:
-    """Returns what to measure, the most valuable first."""
+    """Returns what to run, the most valuable first: a machine may be taken away after ten minutes."""
     works, ops = session.works, session.ops
     if session.quick:
         return [
@@ -95,14 +121,26 @@ def plan(session: Session) -> list[Stage]:
             ("one step", lambda: session.models(session.model)),
         ]
     return [
+        ("one step of SDXL", lambda: session.models(RANDOM)),
+        ("ops, the two cases of each that cost most, bfloat16", lambda: ops(works("bfloat16", first=2))),
+        *(_tests(session.results) if session.tests else []),
         ("ops, the maps that cost most, bfloat16", lambda: ops(works("bfloat16"))),
-        ("one step", lambda: session.models(RANDOM, session.model)),
-        *([("compute-sanitizer", lambda: gpu_tests.sanitize(session.results))] if session.tests else []),
+        ("one step", lambda: session.models(session.model)),
         ("ops against torch.compile", lambda: ops(works("bfloat16", first=2), compile=True)),
         ("one step, four pictures", lambda: session.models(RANDOM, batch=4)),
         ("ops, float32", lambda: ops(works("float32"))),
         ("ops, every shape of a 1024 px picture", lambda: ops(works("bfloat16", rest=True))),
+        ("training steps, embedded", lambda: session.training("embedded")),
+        ("training steps, SDXL", lambda: session.training("sdxl")),
         ("all ops against torch.compile", lambda: ops(works("bfloat16"), compile=True)),
+    ]
+
+
+def _tests(results: ResultsFile) -> list[Stage]:
+    return [
+        ("tests of the GPU backends", lambda: gpu_tests.run_ops(results)),
+        ("tests of CUDA graphs", lambda: gpu_tests.run_graphs(results)),
+        ("compute-sanitizer", lambda: gpu_tests.sanitize(results)),
     ]
 
 
@@ -172,9 +210,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         results = command.start(arguments.out, device, clock, quick=rehearse)
     tests = not (rehearse or arguments.skip_tests)
-    if tests:
-        gpu_tests.run_ops(results)
-        gpu_tests.run_graphs(results)
     options = Options(
         device,
         rounds=3 if rehearse else 15,

@@ -214,6 +214,17 @@ def clock_for(device: str, *, quick: bool = False) -> Clock:
     return GraphClock(0.01 * scale) if device == "cuda" else CpuClock(0.05 * scale)
 
 
+def kernel_seconds(call: Call) -> float:
+    """Returns the seconds that a GPU computes for a call; what is missing to its wall clock, it waits."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    kernels = (event for event in found.key_averages() if event.device_type.name == "CUDA")
+    return sum(event.self_device_time_total for event in kernels) / 1e6
+
+
 def without_graph(clock: Clock) -> Clock:
     """Returns what times as ``clock`` does, but captures nothing."""
     return EventClock(clock.min_seconds) if isinstance(clock, GraphClock) else clock

@@ -20,7 +20,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import command, machine, report
 from benchmarks.gate import Verdict
+from benchmarks.measure import one_line
 from benchmarks.plain_training import PlainLoop, Start
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
-from benchmarks.timing import clock_for, quotient, summarise
+from benchmarks.timing import clock_for, kernel_seconds, quotient, summarise
 from benchmarks.training_ground import STEPS, Ground, Scene
 from sdxl_fast.diffusion import schedule
 from sdxl_fast.train.lightning import AdversarialTask
@@ -44,11 +45,13 @@ PLAIN = {"diffusers + peft, contiguous": False, "diffusers + peft, channels-last
 COMPILED = "sdxl_fast, compiled"
 NAMES = (OURS, *PLAIN)
 TIMED = "D step and student step"
+BATCHES = {"embedded": 48, "sdxl": 1}
 QUICK = {"rounds": 1, "steps": 1, "batch": 4}  # at most, to try the code
 BOUND = 1e-3  # of the gate, relative L2 in float32
 # Times the speed of the faster plain loop, and the share of the leaner one's memory, by model.
 SPEEDUP = {"embedded": 1.1, "sdxl": 1.5}
 MEMORY = {"sdxl": 0.7}
+BUSY = 0.9  # with less of a step in kernels the GPU waits for the host
 MIB = 2**20
 
 
@@ -125,7 +128,8 @@ def peak_bytes() -> int:
 def child(name: str, steps: int, batch: int, threads: int, scene: Scene) -> dict[str, Any]:
     """Times one contestant in this process: seconds of each pair of steps, and the peak of memory over the imports.
 
-    On a GPU the peak is of the memory that torch has handed out there.
+    On a GPU the peak is of the memory that torch has handed out there; "kernel_seconds" is what one more pair of steps
+    computes.
     """
     torch.set_num_threads(threads)
     before = peak_bytes()
@@ -166,8 +170,9 @@ def child(name: str, steps: int, batch: int, threads: int, scene: Scene) -> dict
             if on_gpu:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes() - before
-    return {"seconds": seconds[2:], "memory_bytes": peak}
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_bytes() - before
+        kernels = {"kernel_seconds": kernel_seconds(lambda: run((steps + 2) * batch))} if on_gpu else {}
+    return {"seconds": seconds[2:], "memory_bytes": peak, **kernels}
 
 
 def _in_a_process(name: str, steps: int, batch: int, threads: int, scene: Scene) -> dict[str, Any]:
@@ -175,7 +180,7 @@ def _in_a_process(name: str, steps: int, batch: int, threads: int, scene: Scene)
     arguments += ["--model", scene.model, "--device", scene.device, *(["--recompute"] if scene.recompute else [])]
     done = subprocess.run([sys.executable, "-m", "benchmarks.training", *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-200:]}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -203,26 +208,43 @@ def measure(
     verdicts = gate(scene.device)
     if compiled or scene.device == "cuda":
         verdicts[COMPILED] = verdicts[OURS]
-    seconds: dict[str, list[float]] = {name: [] for name in verdicts}
-    peaks: dict[str, list[int]] = {name: [] for name in verdicts}
+    refused = {name: f"{GATE_FAILED}: {verdict.detail}" for name, verdict in verdicts.items() if not verdict.passed}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in verdicts}
     for _ in range(rounds):
-        for name in seconds:
-            if verdicts[name].passed:
-                found = _in_a_process(name, steps, batch, threads, scene)
-                seconds[name] += found["seconds"]
-                peaks[name].append(found["memory_bytes"])
+        for name in runs:
+            if name not in refused:
+                try:
+                    runs[name].append(_in_a_process(name, steps, batch, threads, scene))
+                except RuntimeError as error:  # out of memory, say: the others go on
+                    refused[name] = one_line(error)
+    seconds = {name: [s for run in found for s in run["seconds"]] for name, found in runs.items()}
     contestants: dict[str, Any] = {}
     for name, verdict in verdicts.items():
-        contestants[name] = {"stages": {}, "gate": verdict.detail, "refused": f"{GATE_FAILED}: {verdict.detail}"}
-        if verdict.passed:
-            stages = {TIMED: summarise(seconds[name]).as_dict()}
-            contestants[name] = {"stages": stages, "gate": verdict.detail, "memory_bytes": max(peaks[name])}
+        contestants[name] = {"stages": {}, "gate": verdict.detail}
+        if name in refused:
+            contestants[name]["refused"] = refused[name]
+        else:
+            contestants[name] |= _entry(runs[name], seconds[name])
     return {
-        **{"model": MODELS[scene.model], "case": f"batch {batch}", "dtype": "bfloat16 autocast"},
-        **{"mode": "SDXL-Lightning, LoRA, D" + (", recomputing" if scene.recompute else "")},
+        **key(scene, batch),
         **{"about": about(contestants), "contestants": contestants},
         **judged(scene.model, seconds, contestants),
     }
+
+
+def key(scene: Scene, batch: int) -> dict[str, str]:
+    """The entries that tell a row from others."""
+    mode = "SDXL-Lightning, LoRA, D" + (", recomputing" if scene.recompute else "")
+    return {"model": MODELS[scene.model], "case": f"batch {batch}", "dtype": "bfloat16 autocast", "mode": mode}
+
+
+def _entry(runs: Sequence[Mapping[str, Any]], seconds: Sequence[float]) -> dict[str, Any]:
+    """What the runs of a contestant come to."""
+    time = summarise(seconds)
+    found = {"stages": {TIMED: time.as_dict()}, "memory_bytes": max(run["memory_bytes"] for run in runs)}
+    if "kernel_seconds" in runs[0]:
+        found["kernel_share"] = min(run["kernel_seconds"] for run in runs) / time.median
+    return found
 
 
 def judged(model: str, seconds: dict[str, list[float]], contestants: dict[str, Any]) -> dict[str, Any]:
@@ -254,8 +276,16 @@ def about(contestants: dict[str, Any]) -> str:
     said = ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in held.items())
     return (
         f"Peaks of memory over the imports: {said}; ours over the leaner plain one {share:.2f}. Ours also averages "
-        "the weights."
+        "the weights." + _busy(contestants)
     )
+
+
+def _busy(contestants: dict[str, Any]) -> str:
+    """How much of a step's wall clock the GPU computes, and whom it waits for."""
+    shares = {name: found["kernel_share"] for name, found in contestants.items() if "kernel_share" in found}
+    late = {name: " (waits for the host)" if share < BUSY else "" for name, share in shares.items()}
+    said = ", ".join(f"{name} {share:.0%}{late[name]}" for name, share in shares.items())
+    return f" Of a step's time the GPU computes: {said}." if said else ""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -277,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.recompute and arguments.model != "sdxl":
         parser.error("--recompute is for --model sdxl")
     scene = Scene(arguments.model, device, arguments.recompute)
-    batch = arguments.batch or (1 if arguments.model == "sdxl" else 48)
+    batch = arguments.batch or BATCHES[arguments.model]
     if arguments.child:
         print(json.dumps(child(arguments.child, arguments.steps, batch, threads, scene)))
         return

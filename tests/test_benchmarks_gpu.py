@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +18,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import build, gpu_tests, machine  # noqa: E402
+from benchmarks import build, gpu, gpu_tests, machine, training  # noqa: E402
 from benchmarks.e2e import bench_one_step  # noqa: E402
 from benchmarks.ops import benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
-from benchmarks.suite import place  # noqa: E402
-from benchmarks.timing import CpuClock, GraphClock, without_graph  # noqa: E402
+from benchmarks.suite import Options, place  # noqa: E402
+from benchmarks.timing import CpuClock, GraphClock, kernel_seconds, without_graph  # noqa: E402
 from sdxl_fast import OneStepPipeline  # noqa: E402
 from sdxl_fast.inference.graphs import GraphCache  # noqa: E402
 from sdxl_fast.inference.runner import runner_of  # noqa: E402
@@ -254,3 +254,59 @@ class _Capturer:
 
     def capture(self, stage: Any, inputs: Any) -> Any:
         raise RuntimeError("a graph within a graph")
+
+
+def _ops_of(asked: list[Any]) -> Any:
+    return lambda self, listed, **rest: asked.append({work.bench.subject.op for work in listed})
+
+
+def test_the_most_valuable_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is taken away after ten minutes has drawn a picture and timed every op."""
+    asked: list[Any] = []
+    for name in ("models", "training"):
+        monkeypatch.setattr(gpu.Session, name, lambda self, *models, **rest: asked.append(models))
+    monkeypatch.setattr(gpu.Session, "ops", _ops_of(asked))
+    monkeypatch.setattr(gpu_tests, "_test", lambda results, selection, *args, **rest: asked.append(selection[0]))
+    results = ResultsFile.create(None, "", {})
+    stages = gpu.plan(gpu.Session("cuda", CpuClock(), results, Options("cuda")))
+    for _, stage in stages:
+        stage()
+    assert asked[:4] == [(gpu.RANDOM,), {b.subject.op for b in benches()}, "tests/ops", gpu_tests.GRAPHS]
+    assert asked[-3:-1] == [("embedded",), ("sdxl",)]
+
+
+def test_training_is_a_row_once_or_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = ResultsFile.create(None, "", {})
+    session = gpu.Session("cpu", CpuClock(), results, Options("cpu"))
+    measured: list[int] = []
+
+    def measure(*, batch: int, scene: Any, **rest: Any) -> dict[str, Any]:
+        measured.append(batch)
+        if scene.model == "sdxl":
+            raise RuntimeError("CUDA out of memory")
+        return {**training.key(scene, batch), "about": "", "contestants": {}}
+
+    monkeypatch.setattr(training, "measure", measure)
+    for model in ("embedded", "embedded", "sdxl"):
+        session.training(model)
+    assert measured == [48, 1]
+    first, second = results.data["end_to_end"]
+    assert "skipped" not in first and second["skipped"] == "CUDA out of memory"
+
+
+def test_kernels_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Profile:
+        def __enter__(self) -> Profile:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def key_averages(self) -> list[Any]:
+            kinds = torch.autograd.DeviceType
+            of = {kinds.CUDA: 3e5, kinds.CPU: 9e9}
+            return [SimpleNamespace(device_type=kind, self_device_time_total=us) for kind, us in of.items()]
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert kernel_seconds(lambda: None) == 0.3

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -45,6 +46,31 @@ def test_what_the_row_says_of_memory() -> None:
     held = {PLAIN[0]: 400, PLAIN[1]: 600, training.OURS: 300}
     said = training.about({name: {"memory_bytes": size * training.MIB} for name, size in held.items()})
     assert "sdxl_fast 300 MiB" in said and "ours over the leaner plain one 0.75" in said
+
+
+def test_what_the_row_says_of_the_host() -> None:
+    runs = [{"memory_bytes": 2, "kernel_seconds": 0.5}, {"memory_bytes": 3, "kernel_seconds": 0.6}]
+    entry = training._entry(runs, [1.0, 1.0])
+    assert (entry["memory_bytes"], entry["kernel_share"]) == (3, 0.5)
+    plain = training._entry([{"memory_bytes": 4, "kernel_seconds": 0.95}], [1.0])
+    said = training.about({training.OURS: entry, PLAIN[0]: plain})
+    assert said.endswith(f"the GPU computes: {training.OURS} 50% (waits for the host), {PLAIN[0]} 95%.")
+    assert "kernel_share" not in training._entry([{"memory_bytes": 2}], [1.0])
+
+
+def test_one_that_runs_out_of_memory_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(name: str, *args: Any) -> dict[str, Any]:
+        if name == PLAIN[0]:
+            raise RuntimeError(f"{name} ended with 1: out of memory")
+        return {"seconds": [2.0 if name in PLAIN else 1.0], "memory_bytes": 100}
+
+    passed = training.Verdict(True, "as it should be")
+    monkeypatch.setattr(training, "gate", lambda device: dict.fromkeys((*PLAIN, training.OURS), passed))
+    monkeypatch.setattr(training, "_in_a_process", run)
+    row = training.measure(threads=1, rounds=2, steps=1, batch=4)
+    assert row["contestants"][PLAIN[0]]["refused"].endswith("ended with 1: out of memory")
+    assert row["contestants"][training.OURS]["stages"][training.TIMED]["rounds"] == 2
+    assert row["ratios"][training.TIMED]["median"] == 2.0
 
 
 def test_a_row_is_judged_by_the_faster_and_the_leaner_plain_loop() -> None:
