@@ -11,6 +11,8 @@ import sys
 import time
 from collections.abc import Sequence
 
+import torch
+
 from benchmarks import command, machine
 
 
@@ -29,9 +31,19 @@ class Built:
 
 def cuda_problem() -> str:
     """Returns why the native library cannot serve the GPU, or "": asked in a fresh process, since a load is kept."""
-    code = "from sdxl_fast import native; print(native.unavailable_reason('cuda') or '')"
+    return _asked("from sdxl_fast import native; print(native.unavailable_reason('cuda') or '')")
+
+
+def _asked(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], cwd=machine.ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else f"sdxl_fast does not import: {done.stderr.strip()[-300:]}"
+
+
+def matrix_problem() -> str:
+    """Returns why the matrix kernels, which are for compute capability 9.0 alone, are missing on such a GPU, or ""."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return ""
+    return _asked("from sdxl_fast.ops import _hopper; print(_hopper.unavailable_reason() or '')")
 
 
 def build() -> Built:
@@ -63,7 +75,11 @@ def build_and_restart(module: str, given: Sequence[str], *, deadline: float = ma
     built = build()
     if built.problem:
         command.say(f"WARNING: no CUDA kernels: {built.problem}")
-    elif built.installed:
+        return built.problem
+    missing = matrix_problem()
+    if missing:
+        command.say(f"WARNING: {missing}")
+    if built.installed:
         again(module, [*given, "--skip-build"], deadline=deadline)
     return built.problem
 

@@ -50,8 +50,20 @@ def test_what_was_just_installed_is_measured_by_a_new_process(
     monkeypatch: pytest.MonkeyPatch, started: list[list[str]], built: build.Built, restarts: bool
 ) -> None:
     monkeypatch.setattr(build, "build", lambda: built)
+    monkeypatch.setattr(build, "matrix_problem", lambda: "")
     assert build.build_and_restart("benchmarks.gpu", ["--out", "x"]) == built.problem
     assert started == ([["-m", "benchmarks.gpu", "--out", "x", "--skip-build"]] if restarts else [])
+
+
+def test_missing_matrix_kernels_are_told(
+    monkeypatch: pytest.MonkeyPatch, started: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(build, "build", lambda: build.Built("", installed=False))
+    monkeypatch.setattr(build, "_asked", lambda code: "the matrix kernels were not built" if "_hopper" in code else "")
+    for capability, told in (((8, 9), False), ((9, 0), True)):
+        monkeypatch.setattr(build.torch.cuda, "get_device_capability", lambda found=capability: found)
+        assert build.build_and_restart("benchmarks.gpu", []) == ""
+        assert ("WARNING: the matrix kernels were not built" in capsys.readouterr().out) is told
 
 
 @pytest.mark.parametrize(("status", "left"), [(0, ""), (1, "no nvcc")])
