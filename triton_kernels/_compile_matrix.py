@@ -19,7 +19,10 @@ def upsample_conv2d_cases(dtype: torch.dtype) -> None:
     """Launches of `upsample_conv2d`."""
     from .upsample_conv2d import upsample_conv2d_fwd
 
-    for n, c_in, h, w, c_out in ((1, 1280, 32, 32, 1280), (2, 5, 3, 7, 6)):
+    shapes = [(1, 1280, 32, 32, 1280), (2, 5, 3, 7, 6)]
+    if dtype == torch.bfloat16:
+        shapes.insert(0, (1, 512, 2048, 2048, 512))  # more than 2^31 elements of y
+    for n, c_in, h, w, c_out in shapes:
         phases = torch.empty(c_out, 4, 4, c_in, dtype=dtype, device="meta").permute(3, 0, 1, 2)
         x = torch.empty(n, c_in, h, w, dtype=dtype, device="meta")
         upsample_conv2d_fwd(x.to(memory_format=torch.channels_last), phases, phases[0, :, 0, 0].contiguous(), phases)
@@ -61,10 +64,13 @@ def conv2d_cases(dtype: torch.dtype) -> None:
     from .conv2d import conv2d_fwd
 
     # n, c_in, side, c_out, kernel, stride, padding, with a residual; the last of both memory formats
-    for n, c_in, side, c_out, size, stride, padding, added in (
+    cases = [
         (1, 512, 128, 512, 3, 1, 1, True), (1, 1280, 32, 1280, 3, 1, 1, False), (1, 320, 128, 320, 3, 2, 1, False),
         (1, 640, 64, 320, 1, 1, 0, False), (2, 5, 7, 6, 3, 1, 1, True),
-    ):  # fmt: skip
+    ]  # fmt: skip
+    if dtype == torch.bfloat16:
+        cases.insert(0, (1, 256, 4096, 128, 3, 1, 1, False))  # more than 2^31 elements of x
+    for n, c_in, side, c_out, size, stride, padding, added in cases:
         weight = torch.empty(c_out, c_in, size, size, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
         x = torch.empty(n, c_in, side, side, dtype=dtype, device="meta")
         bias = weight[:, 0, 0, 0].contiguous()

@@ -66,6 +66,11 @@ def matrix_config(m: int, n: int, k: int, dtype: torch.dtype, *, operands: int =
     return MatrixConfig(block_m, block_n, block_k, num_warps=num_warps, num_stages=2 + operands)
 
 
+def wide(*maps: torch.Tensor) -> bool:
+    """Whether offsets within a sample of [N, C, H, W] maps need 64 bits, as those of the VAE at 4096 px do."""
+    return any(sum((t.shape[d] - 1) * t.stride(d) for d in (1, 2, 3)) >= 2**31 for t in maps)
+
+
 @triton.jit
 def tile_of(program, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row block, column block) of a program: column by column within groups of GROUP_M row blocks."""

@@ -16,14 +16,14 @@ import triton
 import triton.language as tl
 
 from ._math import round_to
-from ._matrix import GROUP, dot, matrix_config, tile_of
+from ._matrix import GROUP, dot, matrix_config, tile_of, wide
 
 
 @triton.jit
 def conv2d_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, scale_x_ptr, scale_w_ptr, y_ptr, n, c_in, h, w, c_out, p, q,
     x_n, x_c, x_h, x_w, w_o, w_c, w_r, w_s, y_n, y_c, y_h, y_w,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr, WIDE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     rows = n * p * q
@@ -36,6 +36,9 @@ def conv2d_kernel(
     i_q = o_m % q
     i_p = o_m // q % p
     sample = (o_m // (q * p)).to(tl.int64)
+    if WIDE:  # 64-bit offsets, which take registers
+        i_p, i_q = i_p.to(tl.int64), i_q.to(tl.int64)
+        o_k, o_n = o_k.to(tl.int64), o_n.to(tl.int64)
     p_x = x_ptr + sample * x_n
     p_w = w_ptr + o_n.to(tl.int64) * w_o
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -100,7 +103,7 @@ def conv2d_fwd(
     conv2d_kernel[grid](
         x, weight, bias, residual, scale_x, scale_w, y, n, c_in, h, w, c_out, p, q,
         *x.stride(), *weight.stride(), *y.stride(),
-        KERNEL=size, STRIDE=stride, PADDING=padding, EVEN_K=c_in % block_k == 0,
+        KERNEL=size, STRIDE=stride, PADDING=padding, WIDE=wide(x, y), EVEN_K=c_in % block_k == 0,
         BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, GROUP_M=GROUP, **config.options(),
     )  # fmt: skip
     return y

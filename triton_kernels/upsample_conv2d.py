@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 
 from ._math import round_to
-from ._matrix import GROUP, dot, matrix_config, tile_of
+from ._matrix import GROUP, dot, matrix_config, tile_of, wide
 
 
 @triton.jit
 def upsample_conv2d_kernel(
     x_ptr, k_ptr, bias_ptr, y_ptr, n, c_in, h, w, c_out,
     x_n, x_c, x_h, x_w, k_c, k_o, k_h, k_w, y_n, y_c, y_h, y_w,
+    WIDE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     i_phase = tl.program_id(1) // 2
@@ -37,6 +38,9 @@ def upsample_conv2d_kernel(
     v = o_m % w
     u = o_m // w % h
     sample = (o_m // (w * h)).to(tl.int64)
+    if WIDE:  # 64-bit offsets, which take registers
+        u, v = u.to(tl.int64), v.to(tl.int64)
+        o_k, o_n = o_k.to(tl.int64), o_n.to(tl.int64)
     p_x = x_ptr + sample * x_n
     p_k = k_ptr + o_n * k_o
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -84,7 +88,7 @@ def upsample_conv2d_fwd(
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(c_out, config.block_n), 4)
     upsample_conv2d_kernel[grid](
         x, phases, bias, y, n, c_in, h, w, c_out, *x.stride(), *phases.stride(), *y.stride(),
-        EVEN_K=c_in % block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, GROUP_M=GROUP,
-        **config.options(),
+        WIDE=wide(x, y), EVEN_K=c_in % block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
+        GROUP_M=GROUP, **config.options(),
     )  # fmt: skip
     return y
