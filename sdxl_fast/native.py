@@ -64,16 +64,23 @@ def unavailable_reason(device: str) -> str | None:
 
 
 def _gpu_reason() -> str | None:
-    """Why this machine's GPU cannot run the CUDA code of the library, or None when it can."""
+    """Why none of this machine's GPUs can run the CUDA code of the library, or None when one can."""
     import torch
 
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU"
-    built = build_info()["cuda_archs"]
-    major, minor = torch.cuda.get_device_capability()
-    if not any(_runs_on(arch, major, minor) for arch in built):
-        return f"the library was built for {', '.join(built)}, this GPU is sm_{major}{minor}; rebuild here"
+    found = sorted({torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())})
+    if not any(runs_on(*capability) for capability in found):
+        here = ", ".join(f"sm_{major}{minor}" for major, minor in found)
+        return (
+            f"the library was built for {', '.join(build_info()['cuda_archs'])}, the GPUs here are {here}; rebuild here"
+        )
     return None
+
+
+def runs_on(major: int, minor: int) -> bool:
+    """Whether the library's CUDA code runs on GPUs of compute capability major.minor."""
+    return any(_runs_on(arch, major, minor) for arch in build_info()["cuda_archs"])
 
 
 def _runs_on(arch: str, major: int, minor: int) -> bool:

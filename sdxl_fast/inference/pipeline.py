@@ -33,7 +33,7 @@ from .runner import runner_of
 from .sampler import OnStep, Sampler, noise_schedule
 from .start import remaining
 from .texts import TextWatch, encode_texts
-from .timing import StageClock
+from .timing import StageClock, on_its_gpu
 from .whole import WholeCall
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -253,6 +253,7 @@ class OneStepPipeline(LoraVerbs):
         for batch, height, width in shapes:
             self([""] * batch, seed=0, height=height, width=width, output_type="uint8")
 
+    @on_its_gpu
     @torch.no_grad()
     def __call__(
         self,

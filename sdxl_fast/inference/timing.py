@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, TypeVar, cast
 
 import torch
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+
+def on_its_gpu(call: C) -> C:
+    """A method that runs with the GPU of its object's `device` current, whose streams and events are then its own."""
+
+    @functools.wraps(call)
+    def placed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            return call(self, *args, **kwargs)
+
+    return cast(C, placed)
 
 
 class StageClock:

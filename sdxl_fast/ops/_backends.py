@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sdxl_fast import native as library
 from sdxl_fast.constraints import Condition, DeviceType, Dtype, Rule, Values
 from sdxl_fast.dispatch import Backend
 from sdxl_fast.errors import UnavailableError
@@ -65,9 +66,23 @@ def triton(op: str, lead: str, *rules: Rule) -> Backend:
             module = importlib.import_module(f"sdxl_fast.triton_kernels.{op}")
         except ImportError as error:
             raise UnavailableError(f"the Triton kernels do not import: {error}") from None
-        return getattr(module, f"{op}_fwd"), getattr(module, f"{op}_bwd", no_backward)
+        return _on_its_gpu(getattr(module, f"{op}_fwd")), _on_its_gpu(getattr(module, f"{op}_bwd", no_backward))
 
     return Backend("triton", load, (TritonDevice(lead), Dtype(lead, GPU_FLOATS), *rules))
+
+
+def _on_its_gpu(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """``launch`` with the GPU of its first argument current, since Triton launches on the current one."""
+
+    @functools.wraps(launch)
+    def launched(lead: Any, *args: Any) -> Any:
+        first = lead[0] if isinstance(lead, list | tuple) else lead
+        if not first.is_cuda or torch.cuda.current_device() == first.device.index:
+            return launch(lead, *args)
+        with torch.cuda.device(first.device):
+            return launch(lead, *args)
+
+    return launched
 
 
 def recorded(values: Iterable[Any]) -> bool:
@@ -92,4 +107,12 @@ def composed(lead: str, fwd: Callable[..., Any]) -> Backend:
 def native(device: str, lead: str, load: Callable[[str], Functions], *rules: Rule) -> Backend:
     """The native library on ``device`` ("cpu" or "cuda"); ``load(device)`` returns the adapters of the op."""
     dtypes = FLOATS if device == "cpu" else GPU_FLOATS
-    return Backend(device, functools.partial(load, device), (DeviceType(lead, device), Dtype(lead, dtypes), *rules))
+
+    def built(values: Values) -> bool:
+        return library.runs_on(*torch.cuda.get_device_capability(values[lead].device))
+
+    here = (
+        () if device == "cpu" else (Condition(f"{lead} must be on a GPU that the native library was built for", built),)
+    )
+    own = (DeviceType(lead, device), *here, Dtype(lead, dtypes))
+    return Backend(device, functools.partial(load, device), (*own, *rules))
