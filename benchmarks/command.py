@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import gc
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,15 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def parser(module: str, description: str, *, compile: bool = True) -> argparse.ArgumentParser:
-    """Returns the options that the runs share; without ``compile`` the caller has one of its own."""
+def parser(module: str, description: str, *, compile: bool = True, out: Path | None = None) -> argparse.ArgumentParser:
+    """Returns the options that the runs share.
+
+    Args:
+        module: as ``python -m`` takes it.
+        description: for the help.
+        compile: without it the caller has an option of its own for torch.compile.
+        out: where results go by default, unless the environment variable ``OUT`` names a folder; None is nowhere.
+    """
     found = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     found.add_argument("--threads", type=int, default=machine.processors(), help="default: all processors")
     found.add_argument(
@@ -40,7 +48,9 @@ def parser(module: str, description: str, *, compile: bool = True) -> argparse.A
         found.add_argument("--compile", action="store_true", help="let torch.compile take part")
     found.add_argument("--rounds", type=int, default=11, help="samples of each contestant")
     found.add_argument("--sets", type=int, help="input sets to rotate; default: twice the last cache")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="write the results there too")
+    where = "write the results there too" if out is None else f"default: $OUT, else {out}"
+    default = None if out is None else Path(os.environ.get("OUT") or out)
+    found.add_argument("--out", type=Path, default=default, metavar="FOLDER", help=where)
     return found
 
 

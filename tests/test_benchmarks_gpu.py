@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
 from benchmarks import build, gpu, gpu_tests, machine, training  # noqa: E402
+from benchmarks.e2e import __main__ as everything  # noqa: E402
 from benchmarks.e2e import bench_one_step  # noqa: E402
 from benchmarks.ops import benches  # noqa: E402
 from benchmarks.results import ResultsFile  # noqa: E402
@@ -322,3 +323,11 @@ def test_kernels_are_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.profiler, "profile", lambda activities: Profile())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     assert kernel_seconds(lambda: None) == 0.3
+
+
+def test_whole_pipelines_are_written_where_one_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OUT", raising=False)
+    assert everything._arguments([]).out == Path("benchmarks/results")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert everything._arguments([]).out == tmp_path
+    assert everything._arguments(["--out", "elsewhere"]).out == Path("elsewhere")

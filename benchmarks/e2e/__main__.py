@@ -59,7 +59,12 @@ def requests(arguments: argparse.Namespace) -> list[Request]:
 
 
 def _arguments(given: Sequence[str]) -> argparse.Namespace:
-    parser = command.parser("benchmarks.e2e", "Time whole pipelines, warm and from a cold start.", compile=False)
+    parser = command.parser(
+        "benchmarks.e2e",
+        "Time whole pipelines, warm and from a cold start.",
+        compile=False,
+        out=Path("benchmarks/results"),
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", help=f"folder or hub id; default: {RANDOM_SDXL} on a GPU, else the embedded one")
     parser.add_argument("--batch", type=int, action="append", help="may be repeated; default: 1 8, on a GPU 1 2 4 8")
@@ -75,7 +80,6 @@ def _arguments(given: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no-cold-start", action="store_true", help="leave out the runs from a process's start")
     parser.add_argument("--skip-build", action="store_true", help="GPU: use the native library as it is")
     parser.add_argument("--resume", type=Path, metavar="FILE.json", help="measure what that file lacks")
-    parser.set_defaults(out=Path("benchmarks/results"))
     found = parser.parse_args(given)
     command.check(parser, found)
     if found.device == "cuda" and not torch.cuda.is_available():
