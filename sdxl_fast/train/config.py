@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -24,6 +23,7 @@ from .settings import (
     VaeConfig,
     cache_folder,
 )
+from .stage_settings import AdversarialPhase, StageConfig, Trains, check_chain
 
 __all__ = [
     "RECIPES",
@@ -39,6 +39,7 @@ __all__ = [
     "RunConfig",
     "StageConfig",
     "TeacherConfig",
+    "Trains",
     "VaeConfig",
     "cache_folder",
     "load_recipe",
@@ -46,62 +47,7 @@ __all__ = [
 
 RECIPES = Path(__file__).parent / "recipes"
 Precision = Literal["fp32", "bf16"]
-Trains = Literal["lora", "full"]
 Backbone = Literal["unet", "pixels", "conv"]
-
-
-def _check_weights(name: str, weights: Sequence[float], of: str, values: Sequence[int]) -> None:
-    if weights and (len(weights) != len(values) or min(weights) < 0 or not sum(weights)):
-        raise ValueError(
-            f"{name} is {weights} for {of} {values}; allowed: none, or one of at least 0 for each, not all 0"
-        )
-
-
-class AdversarialPhase(Config):
-    """One phase of an adversarial stage: which discriminator judges, and what of the student trains."""
-
-    name: str
-    condition: bool = Field(description="True: D judges (x_t, x_{t-ns}); False: the relaxed D' sees x_{t-ns} alone")
-    trains: Trains
-    images: int = Field(gt=0)
-    teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
-    d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
-    regression_weight: float = Field(0.0, ge=0, description="of the MSE to the teacher beside the adversarial loss")
-    adversarial_weight: float = Field(1.0, ge=0, description="of the loss through D; 0 trains by regression alone")
-    renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
-    renoise_weights: tuple[float, ...] = ()
-    lr: float | None = Field(None, description="the student's rate in this phase")
-    d_lr: float | None = Field(None, description="the discriminator's rate in this phase")
-    repeat: int = Field(
-        0, ge=0, description="images after which the inputs come again, the teacher's targets kept in memory; 0: never"
-    )
-
-    @model_validator(mode="after")
-    def _has_a_loss(self) -> AdversarialPhase:
-        if not self.adversarial_weight and not self.regression_weight:
-            raise ValueError("adversarial_weight and regression_weight are both 0; give one of them")
-        if self.adversarial_weight and self.repeat:
-            raise ValueError("repeat is for phases of regression alone; leave it out, or set adversarial_weight to 0")
-        _check_weights("renoise_weights", self.renoise_weights, "renoise", self.renoise)
-        return self
-
-
-class StageConfig(Config):
-    """One step-halving stage."""
-
-    name: str
-    steps: int = Field(ge=1, description="the student's step count; its stride is 1000 / steps")
-    loss: Literal["mse", "adversarial"]
-    images: int = Field(0, ge=0, description="length of an MSE stage")
-    convert_images: int = Field(0, ge=0, description="length of the conversion to x0-prediction before the phases")
-    timesteps: tuple[int, ...] | None = Field(None, description="0-based; None is the trailing grid of `steps`")
-    timestep_weights: tuple[float, ...] = Field((), description="how often each of them is drawn; empty: all alike")
-    phases: tuple[AdversarialPhase, ...] = ()
-
-    @model_validator(mode="after")
-    def _weighs_what_there_is(self) -> StageConfig:
-        _check_weights("timestep_weights", self.timestep_weights, "timesteps", self.timesteps or ())
-        return self
 
 
 class DistillationConfig(RunConfig):
@@ -224,6 +170,11 @@ class LightningConfig(DistillationConfig):
             raise ValueError("bases share weights, which spread networks cannot; set parallel to ddp")
         return self
 
+    @model_validator(mode="after")
+    def _is_a_chain(self) -> LightningConfig:
+        check_chain(self.stages)
+        return self
+
 
 class AddConfig(DistillationConfig):
     """Adversarial diffusion distillation, the recipe of SDXL-Turbo (arXiv 2311.17042); defaults as published."""
@@ -300,8 +251,8 @@ def _known_keys(location: tuple[str | int, ...]) -> list[str]:
 def _explain(error: ValidationError, source: str) -> str:
     lines = []
     for issue in error.errors():
-        where = ".".join(str(part) for part in issue["loc"][1:]) or "kind"
-        text = f"{source}: {where}: {issue['msg']}"
+        where = ".".join(str(part) for part in issue["loc"][1:]) or ("" if issue["loc"] else "kind")
+        text = ": ".join(filter(None, (source, where, issue["msg"].removeprefix("Value error, "))))
         if issue["type"] == "extra_forbidden":
             near = difflib.get_close_matches(str(issue["loc"][-1]), _known_keys(issue["loc"]), n=1, cutoff=0.4)
             text = f"{source}: {where} is not a setting" + (f"; did you mean {near[0]}?" if near else "")

@@ -26,6 +26,7 @@ from .config import (
 )
 from .optimizers import bytes_per_parameter
 from .rehearsal import Rehearsal
+from .stage_settings import BASE
 
 GIB = 2**30
 
@@ -100,7 +101,7 @@ def _left(folder: Path, images: int, *, done: bool = False) -> int:
 
 
 def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
-    from .stages import BASE, Unit, finished_units, units_of
+    from .stages import Unit, finished_units, units_of
 
     done = finished_units(folder)
     first = config.stages[0].name

@@ -37,11 +37,10 @@ from .config import AdversarialPhase, LightningConfig, StageConfig, Trains
 from .export import PUBLISHED, export_pipeline, publish_student
 from .interruptions import STOP
 from .lightning import AdversarialTask, RegressionTask, Student, StudentTask, Teacher
+from .stage_settings import BASE, BASE_STEPS
 from .students import adapter_pairs, add_lora, load_adapter, same_lora_on
 from .trainer import fit
 
-BASE = "base"
-BASE_STEPS = 128
 STUDENT, AVERAGE = "student.safetensors", "average.safetensors"
 
 
@@ -210,9 +209,8 @@ def make_task(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage) -> St
     teacher = Teacher(bench, unet, stride, config.guidance_scale if first else 1.0, teachers)
     network = lineage.student_of(unit)
     students = tuple(same_lora_on(bench.frozen_base(1 + k), network, config) for k in range(len(bench.others)))
-    grid = stage.timesteps or tuple(schedule.trailing_timesteps(stage.steps))
     kind: PredictionType = "sample" if stage.convert_images else bench.prediction_type
-    student = Student(bench, network, kind, stage.steps, grid, students, stage.timestep_weights)
+    student = Student(bench, network, kind, stage.steps, stage.grid, students, stage.timestep_weights)
     substeps = teacher_steps // stage.steps
     for each in (network, *students, unet, *teachers) if config.fuse else ():
         fuse(each)
