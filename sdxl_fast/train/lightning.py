@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class Moved(NamedTuple):
     level: Tensor
 
 
+def where_clean(then: Tensor, renoised: Tensor, plain: Tensor) -> Tensor:
+    """`renoised` of samples that have reached the clean latent, `plain` of the others: eq. 25 noises x̂0.
+
+    Noised once more, a latent that is noisy already would hold more noise than the level that D is told.
+    """
+    return torch.where((then < 0).reshape(-1, *[1] * (plain.ndim - 1)), renoised, plain)
+
+
 @dataclass
 class Student:
     """The network that learns, what its output means, and the grid and stride it moves on.
@@ -103,6 +112,11 @@ class Student:
         """Training timesteps per move."""
         return schedule.NUM_TRAIN_TIMESTEPS / self.steps
 
+    @functools.cached_property
+    def ends_clean(self) -> bool:
+        """Whether every move of the grid ends at the clean latent, as those of one step do."""
+        return bool((schedule.next_timesteps(torch.tensor(self.timesteps), self.stride) < 0).all())
+
     def move(self, x_t: Tensor, t: Tensor, condition: Condition, renoise: Renoise | None = None) -> Moved:
         """One student move, and with `renoise` what D is shown instead of its result."""
         bench = self.bench
@@ -110,7 +124,11 @@ class Student:
         with bench.config.autocast():
             output = call_unet(self.current, x_t, t, condition)
         moved, shown = bench.move(x_t, output, (t, then), self.prediction_type, renoise)
-        return Moved(moved, shown, then if renoise is None else renoise.timesteps)
+        if renoise is None:
+            return Moved(moved, shown, then)
+        if self.ends_clean:
+            return Moved(moved, shown, renoise.timesteps)
+        return Moved(moved, where_clean(then, shown, moved), where_clean(then, renoise.timesteps, then))
 
 
 class StudentTask(AccumulatingTask):
@@ -267,7 +285,9 @@ class AdversarialTask(StudentTask):
         with torch.no_grad():
             renoise = self._renoise(*key)
             real = self.teacher.walk(*start, self.substeps)
-            real = real if renoise is None else bench.renoised(real, renoise)
+            if renoise is not None:
+                then = schedule.next_timesteps(start.t, self.student.stride)
+                real = where_clean(then, bench.renoised(real, renoise), real)
             fake = self.student.move(*start, renoise)
         shown = [(real.requires_grad_(options.r1 > 0), "real"), (fake.shown, "fake")]
         if options.approximate_r1:

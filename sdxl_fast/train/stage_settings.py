@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from ..diffusion import schedule
@@ -40,7 +41,7 @@ class AdversarialPhase(Config):
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
     regression_weight: float = Field(0.0, ge=0, description="of the MSE to the teacher beside the adversarial loss")
     adversarial_weight: float = Field(1.0, ge=0, description="of the loss through D; 0 trains by regression alone")
-    renoise: tuple[int, ...] = Field((), description="D's re-noising timesteps t*; empty: D sees x_{t-ns} as it is")
+    renoise: tuple[int, ...] = Field((), description="timesteps t* that D sees x_0 re-noised to; empty: as it is")
     renoise_weights: tuple[float, ...] = ()
     lr: float | None = Field(None, description="the student's rate in this phase")
     d_lr: float | None = Field(None, description="the discriminator's rate in this phase")
@@ -103,6 +104,17 @@ class StageConfig(Config):
             raise ValueError(f"stage {self.name} has loss mse and images 0; say its length in images")
         if self.loss == "adversarial" and not self.phases:
             raise ValueError(f"stage {self.name} has loss adversarial and no phases; give it one, or set loss to mse")
+        return self
+
+    @model_validator(mode="after")
+    def _renoises_something(self) -> StageConfig:
+        reached = schedule.next_timesteps(torch.tensor(self.grid), schedule.NUM_TRAIN_TIMESTEPS / self.steps)
+        idle = [phase.name for phase in self.phases if phase.renoise and int(reached.min()) >= 0]
+        if idle:
+            raise ValueError(
+                f"renoise of {', '.join(idle)} noises clean latents, which no move from {self.grid} in {self.steps} "
+                "steps reaches; leave it out"
+            )
         return self
 
     def taught_by(self, before: str) -> dict[str, str]:

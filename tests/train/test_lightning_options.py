@@ -225,6 +225,31 @@ def test_regression_alone_leaves_the_discriminator_out(lightning_recipe: Path, t
         _phase(lightning_recipe, tmp_path, adversarial_weight=0.0)
 
 
+def test_only_clean_latents_are_noised_anew(
+    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A latent at t - ns > 0 noised to t* would hold the noise of both; D is told one level."""
+    timesteps = "stages.0.timesteps=[999,30]"  # of 32 steps, the second is the last
+    task = _phase(lightning_recipe, tmp_path, timesteps, "batch=16", renoise=[500])
+    bare = _phase(lightning_recipe, tmp_path, timesteps, "batch=16")
+    start = task.start(0, "discriminator")
+    clean = start.t == 30
+    assert clean.any() and not clean.all() and not task.student.ends_clean
+    renoise = task._renoise(0, "discriminator")
+    assert renoise is not None
+    moved, plain = task.student.move(*start, renoise), bare.student.move(*start)
+    assert moved.level.tolist() == [500 if end else 968 for end in clean.tolist()]
+    torch.testing.assert_close(moved.shown[~clean], plain.x[~clean])
+    torch.testing.assert_close(moved.shown[clean], task.bench.renoised(plain.x, renoise)[clean])
+    shown = []
+    judge = task._judge
+    monkeypatch.setattr(task, "_judge", lambda pairs, *more: shown.append(pairs) or judge(pairs, *more))
+    task.discriminator_step(0)
+    ((real, _), _), walked = shown[0], task.teacher.walk(*start, task.substeps)
+    torch.testing.assert_close(real[~clean], walked[~clean])
+    torch.testing.assert_close(real[clean], task.bench.renoised(walked, renoise)[clean])
+
+
 def test_repeated_inputs_keep_the_teachers_targets(
     lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

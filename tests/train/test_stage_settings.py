@@ -70,6 +70,10 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
         [FIRST, _stage(1, {**PHASE, "renoise": [10, 1000]})],
         "(10, 1000) must be 0-based timesteps from 0 to 999; the papers' 1000 is 999 here",
     ),
+    "re-noising of what is never clean": (
+        [FIRST, _stage(8, {**PHASE, "renoise": [10]}, timesteps=[999, 499])],
+        "renoise of p noises clean latents, which no move from (999, 499) in 8 steps reaches; leave it out",
+    ),
 }
 
 
