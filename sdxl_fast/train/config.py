@@ -150,6 +150,13 @@ class LightningConfig(DistillationConfig):
     discriminator_optimizer: OptimizerConfig
     stages: tuple[StageConfig, ...]
 
+    def optimizers_of(self, phase: AdversarialPhase) -> tuple[OptimizerConfig, OptimizerConfig]:
+        """The student's and the discriminator's in a phase, with the rates that it has of its own."""
+        mine = self.adversarial_optimizer if phase.adversarial_weight else self.optimizer
+        pairs = ((mine, phase.lr), (self.discriminator_optimizer, phase.d_lr))
+        own, judges = (o if lr is None else o.model_copy(update={"lr": lr}) for o, lr in pairs)
+        return own, judges
+
     @model_validator(mode="after")
     def _repeats_whole_batches(self) -> LightningConfig:
         for phase in (phase for stage in self.stages for phase in stage.phases):

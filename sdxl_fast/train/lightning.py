@@ -235,16 +235,11 @@ class AdversarialTask(StudentTask):
         phase: AdversarialPhase,
     ) -> None:
         config: LightningConfig = student.bench.config
-        optimizer = config.adversarial_optimizer if phase.adversarial_weight else config.optimizer
-        if phase.lr is not None:
-            optimizer = optimizer.model_copy(update={"lr": phase.lr})
+        optimizer, d_optimizer = config.optimizers_of(phase)
         super().__init__(student, optimizer, phase.images)
         self.teacher, self.substeps, self.phase, self.discriminator = teacher, substeps, phase, discriminator
         discriminator.encoder.requires_grad_(not config.discriminator.freeze_backbone)
         trained = (p for p in discriminator.parameters() if p.requires_grad)
-        d_optimizer = config.discriminator_optimizer
-        if phase.d_lr is not None:
-            d_optimizer = d_optimizer.model_copy(update={"lr": phase.d_lr})
         self.d_update = Update(d_optimizer, trained, phase.images)
         self._targets: dict[tuple[int, int], Tensor] = {}
         self.updates = (self.d_update, self.update)

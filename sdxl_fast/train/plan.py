@@ -121,15 +121,13 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
 
     def part(unit: Unit) -> Part:
         phase, place = unit.phase, unit.folder(folder)
-        optimizer = config.optimizer if phase is None else config.adversarial_optimizer
+        optimizer, d_optimizer = config.optimizers_of(phase) if phase else (config.optimizer, config.optimizer)
         trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, width, True)]
         teacher = (phase.teacher if phase else None) or (BASE if unit.stage.name == first else "the stage before")
         what = f"{unit.stage.steps} steps, " + ("regression on its x0" if unit.convert else "regression")
         if phase is not None:
             name = "D" if phase.condition else "D'"
-            trained.append(
-                Trained(name, of_discriminator(phase.condition), config.discriminator_optimizer, width, False)
-            )
+            trained.append(Trained(name, of_discriminator(phase.condition), d_optimizer, width, False))
             what = f"{unit.stage.steps} steps, adversarial, teacher {teacher}"
         frozen = base if teacher == BASE else 2 * base  # a LoRA stands on the base, which teaches only the first stage
         held = activations(unit.trains, adversarial=phase is not None)
@@ -166,7 +164,7 @@ def _lines(config: DistillationConfig, parts: list[Part]) -> Iterator[str]:
         f"memory per process in GiB"
     )
     for part in parts:
-        trained = ", ".join(f"{t.name} {t.parameters:,}" for t in part.trained)
+        trained = ", ".join(f"{t.name} {t.parameters:,} at {t.optimizer.lr:g}" for t in part.trained)
         state = sum(t.bytes for t in part.trained) / spread
         frozen = part.frozen_bytes / spread
         total = state + frozen + part.activation_bytes
@@ -176,7 +174,8 @@ def _lines(config: DistillationConfig, parts: list[Part]) -> Iterator[str]:
             f"  memory {total / GIB:.1f} = frozen {frozen / GIB:.1f} + weights, gradients, moments, average "
             f"{state / GIB:.1f} + activations {part.activation_bytes / GIB:.1f}"
         )
-        yield f"  {part.left:,} of {part.images:,} images to go, {-(-part.left // config.batch):,} steps"
+        updates = [-(-images // config.batch) for images in (part.left, part.images)]
+        yield f"  {part.left:,} of {part.images:,} images, {updates[0]:,} of {updates[1]:,} updates to go"
     yield f"# {sum(part.left for part in parts):,} of {sum(part.images for part in parts):,} images to go"
 
 

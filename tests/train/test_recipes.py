@@ -37,9 +37,10 @@ def _total(part: Part) -> float:
 @pytest.mark.parametrize("name", ["sdxl_lightning", "sdxl_lightning_80gb"])
 def test_lightning_has_the_papers_values(name: str) -> None:
     config = _lightning(name)
-    assert config.batch == 512 and config.guidance_scale == 6.0 and config.distance == "mse"
+    one_gpu = name.endswith("80gb")  # a smaller batch, ten times the rate
+    assert config.batch == (64 if one_gpu else 512) and config.guidance_scale == 6.0 and config.distance == "mse"
     assert config.lora_rank == 64 and config.lora_targets == LORA_TARGETS and len(LORA_TARGETS) == 14
-    assert (config.optimizer.lr, config.optimizer.betas) == (1e-5, (0.9, 0.999))
+    assert (config.optimizer.lr, config.optimizer.betas) == (1e-4 if one_gpu else 1e-5, (0.9, 0.999))
     for optimizer in (config.adversarial_optimizer, config.discriminator_optimizer):
         assert optimizer.betas == (0.0, 0.99) and optimizer.weight_decay == 0
     d = config.discriminator
@@ -50,7 +51,7 @@ def test_lightning_has_the_papers_values(name: str) -> None:
     assert all(stage.loss == "adversarial" for stage in later)
     for stage in later:
         for phase in stage.phases:
-            assert phase.lr == phase.d_lr == (1e-6 if phase.trains == "lora" else 5e-7)
+            assert phase.lr == phase.d_lr == (1e-5 if one_gpu else 1e-6 if phase.trains == "lora" else 5e-7)
             assert phase.regression_weight == 0
             assert phase.trains == "lora" or not phase.condition or stage.steps == 1
         if stage.steps > 1:
@@ -59,6 +60,21 @@ def test_lightning_has_the_papers_values(name: str) -> None:
         assert stage.timesteps == wanted
     skipped = {(stage.steps, p.teacher) for stage in later for p in stage.phases if not p.condition}
     assert (2, "8-step") in skipped and (8, None) in skipped and (4, None) in skipped
+
+
+def test_one_gpu_can_move_a_lora_as_far() -> None:
+    """Adam moves a weight by about its rate in an update, so that rates times updates bound what a phase can learn."""
+
+    def reach(config: LightningConfig) -> dict[str, float]:
+        found = {"mse": config.optimizer.lr * config.stages[0].images / config.batch}
+        for stage in config.stages:
+            for phase in (p for p in stage.phases if p.trains == "lora"):
+                found[f"{stage.name} {phase.name}"] = config.optimizers_of(phase)[0].lr * phase.images / config.batch
+        return found
+
+    published, one_gpu = reach(_lightning("sdxl_lightning")), reach(_lightning("sdxl_lightning_80gb"))
+    assert published.keys() == one_gpu.keys()
+    assert all(one_gpu[name] > 5 * published[name] for name in published)
 
 
 def test_lightnings_last_stage_has_the_papers_values() -> None:
@@ -131,8 +147,8 @@ def test_the_text_of_a_dry_run(tmp_path: Path) -> None:
     folder = tmp_path / "sdxl-lcm"
     (folder / "checkpoint-000002400").mkdir(parents=True)
     text = plan(load_recipe("sdxl_lcm"), folder)
-    assert "trains student (lora) 196,751,360" in text
-    assert "9,600 of 12,000 images to go, 800 steps" in text
+    assert "trains student (lora) 196,751,360 at 0.0001" in text
+    assert "9,600 of 12,000 images, 800 of 1,000 updates to go" in text
     assert "memory" in text and "GiB" in text
 
 
