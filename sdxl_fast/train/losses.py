@@ -57,6 +57,10 @@ def hinge_generator(fake_logits: Tensor) -> Tensor:
 def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     """Squared norm of each head's gradient by its own input, averaged over samples, summed over heads (ADD §3.2).
 
+    A head's output is the sum of its tokens' logits, as R1 differentiates a discriminator of many outputs; the paper
+    leaves the reduction open. Of their mean the penalty would be L_k² times smaller, and with the published weight of
+    1e-5 nothing.
+
     Args:
         logits: [N, L_k] per head, computed from `inputs`.
         inputs: [N, C_k, L_k] per head, requiring gradients.
@@ -64,7 +68,7 @@ def r1_penalty(logits: Sequence[Tensor], inputs: Sequence[Tensor]) -> Tensor:
     Returns:
         scalar; its own gradient reaches the heads' weights.
     """
-    scores = torch.stack([_wide(logit).mean(1).sum() for logit in logits]).sum()
+    scores = torch.stack([_wide(logit).sum() for logit in logits]).sum()
     gradients = torch.autograd.grad(scores, list(inputs), create_graph=True)
     return torch.stack([_wide(g).square().sum((1, 2)).mean() for g in gradients]).sum()
 

@@ -56,9 +56,9 @@ def test_r1_is_the_squared_gradient_by_the_heads_inputs_and_reaches_the_weights(
     weight = torch.randn(6, requires_grad=True)
     tokens = torch.randn(3, 6, 5, requires_grad=True)
     penalty = losses.r1_penalty([torch.einsum("c,ncl->nl", weight, tokens)], [tokens])
-    torch.testing.assert_close(penalty, weight.square().sum() / 5)  # a mean over 5 tokens: 5 · (w / 5)²
+    torch.testing.assert_close(penalty, 5 * weight.square().sum())  # each of 5 tokens has the gradient w
     penalty.backward()  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(weight.grad, 2.0 * weight / 5)
+    torch.testing.assert_close(weight.grad, 10.0 * weight)
 
 
 def test_r1_has_a_second_derivative_through_the_head() -> None:
