@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EFFICIENTNET = "efficientnet-lite0"
+DINOV2_PATCH, DINOV2_SIZE = 14, 224
+
 
 @dataclass(frozen=True, slots=True)
 class Features:
@@ -116,7 +119,8 @@ class Dinov2(FeatureNetwork):
 
     Args:
         source: local folder or hub id of a `Dinov2Model`.
-        size: pictures are resized to this side, a multiple of the patch (14); ADD does not state its own.
+        size: pictures are resized to this side, a multiple of the patch (14); ADD does not state its own. What is
+            smaller than the pictures takes their finest detail away.
 
     The tapped layers are StyleGAN-T's, whose discriminator ADD takes over: the embedding and the outputs of blocks
     3, 6, 9 and 12 of 12, in proportion for other depths; the class token is added to every patch token.
@@ -130,7 +134,7 @@ class Dinov2(FeatureNetwork):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, source: str, size: int = 224) -> None:
+    def __init__(self, source: str, size: int = DINOV2_SIZE) -> None:
         super().__init__()
         from transformers import Dinov2Model
 
@@ -154,9 +158,9 @@ class Dinov2(FeatureNetwork):
         return Features(tokens, output.last_hidden_state[:, 0])
 
 
-def feature_network(name: str) -> FeatureNetwork:
-    """`efficientnet-lite0`, or a DINOv2 by its folder or hub id."""
-    return EfficientNetLite0() if name == "efficientnet-lite0" else Dinov2(name)
+def feature_network(name: str, size: int | None = None) -> FeatureNetwork:
+    """`efficientnet-lite0`, which takes pictures as they are, or a DINOv2 by its folder or hub id, at side `size`."""
+    return EfficientNetLite0() if name == EFFICIENTNET else Dinov2(name, size or DINOV2_SIZE)
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:

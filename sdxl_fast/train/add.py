@@ -109,11 +109,10 @@ class AddTask(AccumulatingTask):
         self.student: Any = untrained_student(bench) if starts_anew else make_student(bench, config.trains)
         torch.manual_seed(config.seed)
         self.teacher = ScoreTeacher(bench, bench.frozen_base(), bench.prompts)
-        self.features = feature_network(config.feature_network).to(config.torch_device, config.dtype)
+        place = {"device": config.torch_device, "dtype": config.dtype}
+        self.features = feature_network(config.feature_network, config.feature_size).to(**place)
         self.image_encoder = (
-            feature_network(config.image_encoder).to(config.torch_device, config.dtype)
-            if config.image_encoder
-            else self.features
+            feature_network(config.image_encoder).to(**place) if config.image_encoder else self.features
         )
         text = bench.previews["pooled"].shape[1]
         self.discriminator = AddDiscriminator(self.features.widths, text, self.image_encoder.embedding)

@@ -11,6 +11,7 @@ import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, field_validator, model_validator
 
+from ..models.feature_nets import DINOV2_PATCH, EFFICIENTNET
 from ..models.lora import LORA_TARGETS
 from . import losses
 from .distributed import Parallel
@@ -203,7 +204,8 @@ class AddConfig(DistillationConfig):
     negative_prompt: str = Field("", description="of NFSD above t = 200")
     teacher_steps: int = Field(1, ge=1, description="deterministic steps of the teacher's estimate (table 1f: 1)")
     r1: float = Field(1e-5, ge=0, description="γ of eq. 3")
-    feature_network: str = Field("efficientnet-lite0", description="or a DINOv2, folder or hub id (paper: ViT-S)")
+    feature_network: str = Field(EFFICIENTNET, description="or a DINOv2, folder or hub id (paper: ViT-S)")
+    feature_size: int | None = Field(None, description="side, px, that a DINOv2 sees pictures at; None: 224")
     image_encoder: str | None = Field(None, description="of the condition c_img (paper: DINOv2 ViT-L); None: the same")
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start")
     optimizer: OptimizerConfig
@@ -215,6 +217,16 @@ class AddConfig(DistillationConfig):
             raise ValueError("a random student has nothing to put a LoRA on; set trains to full")
         if self.student != "random" and (self.student_width != 1.0 or not self.student_text_time):
             raise ValueError("a student of another shape cannot start from the teacher; set student to random")
+        return self
+
+    @model_validator(mode="after")
+    def _sees_whole_patches(self) -> AddConfig:
+        if self.feature_size is not None and self.feature_network == EFFICIENTNET:
+            raise ValueError(
+                f"feature_size is of a DINOv2, but {EFFICIENTNET} takes pictures as they are; leave it out"
+            )
+        if self.feature_size is not None and (self.feature_size < 1 or self.feature_size % DINOV2_PATCH):
+            raise ValueError(f"feature_size is {self.feature_size}; allowed: multiples of the patch, {DINOV2_PATCH}")
         return self
 
     @field_validator("timesteps")

@@ -18,7 +18,7 @@ from ..models.conditioning import time_ids
 from ..models.config import vae_scale_factor
 from ..models.discriminators import AddDiscriminator, LightningDiscriminator
 from ..models.encoders import make_encoder
-from ..models.feature_nets import EfficientNetLite0
+from ..models.feature_nets import EFFICIENTNET, EfficientNetLite0
 from .config import AddConfig, DistillationConfig, LightningConfig, Trains
 from .students import add_lora, reshaped, shared_copy
 from .teacher import call_unet
@@ -156,7 +156,7 @@ class Rehearsal:
         """ADD's heads; None where the feature network's widths are unknown without fetching it."""
         assert isinstance(self.config, AddConfig)
         with torch.device("meta"):
-            if self.config.feature_network != "efficientnet-lite0" or self.config.image_encoder:
+            if self.config.feature_network != EFFICIENTNET or self.config.image_encoder:
                 return None
             return AddDiscriminator(EfficientNetLite0.widths, self._pooled, EfficientNetLite0.embedding)
 

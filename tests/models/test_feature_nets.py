@@ -46,6 +46,12 @@ def test_dinov2_taps_five_layers_and_adds_the_class_token(dinov2: Path) -> None:
         Dinov2(str(dinov2), size=30)
 
 
+def test_the_size_that_dinov2_sees_is_asked_for(dinov2: Path) -> None:
+    for size, tokens in ((None, 16 * 16), (42, 3 * 3)):
+        seen = feature_network(str(dinov2), size).features(torch.rand(1, 3, 40, 40)).tokens
+        assert [layer.shape[2] for layer in seen] == [tokens] * 5
+
+
 @pytest.mark.parametrize("name", ["efficientnet-lite0", "dinov2"])
 def test_features_are_frozen_and_pass_gradients_to_the_pictures(name: str, dinov2: Path) -> None:
     if name != "dinov2":

@@ -251,6 +251,14 @@ def test_levels_without_pure_noise_are_refused(recipe: Path) -> None:
         load_recipe(recipe, ["timesteps=[249,499]"])
 
 
+def test_settings_that_would_do_nothing_are_refused(recipe: Path) -> None:
+    with pytest.raises(ValueError, match="efficientnet-lite0 takes any size; leave it out"):
+        load_recipe(recipe, ["feature_size=224"])
+    with pytest.raises(ValueError, match="feature_size is 512; allowed: multiples of the patch, 14"):
+        load_recipe(recipe, ["feature_size=512", "feature_network=facebook/dinov2-small"])
+    assert load_recipe(recipe, ["feature_size=518", "feature_network=facebook/dinov2-small"])
+
+
 def test_a_random_student_of_another_shape_trains_and_is_exported(recipe: Path, cache: Path, tmp_path: Path) -> None:
     shape = ("student=random", "student_width=0.5", "student_text_time=false")
     task = _task(recipe, tmp_path, *shape)

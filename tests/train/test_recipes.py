@@ -98,6 +98,7 @@ def test_add_has_the_papers_values(name: str) -> None:
     assert (config.distillation, config.distillation_weight, config.r1) == ("nfsd", 2.5, 1e-5)
     assert (config.teacher_steps, config.space) == (1, "pixel")
     assert (config.feature_network, config.image_encoder) == ("facebook/dinov2-small", "facebook/dinov2-large")
+    assert config.feature_size is not None and config.feature_size >= config.resolution, "D sees all detail there is"
     assert config.trains == ("full" if name == "sdxl_add" else "lora")
 
 
