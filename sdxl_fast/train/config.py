@@ -220,6 +220,15 @@ class AddConfig(DistillationConfig):
         return self
 
     @model_validator(mode="after")
+    def _walks_only_to_an_estimate(self) -> AddConfig:
+        if self.distillation == "nfsd" and self.teacher_steps != 1:
+            raise ValueError(
+                f"teacher_steps is {self.teacher_steps}, but nfsd takes a direction at one level and no walk; leave it "
+                "out, or set distillation to exponential or sds"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sees_whole_patches(self) -> AddConfig:
         if self.feature_size is not None and self.feature_network == EFFICIENTNET:
             raise ValueError(
