@@ -265,11 +265,11 @@ def _open_source(config: DistillationConfig, pipe: Any, run: Path) -> tuple[Sour
 
 @torch.no_grad()
 def _encode(pipe: Any, prompts: Sequence[str], config: DistillationConfig) -> Condition:
-    """One row per prompt of what the UNet is told, for square pictures of the size it was made for."""
+    """One row per prompt of what the UNet is told, for square pictures of the recipe's size, or the UNet's own."""
     embeds, pooled = encode_prompts(
         prompts, (pipe.tokenizer, pipe.tokenizer_2), (pipe.text_encoder, pipe.text_encoder_2)
     )
-    size = pipe.unet.config.sample_size * vae_scale_factor(pipe.vae.config)
+    size = config.resolution or pipe.unet.config.sample_size * vae_scale_factor(pipe.vae.config)
     found = {"prompt_embeds": embeds, "pooled": pooled, "time_ids": time_ids(size, size, batch=len(embeds))}
     return {name: rows.to(config.torch_device, config.dtype) for name, rows in found.items()}
 

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from ..models.config import vae_scale_factor
 from ..models.lora import Lora, lora_file_name, write_lora
 from . import distributed
 from .checkpoint import Average
@@ -160,6 +161,8 @@ def export_student(
 ) -> None:
     """Writes a diffusers folder in float16 with the averaged student; a LoRA merged, and beside it as a file.
 
+    The recipe's `resolution` becomes the size that pictures have by default.
+
     Args:
         folder: target; an earlier export there is replaced.
         bench: its recipe names the pipeline that the other networks come from.
@@ -185,6 +188,8 @@ def export_student(
         if student.config != unet.config:
             unet = UNet2DConditionModel.from_config(student.config)
         unet.load_state_dict(weights)
+    if config.resolution is not None:
+        unet.register_to_config(sample_size=config.resolution // vae_scale_factor(pipe.vae.config))
     pipe.register_modules(unet=unet, scheduler=scheduler)
     with new_folder(folder) as writing:
         pipe.to(torch.float16).save_pretrained(writing, safe_serialization=True)

@@ -262,6 +262,17 @@ def test_settings_that_would_do_nothing_are_refused(recipe: Path) -> None:
     assert load_recipe(recipe, ["feature_size=518", "feature_network=facebook/dinov2-small"])
 
 
+def test_the_recipes_resolution_is_the_size_of_sheets_and_export(recipe: Path, cache: Path, tmp_path: Path) -> None:
+    """The toy UNet was made for pictures of 32 px, the data are of 64 px."""
+    task = _task(recipe, tmp_path, "resolution=64", "trains=lora", "lora_rank=2")
+    assert task.bench.previews["time_ids"][0].tolist() == [64, 64, 0, 0, 64, 64]
+    task.export(tmp_path / "export")
+    pipe = StableDiffusionXLPipeline.from_pretrained(tmp_path / "export", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("red square", num_inference_steps=1, guidance_scale=0.0, output_type="np").images
+    assert image.shape == (1, 64, 64, 3)
+
+
 def test_a_random_student_of_another_shape_trains_and_is_exported(recipe: Path, cache: Path, tmp_path: Path) -> None:
     shape = ("student=random", "student_width=0.5", "student_text_time=false")
     task = _task(recipe, tmp_path, *shape)
