@@ -17,7 +17,7 @@ from ..diffusion.stochastic import ancestral_move
 from ..files import replacing
 from ..models.config import scheduler_arguments
 from ..models.discriminators import AddDiscriminator
-from ..models.feature_nets import Features, feature_network
+from ..models.feature_nets import FeatureNetwork, Features, feature_network
 from ..nn import fuse
 from ..random import image_seeds
 from . import distributed, losses
@@ -109,11 +109,9 @@ class AddTask(AccumulatingTask):
         self.student: Any = untrained_student(bench) if starts_anew else make_student(bench, config.trains)
         torch.manual_seed(config.seed)
         self.teacher = ScoreTeacher(bench, bench.frozen_base(), bench.prompts)
-        place = {"device": config.torch_device, "dtype": config.dtype}
-        self.features = feature_network(config.feature_network, config.feature_size).to(**place)
-        self.image_encoder = (
-            feature_network(config.image_encoder).to(**place) if config.image_encoder else self.features
-        )
+        self.features = self._placed(feature_network(config.feature_network, config.feature_size))
+        told = config.image_encoder
+        self.image_encoder = self._placed(feature_network(told)) if told else self.features
         text = bench.previews["pooled"].shape[1]
         self.discriminator = AddDiscriminator(self.features.widths, text, self.image_encoder.embedding)
         self.discriminator.to(config.torch_device, config.dtype)
@@ -130,6 +128,9 @@ class AddTask(AccumulatingTask):
             **{"student": self.student, "optimizer": self.update.optimizer, "average": self.average},
             **{"discriminator": self.discriminator, "d_optimizer": self.d_update.optimizer},
         }
+
+    def _placed(self, network: FeatureNetwork) -> FeatureNetwork:
+        return network.to(self.config.torch_device, self.config.dtype)
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.config.checkpoint_decoder and torch.is_grad_enabled():
