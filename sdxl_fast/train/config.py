@@ -102,6 +102,15 @@ class DistillationConfig(RunConfig):
         return self.lora_alpha or self.lora_rank
 
     @model_validator(mode="after")
+    def _optimizes_shards(self) -> DistillationConfig:
+        for name, value in self:
+            if isinstance(value, OptimizerConfig) and self.parallel == "fsdp" and value.kind == "adamw8bit":
+                raise ValueError(
+                    f"{name}.kind is adamw8bit, whose kernels take no shards of parallel fsdp; set it to adamw_lean"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _rounds_well(self) -> DistillationConfig:
         for name, value in self:
             if isinstance(value, OptimizerConfig) and self.trained == "bf16" and value.kind != "adamw_lean":
@@ -174,6 +183,11 @@ class LightningConfig(DistillationConfig):
             raise ValueError(f"bases share a LoRA, but {', '.join(full)} trains full UNets; leave these phases out")
         if self.discriminator.backbone != "unet" and (self.bases or self.parallel == "fsdp"):
             raise ValueError(f"backbone {self.discriminator.backbone} takes one base and parallel ddp")
+        if self.discriminator.r1 and self.parallel == "fsdp":
+            raise ValueError(
+                f"discriminator.r1 is {self.discriminator.r1:g}, but shards of parallel fsdp cannot be differentiated "
+                "twice; set discriminator.approximate_r1 instead"
+            )
         if self.bases and self.parallel == "fsdp":
             raise ValueError("bases share weights, which spread networks cannot; set parallel to ddp")
         return self

@@ -43,6 +43,19 @@ def test_a_wrong_setting_is_named(lightning_recipe: Path, override: str, message
         load_recipe(lightning_recipe, [override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("discriminator.r1=1", "discriminator.r1 is 1, .* set discriminator.approximate_r1 instead"),
+        ("optimizer.kind=adamw8bit", "optimizer.kind is adamw8bit, .* set it to adamw_lean"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused(lightning_recipe: Path, override: str, message: str) -> None:
+    assert load_recipe(lightning_recipe, [override])
+    with pytest.raises(ValueError, match=message):
+        load_recipe(lightning_recipe, [override, "parallel=fsdp"])
+
+
 def test_an_unknown_recipe_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="emoji_lightning"):
         load_recipe("no_such_recipe")
