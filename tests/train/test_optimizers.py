@@ -86,6 +86,34 @@ def test_many_weights_move_at_once_as_one_by_one(
         assert all(torch.equal(a, b) for a, b in zip(mine, plain, strict=True))
 
 
+def test_moments_in_8_bits_take_nearly_the_same_steps_and_resume(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="extra `train` is missing")
+
+    def trained(kind: Any, steps: int, start: Path | None = None) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        module = nn.Linear(96, 64)  # of 4,096 elements and more bitsandbytes keeps moments in 8 bits
+        optimizer = make_optimizer(OptimizerConfig(kind=kind, lr=1e-2, betas=(0.0, 0.99)), list(module.parameters()))
+        if start is not None:
+            checkpoint.load(start, {"module": module, "optimizer": optimizer})
+        for step in range(steps):
+            x = torch.randn(32, 96, generator=torch.Generator().manual_seed(step))
+            module(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return module, optimizer
+
+    start = trained("adamw", 0)[0].weight
+    plain, (module, optimizer) = trained("adamw", 20)[0], trained("adamw8bit", 20)
+    assert next(iter(optimizer.state.values()))["state2"].dtype == torch.uint8
+    assert (module.weight - plain.weight).norm() < 0.1 * (plain.weight - start).norm()
+    saved = checkpoint.save(tmp_path, {"module": module, "optimizer": optimizer}, {"images": 20})
+    one, two = trained("adamw8bit", 5, saved)[0], trained("adamw8bit", 5, saved)[0]
+    assert torch.equal(one.weight, two.weight)
+    moments = trained("adamw8bit", 0, saved)[1].state.values()
+    for ours, its in zip(moments, optimizer.state.values(), strict=True):
+        assert torch.equal(ours["state2"], its["state2"])
+
+
 def test_rounding_keeps_the_expectation() -> None:
     draw = torch.Generator().manual_seed(0)
     value = 1.0 + 2**-10  # an eighth of the way from 1 to the next bfloat16
