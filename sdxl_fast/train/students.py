@@ -41,7 +41,15 @@ def shared_copy(module: M, *, trainable: bool = True) -> M:
 
 
 def add_lora(unet: Any, config: DistillationConfig) -> None:
-    """Gives the frozen UNet a LoRA that changes nothing yet, in the recipe's precision of what trains."""
+    """Gives the frozen UNet a LoRA that changes nothing yet, in the recipe's precision of what trains.
+
+    Raises:
+        ValueError: one of `lora_targets` ends the name of no linear layer or convolution.
+    """
+    adaptable = ["." + name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    idle = [target for target in config.lora_targets if not any(name.endswith("." + target) for name in adaptable)]
+    if idle:
+        raise ValueError(f"lora_targets names {', '.join(idle)}, which the UNet has no layer of; leave it out")
     settings = LoraConfig(r=config.lora_rank, lora_alpha=config.alpha, target_modules=list(config.lora_targets))
     unet.requires_grad_(False)
     torch.manual_seed(config.seed)

@@ -250,6 +250,11 @@ def test_only_clean_latents_are_noised_anew(
     torch.testing.assert_close(real[clean], task.bench.renoised(walked, renoise)[clean])
 
 
+def test_lora_targets_that_name_nothing_are_refused(lightning_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_targets names nonsense, which the UNet has no layer of"):
+        _phase(lightning_recipe, tmp_path, "lora_targets=[to_q,nonsense]", trains="lora")
+
+
 def test_repeated_inputs_keep_the_teachers_targets(
     lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
