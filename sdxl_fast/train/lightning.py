@@ -175,8 +175,12 @@ class StudentTask(AccumulatingTask):
             with replacing(path) as writing:
                 to_sheet(self.drawn, 12).save(writing, format="PNG")
 
+    def handed_on(self) -> AbstractContextManager[None]:
+        """The student holds inside what it hands on: its averaged weights if the recipe says so, else its last."""
+        return self.averaged() if self.bench.config.hand_on_average else nullcontext()
+
     def preview(self, path: Path) -> None:
-        with self.averaged(), self.bench.config.drawing():
+        with self.handed_on(), self.bench.config.drawing():
             self._sheet(path)
 
     def export(self, folder: Path) -> None:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import platform
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -278,7 +277,7 @@ def _run_unit(unit: Unit, bench: Bench[LightningConfig], lineage: Lineage, *, re
     started = time.perf_counter()
     if not fit(task, config, unit.images, folder, resume=resume, label=folder.name):
         return False
-    with task.averaged() if config.hand_on_average else nullcontext():
+    with task.handed_on():
         lineage.write_student(unit, task.student.unet)
     if config.teach_average and unit.trains == "lora":
         with task.averaged():

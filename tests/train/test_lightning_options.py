@@ -250,6 +250,20 @@ def test_only_clean_latents_are_noised_anew(
     torch.testing.assert_close(real[clean], task.bench.renoised(walked, renoise)[clean])
 
 
+def test_a_sheet_shows_the_weights_that_are_handed_on(lightning_recipe: Path, tmp_path: Path) -> None:
+    drawn = {}
+    for handed_on in ("false", "true"):
+        task = _phase(lightning_recipe, tmp_path, f"hand_on_average={handed_on}")
+        with torch.no_grad():
+            for parameter in task.student.unet.parameters():
+                parameter.mul_(1.5)  # the average still has the old ones
+        task.preview(tmp_path / "sheet.png")
+        with task.averaged():
+            task._sheet(averaged := tmp_path / "averaged.png")
+        drawn[handed_on] = (tmp_path / "sheet.png").read_bytes() == averaged.read_bytes()
+    assert drawn == {"false": False, "true": True}
+
+
 def test_lora_targets_that_name_nothing_are_refused(lightning_recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora_targets names nonsense, which the UNet has no layer of"):
         _phase(lightning_recipe, tmp_path, "lora_targets=[to_q,nonsense]", trains="lora")
