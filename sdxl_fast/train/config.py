@@ -144,7 +144,7 @@ class LightningConfig(DistillationConfig):
     images: int = Field(0, description="ignored: each stage and phase has its own length")
     guidance_scale: float = Field(6.0, description="of the teacher, in the MSE stage only; no negative prompt")
     export_name: str = Field("lightning", description="stem of the exported LoRA files")
-    distance: losses.Distance = Field("mse", description="of the regression stages")
+    distance: losses.Distance = Field("mse", description="of the regression stages, and of regression in phases")
     hand_on_average: bool = Field(False, description="a stage hands on its averaged weights; the paper mentions none")
     pure_noise: bool = Field(True, description="inputs at the last timestep are pure noise, as when drawing (§3.5)")
     teach_average: bool = Field(False, description="a stage's averaged weights teach, though its last ones go on")

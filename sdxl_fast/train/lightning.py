@@ -331,7 +331,7 @@ class AdversarialTask(StudentTask):
             ((_, adversarial),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
             loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.detach()
         if phase.regression_weight:
-            regression = losses.distance(fake.x, self._target(start, images))
+            regression = losses.distance(fake.x, self._target(start, images), self.bench.config.distance)
             loss, facts["regression"] = loss + phase.regression_weight * regression, regression.detach()
         return loss, facts
 

@@ -39,7 +39,7 @@ class AdversarialPhase(Config):
     images: int = Field(gt=0)
     teacher: str | None = Field(None, description="stage that teaches this phase; None is the stage before")
     d_warmup: int = Field(0, ge=0, description="images on which D alone trains at the start of the phase")
-    regression_weight: float = Field(0.0, ge=0, description="of the MSE to the teacher beside the adversarial loss")
+    regression_weight: float = Field(0.0, ge=0, description="of the distance to the teacher beside that loss")
     adversarial_weight: float = Field(1.0, ge=0, description="of the loss through D; 0 trains by regression alone")
     renoise: tuple[int, ...] = Field((), description="timesteps t* that D sees x_0 re-noised to; empty: as it is")
     renoise_weights: tuple[float, ...] = ()

@@ -250,6 +250,14 @@ def test_only_clean_latents_are_noised_anew(
     torch.testing.assert_close(real[clean], task.bench.renoised(walked, renoise)[clean])
 
 
+def test_a_phase_regresses_by_the_recipes_distance(lightning_recipe: Path, tmp_path: Path) -> None:
+    task = _phase(lightning_recipe, tmp_path, "distance=l1", regression_weight=1.0)
+    start = task.start(0, "student")
+    with torch.no_grad():
+        wanted = (task.student.move(*start).x - task.teacher.walk(*start, task.substeps)).abs().mean()
+        assert task._student_loss(0)[1]["regression"] == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def test_a_sheet_shows_the_weights_that_are_handed_on(lightning_recipe: Path, tmp_path: Path) -> None:
     drawn = {}
     for handed_on in ("false", "true"):
