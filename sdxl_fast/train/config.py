@@ -134,7 +134,7 @@ class DiscriminatorConfig(Config):
     r1: float = Field(0.0, ge=0, description="weight of the squared gradient norm by the real latents (slow)")
     approximate_r1: float = Field(0.0, ge=0, description="weight of the squared change of the logit under noise")
     approximate_r1_std: float = Field(0.1, gt=0, description="standard deviation of that noise")
-    misaligned_text: float = Field(0.0, ge=0, description="weight of real latents under another's text, judged fake")
+    misaligned_text: float = Field(0.0, ge=0, description="weight of real latents under another text, judged fake")
 
 
 class LightningConfig(DistillationConfig):
@@ -172,6 +172,12 @@ class LightningConfig(DistillationConfig):
         for phase in (phase for stage in self.stages for phase in stage.phases):
             if phase.repeat % self.batch:
                 raise ValueError(f"repeat {phase.repeat} of {phase.name} must be a multiple of batch, {self.batch}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_another_text(self) -> LightningConfig:
+        if self.discriminator.misaligned_text and self.batch == 1:
+            raise ValueError("discriminator.misaligned_text takes another picture's text; set batch to at least 2")
         return self
 
     @model_validator(mode="after")

@@ -259,7 +259,7 @@ class AdversarialTask(StudentTask):
     def _judge(
         self, shown: Sequence[tuple[Tensor, str]], level: Tensor, start: Start, text: Condition
     ) -> tuple[tuple[Tensor, Tensor], ...]:
-        """D's logits and mean loss of several batches of latents at one level, each with what it is to be judged.
+        """D's logits and losses of several batches of latents at one level, each with what it is to be judged.
 
         (x_t, c) passes through D once for all of them.
         """
@@ -270,11 +270,10 @@ class AdversarialTask(StudentTask):
         with self.bench.config.autocast(), attention:
             feature_t = d.features(start.x_t, start.t, text) if d.conditional else None
             features = d.features(torch.cat([latents for latents, _ in shown]), level.repeat(count), texts)
-            verdicts = [
+            return tuple(
                 d.verdict(feature, feature_t, f"non_saturating_{wanted}")
                 for feature, (_, wanted) in zip(features.chunk(count), shown, strict=True)
-            ]
-        return tuple((logits, loss.mean()) for logits, loss in verdicts)
+            )
 
     def _discriminator_loss(self, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Real: the teacher's x_{t-ns}; fake: the student's."""
@@ -292,10 +291,10 @@ class AdversarialTask(StudentTask):
         if options.approximate_r1:
             noise = bench.pure_noise(bench.seeds(*key, "r1"), real.shape[1:])
             shown.append((real.detach() + options.approximate_r1_std * noise, "real"))
-        (real_logits, real_loss), (fake_logits, fake_loss), *noisy = self._judge(
+        (real_logits, real_losses), (fake_logits, fake_losses), *noisy = self._judge(
             shown, fake.level, start, start.condition
         )
-        loss = real_loss + fake_loss  # eq. 19
+        loss = real_losses.mean() + fake_losses.mean()  # eq. 19
         facts = {"d_loss": loss.detach(), "d_accuracy": losses.accuracy(real_logits, fake_logits)}
         if options.r1:
             loss = loss + options.r1 * losses.gradient_penalty(real_logits, real)
@@ -303,8 +302,9 @@ class AdversarialTask(StudentTask):
             loss = loss + options.approximate_r1 * losses.distance(noisy[0][0], real_logits)
         if options.misaligned_text:
             _, others = bench.batch(*key, text_of_next=True)
+            another = (others["prompt_embeds"] != start.condition["prompt_embeds"]).flatten(1).any(1)
             ((_, misaligned),) = self._judge([(real.detach(), "fake")], fake.level, start, others)
-            loss = loss + options.misaligned_text * misaligned
+            loss = loss + options.misaligned_text * (misaligned * another).mean()  # captions may come twice
         return loss, facts
 
     def discriminator_step(self, images: int) -> Facts:
@@ -328,7 +328,8 @@ class AdversarialTask(StudentTask):
         fake = self.student.move(*start, self._renoise(images, "student"))
         loss, facts = fake.x.new_zeros(()), dict[str, Tensor]()
         if phase.adversarial_weight:
-            ((_, adversarial),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)  # eq. 20
+            ((_, verdicts),) = self._judge([(fake.shown, "real")], fake.level, start, start.condition)
+            adversarial = verdicts.mean()  # eq. 20
             loss, facts["g_loss"] = loss + phase.adversarial_weight * adversarial, adversarial.detach()
         if phase.regression_weight:
             regression = losses.distance(fake.x, self._target(start, images), self.bench.config.distance)

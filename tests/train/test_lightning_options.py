@@ -272,6 +272,26 @@ def test_a_sheet_shows_the_weights_that_are_handed_on(lightning_recipe: Path, tm
     assert drawn == {"false": False, "true": True}
 
 
+def test_a_text_that_comes_twice_is_not_another(lightning_recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="misaligned_text takes another picture's text; set batch to at least 2"):
+        load_recipe(lightning_recipe, ["batch=1", "discriminator.misaligned_text=1"])
+    task, plain = (_phase(lightning_recipe, tmp_path, f"discriminator.misaligned_text={w}") for w in (1, 0))
+    bench, use = task.bench, "discriminator"
+
+    def differ(images: int) -> torch.Tensor:
+        texts = (bench.batch(images, use, text_of_next=after)[1]["prompt_embeds"] for after in (False, True))
+        return torch.ne(*texts).flatten(1).any(1)
+
+    images = next(images for images in range(0, 400, 4) if not differ(images).all())
+    another = differ(images)
+    loss = task._discriminator_loss(images)[0] - plain._discriminator_loss(images)[0]
+    start, (_, others) = task.start(images, use), bench.batch(images, use, text_of_next=True)
+    with torch.no_grad():
+        real, level = task.teacher.walk(*start, task.substeps), task.student.move(*start).level
+        ((_, found),) = task._judge([(real, "fake")], level, start, others)
+    assert loss.item() == pytest.approx(found[another].sum().item() / 4, rel=1e-3)
+
+
 def test_lora_targets_that_name_nothing_are_refused(lightning_recipe: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lora_targets names nonsense, which the UNet has no layer of"):
         _phase(lightning_recipe, tmp_path, "lora_targets=[to_q,nonsense]", trains="lora")
