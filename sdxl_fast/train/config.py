@@ -273,7 +273,9 @@ class LcmConfig(DistillationConfig):
     trains: Trains = "lora"
     export_name: str = Field("lcm", description="stem of the exported LoRA file")
     levels: int = Field(50, ge=1, le=1000, description="of the teacher's DDIM grid; a jump is from one to the next")
-    guidance_range: tuple[float, float] = Field((3.0, 15.0), description="the teacher's scale is uniform in it")
+    guidance_range: tuple[float, float] = Field(
+        (4.0, 16.0), description="the teacher's scale is uniform in it; 1 + w of the authors' cond + w (cond - uncond)"
+    )
     distance: losses.Distance = "huber"
     target_half_life: float = Field(0.0, ge=0, description="of the network that makes targets, images; 0: the student")
     optimizer: OptimizerConfig

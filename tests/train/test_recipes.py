@@ -105,9 +105,10 @@ def test_add_has_the_papers_values(name: str) -> None:
 def test_lcm_has_the_authors_values() -> None:
     config = load_recipe("sdxl_lcm")
     assert isinstance(config, LcmConfig)
-    assert (config.levels, config.guidance_range, config.distance) == (50, (3.0, 15.0), "huber")
-    assert (config.lora_rank, config.optimizer.lr, config.optimizer.weight_decay) == (64, 1e-4, 0.01)
+    assert (config.levels, config.guidance_range, config.distance) == (50, (4.0, 16.0), "huber")
+    assert (config.lora_rank, config.optimizer.lr, config.optimizer.weight_decay) == (64, 1e-4, 0.0)
     assert (config.batch, config.images) == (12, 12_000)
+    assert LcmConfig.model_fields["guidance_range"].default == config.guidance_range
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("sdxl_*.yaml")), ids=lambda path: path.stem)
