@@ -59,7 +59,10 @@ class UNetEncoder(nn.Module):
 class DiscriminatorHead(nn.Module):
     """Blocks of 4×4 stride-2 convolution, GroupNorm, SiLU down to one position, then a projection to one logit.
 
-    What follows the last convolution is one operation, `ops.disc_head`, the loss included.
+    What follows the last convolution is one operation, `ops.disc_head`, the loss included. How many blocks there are,
+    how wide, and how they end is not published. DMD2's head, of the same family, has three of them for SDXL's 32×32 and
+    an unpadded convolution of the 4×4 left; here the same block halves them to the last, five times, so that maps of
+    every `side`, and larger ones in several places, are judged by one rule.
 
     Args:
         in_channels: channels of the feature map, twice the mid block's for the conditional discriminator.
