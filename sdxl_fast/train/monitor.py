@@ -7,6 +7,7 @@ collapse of samples; a discriminator that has won or lost. Conjoined shapes (§3
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from pathlib import Path
 from statistics import median
@@ -18,10 +19,13 @@ from torch import Tensor
 from ..eval.sharpness import laplacian_variance
 
 LAYOUT = 16  # pictures are averaged down to this side for the distance between them, as in eval.diversity
-WINDOW = 20  # metric lines that a running median looks back on
+WINDOW, ARMED = 20, 5  # metric lines that a running median looks back on; from how many on it is worth comparing to
 # D's accuracy, averaged over one metric line. The embedded model's healthy phases stay within 0.5 and 0.9.
 WON, LOST = 0.98, 0.4
 JUMP = 10.0  # gradient norms and losses above this multiple of their running median
+# What must not grow so, and the least that a median counts as: a generator's hinge loss passes through 0.
+GROWING = {"grad_norm": 0.0, "d_grad_norm": 0.0, "loss": 0.0, "distillation": 0.0, "regression": 0.0, "r1": 0.0}
+GROWING |= {"g_loss": 1.0, "d_loss": 1.0}
 COLLAPSED, NOISY, BLURRED = 0.5, 3.0, 0.33  # of diversity and sharpness, relative to the unit's first sheet
 
 
@@ -71,15 +75,17 @@ class Monitor:
         return []
 
     def _jumps(self, line: dict[str, float]) -> list[str]:
-        found = []
-        for name in ("grad_norm", "d_grad_norm", "loss", "distillation"):
-            if name not in line:
+        found = [f"divergence: {name} is {value}" for name, value in line.items() if not math.isfinite(value)]
+        for name in GROWING.keys() & line.keys():
+            value = abs(line[name])
+            if not math.isfinite(value):
                 continue
             before = self._before.setdefault(name, deque(maxlen=WINDOW))
-            if len(before) == WINDOW and line[name] > JUMP * median(before) > 0:
+            usual = max(median(before), GROWING[name]) if len(before) >= ARMED else math.inf
+            if value > JUMP * usual > 0:
                 found.append(f"divergence: {name} is {line[name]:.3g}, {JUMP:g} times its running median")
-            before.append(line[name])
-        return found
+            before.append(value)
+        return sorted(found)
 
     def _sheet(self, line: dict[str, float]) -> list[str]:
         if "sheet_sharpness" not in line:

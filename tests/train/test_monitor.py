@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxl_fast.train.monitor import WINDOW, Monitor, facts_of_sheet
+from sdxl_fast.train.config import RECIPES, LightningConfig, load_recipe
+from sdxl_fast.train.monitor import ARMED, Monitor, facts_of_sheet
+from sdxl_fast.train.stages import units_of
 from sdxl_fast.train.trainer import run
 
 
@@ -48,10 +50,37 @@ def test_a_discriminator_that_has_won_or_lost_is_named() -> None:
 
 def test_a_jump_of_the_gradient_is_divergence() -> None:
     monitor = Monitor()
-    lines = [{"grad_norm": 1.0 + 0.1 * (k % 3)} for k in range(WINDOW)]
+    lines = [{"grad_norm": 1.0 + 0.1 * (k % 3)} for k in range(ARMED)]
     assert [warning for line in lines for warning in monitor.check(line)] == []
     (warning,) = monitor.check({"grad_norm": 30.0})
     assert "divergence: grad_norm is 30" in warning
+
+
+@pytest.mark.parametrize("name", ["g_loss", "d_loss", "regression", "r1", "loss", "distillation", "d_grad_norm"])
+def test_every_loss_is_watched(name: str) -> None:
+    monitor = Monitor()
+    for k in range(ARMED):
+        assert monitor.check({name: 1.0 + 0.1 * k}) == []
+    (warning,) = monitor.check({name: 40.0})
+    assert f"divergence: {name} is 40, 10 times its running median" in warning
+    (warning,) = monitor.check({name: float("nan")})
+    assert warning == f"divergence: {name} is nan"
+    assert monitor.check({name: 1.2}) == [], "what is not finite does not blur the median"
+
+
+def test_a_hinge_loss_may_pass_through_zero() -> None:
+    monitor = Monitor()
+    lines = [{"g_loss": value} for value in (0.02, 0.01, -0.01, -0.02, 0.01, 0.5, -3.0)]
+    assert [warning for line in lines for warning in monitor.check(line)] == []
+    assert "divergence: g_loss is -50" in monitor.check({"g_loss": -50.0})[0]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("sdxl_*.yaml")), ids=lambda path: path.stem)
+def test_monitors_are_armed_in_every_unit_of_the_sdxl_recipes(path: Path) -> None:
+    config = load_recipe(path)
+    lengths = [u.images for u in units_of(config)] if isinstance(config, LightningConfig) else [config.images]
+    every = max(config.log_every, config.batch)
+    assert all(images / every >= 4 * ARMED for images in lengths), "most of a unit must be watched"
 
 
 def test_a_run_keeps_what_its_sheets_show(lightning_recipe: Path, cache: Path) -> None:
