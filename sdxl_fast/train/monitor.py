@@ -26,7 +26,7 @@ JUMP = 10.0  # gradient norms and losses above this multiple of their running me
 # What must not grow so, and the least that a median counts as: a generator's hinge loss passes through 0.
 GROWING = {"grad_norm": 0.0, "d_grad_norm": 0.0, "loss": 0.0, "distillation": 0.0, "regression": 0.0, "r1": 0.0}
 GROWING |= {"g_loss": 1.0, "d_loss": 1.0}
-COLLAPSED, NOISY, BLURRED = 0.5, 3.0, 0.33  # of diversity and sharpness, relative to the unit's first sheet
+COLLAPSED, NOISY, BLURRED = 0.5, 3.0, 0.33  # of diversity and sharpness, relative to the reference sheet
 
 
 @torch.no_grad()
@@ -49,13 +49,31 @@ def facts_of_sheet(pictures: Tensor) -> dict[str, float]:
     }
 
 
+def _lines(sheets: Path) -> list[str]:
+    return sheets.read_text().splitlines() if sheets.is_file() else []
+
+
+def reference(sheets: Path) -> dict[str, float]:
+    """What a unit's sheets are compared with: the last one of the unit before; else its own first.
+
+    A conversion to x0 ends blurred, as it must (§3.7.3), and is nothing to compare with.
+
+    Args:
+        sheets: the unit's `sheets.jsonl`, which need not be there yet; units lie in folders that begin with numbers.
+    """
+    number = sheets.parent.name.partition("-")[0]
+    before = sheets.parent.parent.glob(f"{int(number) - 1:02d}-*/{sheets.name}") if number.isdecimal() else ()
+    ends = [line for path in before if not path.parent.name.endswith("-convert") for line in _lines(path)[-1:]]
+    lines = ends or _lines(sheets)[:1]
+    return json.loads(lines[0]) if lines else {}
+
+
 class Monitor:
-    """Compares each metric line with those before it, and each sheet with the unit's first, which `sheets` may hold."""
+    """Compares each metric line with those before it, and each sheet with the `reference` of this unit's `sheets`."""
 
     def __init__(self, sheets: Path | None = None) -> None:
         self._before: dict[str, deque[float]] = {}
-        lines = sheets.read_text().splitlines() if sheets is not None and sheets.is_file() else []
-        self._first: dict[str, float] = json.loads(lines[0]) if lines else {}
+        self._first = reference(sheets) if sheets is not None else {}
 
     def check(self, line: dict[str, float]) -> list[str]:
         """Warnings about a line of metrics or of measures of a contact sheet."""
@@ -96,9 +114,9 @@ class Monitor:
         )
         found = []
         if diversity < COLLAPSED:
-            found.append(f"collapse: samples differ {diversity:.2f} times as much as on the first sheet")
+            found.append(f"collapse: samples differ {diversity:.2f} times as much as on the reference sheet")
         if sharpness > NOISY:
-            found.append(f"noise: samples have {sharpness:.1f} times the edges of the first sheet")
+            found.append(f"noise: samples have {sharpness:.1f} times the edges of the reference sheet")
         if sharpness < BLURRED:
-            found.append(f"blur: samples have {sharpness:.2f} times the edges of the first sheet")
+            found.append(f"blur: samples have {sharpness:.2f} times the edges of the reference sheet")
         return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sdxl_fast.train.config import RECIPES, LightningConfig, load_recipe
-from sdxl_fast.train.monitor import ARMED, Monitor, facts_of_sheet
+from sdxl_fast.train.monitor import ARMED, Monitor, facts_of_sheet, reference
 from sdxl_fast.train.stages import units_of
 from sdxl_fast.train.trainer import run
 
@@ -91,6 +91,22 @@ def test_a_run_keeps_what_its_sheets_show(lightning_recipe: Path, cache: Path) -
     assert all(line["sheet_sharpness"] > 0 and line["sheet_diversity"] > 0 for line in lines)
     first = Monitor(folder / "sheets.jsonl")
     assert any("collapse" in w for w in first.check({"sheet_sharpness": 1.0, "sheet_diversity": 0.0}))
+
+
+def test_a_unit_is_compared_with_the_end_of_the_one_before(tmp_path: Path) -> None:
+    """What a unit breaks before its own first sheet shows, too."""
+    for name, sharpness in (("09-4-step-lora-d", (9.0, 1.0)), ("10-2-step-lora-d", (50.0,)), ("emoji-add", (3.0, 4.0))):
+        lines = [json.dumps({"images": 8, "sheet_sharpness": s, "sheet_diversity": 1.0}) for s in sharpness]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "sheets.jsonl").write_text("\n".join(lines))
+    line = {"sheet_sharpness": 50.0, "sheet_diversity": 1.0}
+    assert "noise: samples have 50.0 times" in Monitor(tmp_path / "10-2-step-lora-d" / "sheets.jsonl").check(line)[0]
+    assert "noise: samples have 5.6 times" in Monitor(tmp_path / "09-4-step-lora-d" / "sheets.jsonl").check(line)[0]
+    assert reference(tmp_path / "emoji-add" / "sheets.jsonl")["sheet_sharpness"] == 3.0
+    assert reference(tmp_path / "11-next" / "sheets.jsonl")["sheet_sharpness"] == 50.0
+    (tmp_path / "10-2-step-lora-d").rename(tmp_path / "10-1-step-convert")
+    assert reference(tmp_path / "11-next" / "sheets.jsonl") == {}
+    assert reference(tmp_path / "00-first" / "sheets.jsonl") == {}
 
 
 def test_facts_are_relative_to_nothing_else() -> None:
