@@ -154,11 +154,12 @@ def train(
     settings: Annotated[list[str] | None, typer.Option("--set", help="a.b=value, replaces the recipe's.")] = None,
     resume: Annotated[str | None, typer.Option(help="'latest' goes on from the newest checkpoint.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run and stop.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="With --dry-run: for so many processes.")] = None,
 ) -> None:
     """Run a training recipe."""
     from . import train as training
 
-    training.run(recipe, settings or [], resume=resume, dry_run=dry_run)
+    training.run(recipe, settings or [], resume=resume, dry_run=dry_run, processes=processes)
 
 
 @app.command()

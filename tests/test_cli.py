@@ -232,8 +232,9 @@ def test_the_other_commands_pass_their_arguments_on(
     monkeypatch.setattr(emoji, "build", lambda out, *, packages: calls.append((out, packages)))
     assert _run(capsys, "data", "emoji", "--out", tmp_path, "--packages", "here")[0] == 0
     arguments = ["train", "vae.yaml", "--set", "a.b=1", "--set", "c=2", "--resume", "latest", "--dry-run"]
-    assert _run(capsys, *arguments)[0] == 0
-    assert calls == [(tmp_path, Path("here")), (("vae.yaml", ["a.b=1", "c=2"]), {"resume": "latest", "dry_run": True})]
+    assert _run(capsys, *arguments, "--processes", "8")[0] == 0
+    told = {"resume": "latest", "dry_run": True, "processes": 8}
+    assert calls == [(tmp_path, Path("here")), (("vae.yaml", ["a.b=1", "c=2"]), told)]
 
 
 def test_eval_measures_every_step_count_of_the_model(

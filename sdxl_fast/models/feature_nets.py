@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -161,6 +162,40 @@ class Dinov2(FeatureNetwork):
 def feature_network(name: str, size: int | None = None) -> FeatureNetwork:
     """`efficientnet-lite0`, which takes pictures as they are, or a DINOv2 by its folder or hub id, at side `size`."""
     return EfficientNetLite0() if name == EFFICIENTNET else Dinov2(name, size or DINOV2_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureShape:
+    """What a plan of a training needs to know of a feature network without its weights."""
+
+    widths: tuple[int, ...]
+    embedding: int
+    parameters: int
+
+
+DINOV2: dict[str, FeatureShape] = {
+    f"facebook/dinov2-{name}": FeatureShape((width,) * 5, width, parameters)
+    for name, width, parameters in (
+        ("small", 384, 22_056_576),
+        ("base", 768, 86_580_480),
+        ("large", 1024, 304_368_640),
+        ("giant", 1536, 1_136_480_768),
+    )
+}
+
+
+def feature_shape(name: str) -> FeatureShape | None:
+    """Of a network that `feature_network` makes, from a folder's configuration or a table; None for what is unknown."""
+    if name == EFFICIENTNET:
+        return FeatureShape(EfficientNetLite0.widths, EfficientNetLite0.embedding, 4_652_008)
+    if not (Path(name) / "config.json").is_file():
+        return DINOV2.get(name)
+    from transformers import Dinov2Config, Dinov2Model
+
+    config = Dinov2Config.from_pretrained(name)
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in Dinov2Model(config).parameters())
+    return FeatureShape((config.hidden_size,) * 5, config.hidden_size, count)
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:

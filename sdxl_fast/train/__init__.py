@@ -6,7 +6,12 @@ from pathlib import Path
 
 
 def run(
-    recipe: str | Path, overrides: list[str] | None = None, *, resume: str | None = None, dry_run: bool = False
+    recipe: str | Path,
+    overrides: list[str] | None = None,
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    processes: int | None = None,
 ) -> Path:
     """Runs a recipe to its end.
 
@@ -15,6 +20,7 @@ def run(
         overrides: `a.b=value` settings that replace the recipe's.
         resume: "latest" goes on from the newest checkpoint of the run; None starts anew and refuses a folder in use.
         dry_run: print what would run and stop.
+        processes: for how many to print it; None: those that are running.
 
     Returns:
         the folder of its exported result.
@@ -24,4 +30,4 @@ def run(
     """
     from .trainer import run as run_recipe
 
-    return run_recipe(recipe, overrides or [], resume=resume, dry_run=dry_run)
+    return run_recipe(recipe, overrides or [], resume=resume, dry_run=dry_run, processes=processes)

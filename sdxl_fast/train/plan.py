@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..models.feature_nets import feature_shape
 from ..models.networks import skeleton
 from ..models.source import PUBLISHED
 from . import checkpoint, distributed
@@ -33,19 +34,21 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Trained:
-    """One network that trains: its parameters, how wide they are, and what moves them."""
+    """One network that trains: its parameters, how wide they are, what moves them, and their copies' width."""
 
     name: str
     parameters: int
     optimizer: OptimizerConfig
     width: int
     averaged: bool
+    copies: int
 
     @property
     def bytes(self) -> int:
-        """Weights, gradients, moments, and the average in float32 or wider."""
+        """Weights, gradients, moments, the average in float32 or wider, and the copies that a step computes with."""
         average = max(4, self.width) if self.averaged else 0
-        return self.parameters * (2 * self.width + bytes_per_parameter(self.optimizer, self.width) + average)
+        moments = bytes_per_parameter(self.optimizer, self.width)
+        return self.parameters * (2 * self.width + moments + average + self.copies)
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,18 @@ def _left(folder: Path, images: int, *, done: bool = False) -> int:
     return 0 if done else images - (int(newest.name.rpartition("-")[2]) if newest else 0)
 
 
+def _copies(config: DistillationConfig) -> int:
+    """Bytes of the copy that autocast keeps of each weight that trains, until its backward."""
+    return 2 if config.precision == "bf16" and config.trained_dtype.itemsize > 2 else 0
+
+
 def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
     from .stages import Unit, finished_units, units_of
 
     done = finished_units(folder)
     first = config.stages[0].name
     base = _count(rehearsal.unet) * config.frozen_dtype.itemsize
-    width = config.trained_dtype.itemsize
+    width, copies = config.trained_dtype.itemsize, _copies(config)
     activations = functools.cache(rehearsal.lightning)  # many units are alike, and networks take seconds to make
 
     @functools.cache
@@ -122,12 +130,12 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
     def part(unit: Unit) -> Part:
         phase, place = unit.phase, unit.folder(folder)
         optimizer, d_optimizer = config.optimizers_of(phase) if phase else (config.optimizer, config.optimizer)
-        trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, width, True)]
+        trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, width, True, copies)]
         teacher = (phase.teacher if phase else None) or (BASE if unit.stage.name == first else "the stage before")
         what = f"{unit.stage.steps} steps, " + ("regression on its x0" if unit.convert else "regression")
         if phase is not None:
             name = "D" if phase.condition else "D'"
-            trained.append(Trained(name, of_discriminator(phase.condition), d_optimizer, width, False))
+            trained.append(Trained(name, of_discriminator(phase.condition), d_optimizer, width, False, copies))
             what = f"{unit.stage.steps} steps, adversarial, teacher {teacher}"
         frozen = base if teacher == BASE else 2 * base  # a LoRA stands on the base, which teaches only the first stage
         held = activations(unit.trains, adversarial=phase is not None)
@@ -138,25 +146,28 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
 
 
 def _single(config: AddConfig | LcmConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
-    width = config.trained_dtype.itemsize
+    width, copies = config.trained_dtype.itemsize, _copies(config)
     student = rehearsal.student(config.trains)
-    trained = [Trained(f"student ({config.trains})", _trainable(student), config.optimizer, width, True)]
+    trained = [Trained(f"student ({config.trains})", _trainable(student), config.optimizer, width, True, copies)]
     frozen = _count(rehearsal.unet) * config.frozen_dtype.itemsize
     what = "latent consistency"
     if isinstance(config, AddConfig):
         heads = rehearsal.heads()
         if heads is not None:
-            trained.append(Trained("heads", _count(heads), config.discriminator_optimizer, width, False))
-        what = f"ADD, {len(config.timesteps)} levels, {config.distillation}"
-        frozen += _count(rehearsal.vae) * config.dtype.itemsize
+            trained.append(Trained("heads", _count(heads), config.discriminator_optimizer, width, False, copies))
+        names = filter(None, (config.feature_network, config.image_encoder))
+        shapes = {name: feature_shape(name) for name in names}
+        looks = ", ".join(f"{name} {shape.parameters:,}" if shape else f"{name} ?" for name, shape in shapes.items())
+        what = f"ADD, {len(config.timesteps)} levels, {config.distillation}; looks through {looks}"
+        seen = sum(shape.parameters for shape in shapes.values() if shape)
+        frozen += (_count(rehearsal.vae) + seen) * config.dtype.itemsize
     activations = (
         rehearsal.add() if isinstance(config, AddConfig) else rehearsal.lightning(config.trains, adversarial=False)
     )
     yield Part(config.run, what, tuple(trained), frozen, activations, config.images, _left(folder, config.images))
 
 
-def _lines(config: DistillationConfig, parts: list[Part]) -> Iterator[str]:
-    count = distributed.size()
+def _lines(config: DistillationConfig, parts: list[Part], count: int) -> Iterator[str]:
     spread = count if config.parallel == "fsdp" else 1
     each = config.batch // (count * config.accumulate)
     yield (
@@ -179,22 +190,36 @@ def _lines(config: DistillationConfig, parts: list[Part]) -> Iterator[str]:
     yield f"# {sum(part.left for part in parts):,} of {sum(part.images for part in parts):,} images to go"
 
 
-def parts_of(config: LightningConfig | AddConfig | LcmConfig, folder: Path) -> list[Part]:
-    """The stages of a distillation, with counts taken from networks on the meta device."""
+def parts_of(config: LightningConfig | AddConfig | LcmConfig, folder: Path, processes: int = 1) -> list[Part]:
+    """The stages of a distillation, with counts taken from networks on the meta device.
+
+    Raises:
+        ValueError: the batch does not divide into equal micro-batches of so many processes, or the teacher is unknown.
+    """
+    accumulate = config.accumulate
+    if config.batch % (processes * accumulate):
+        raise ValueError(
+            f"batch is {config.batch}; {processes} processes that accumulate {accumulate} micro-batches each need a "
+            f"multiple of {processes * accumulate}"
+        )
     found = teacher_networks(config)
-    rehearsal = Rehearsal(config, skeleton("unet", found["unet"]), skeleton("vae", found["vae"]))
+    rehearsal = Rehearsal(config, skeleton("unet", found["unet"]), skeleton("vae", found["vae"]), processes)
     if isinstance(config, LightningConfig):
         return list(_lightning(config, folder, rehearsal))
     return list(_single(config, folder, rehearsal))
 
 
-def plan(config: AnyConfig, folder: Path) -> str:
-    """The text of `--dry-run`: stages, parameters trained, memory estimate per rank, images to go."""
+def plan(config: AnyConfig, folder: Path, processes: int | None = None) -> str:
+    """The text of `--dry-run`: stages, parameters trained, memory estimate per rank, images to go.
+
+    `processes` are those that would share the work; None: those that are running.
+    """
+    count = processes or distributed.size()
     if not isinstance(config, LightningConfig | AddConfig | LcmConfig):
         left = _left(folder, config.images)
         return f"{config.run}: {left:,} of {config.images:,} images to go, {-(-left // config.batch):,} steps"
     try:
-        parts = parts_of(config, folder)
+        parts = parts_of(config, folder, count)
     except ValueError as error:
         return f"# {error}"
-    return "\n".join(_lines(config, parts))
+    return "\n".join(_lines(config, parts, count))

@@ -18,7 +18,7 @@ from ..models.conditioning import time_ids
 from ..models.config import vae_scale_factor
 from ..models.discriminators import AddDiscriminator, LightningDiscriminator
 from ..models.encoders import make_encoder
-from ..models.feature_nets import EFFICIENTNET, EfficientNetLite0
+from ..models.feature_nets import feature_shape
 from .config import AddConfig, DistillationConfig, LightningConfig, Trains
 from .students import add_lora, reshaped, shared_copy
 from .teacher import call_unet
@@ -101,9 +101,11 @@ class Rehearsal:
         config: the recipe.
         unet: of the teacher, on the meta device.
         vae: likewise.
+        processes: that share a batch.
     """
 
-    def __init__(self, config: DistillationConfig, unet: Any, vae: Any) -> None:
+    def __init__(self, config: DistillationConfig, unet: Any, vae: Any, processes: int = 1) -> None:
+        self.processes = processes
         self.config, self.unet, self.vae = config, unet.requires_grad_(False), vae.requires_grad_(False)
         self._found: dict[Any, int] = {}
         if config.gradient_checkpointing:
@@ -153,12 +155,14 @@ class Rehearsal:
             return LightningDiscriminator(encoder, conditional=conditional, side=side, head_channels=width).train()
 
     def heads(self) -> AddDiscriminator | None:
-        """ADD's heads; None where the feature network's widths are unknown without fetching it."""
+        """ADD's heads; None where a feature network's widths are unknown without fetching it."""
         assert isinstance(self.config, AddConfig)
+        seen = feature_shape(self.config.feature_network)
+        told = feature_shape(self.config.image_encoder) if self.config.image_encoder else seen
+        if seen is None or told is None:
+            return None
         with torch.device("meta"):
-            if self.config.feature_network != EFFICIENTNET or self.config.image_encoder:
-                return None
-            return AddDiscriminator(EfficientNetLite0.widths, self._pooled, EfficientNetLite0.embedding)
+            return AddDiscriminator(seen.widths, self._pooled, told.embedding)
 
     @property
     def _pooled(self) -> int:
@@ -167,9 +171,7 @@ class Rehearsal:
 
     @property
     def _micro(self) -> int:
-        from . import distributed
-
-        return self.config.batch // (distributed.size() * self.config.accumulate)
+        return self.config.batch // (self.processes * self.config.accumulate)
 
     def _inputs(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         count, config = self._micro, self.unet.config

@@ -195,7 +195,14 @@ def _drop_later_lines(path: Path, images: int) -> None:
         writing.write_text("".join(line + "\n" for line in kept))
 
 
-def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, dry_run: bool = False) -> Path:
+def run(
+    recipe: str | Path,
+    overrides: list[str],
+    *,
+    resume: str | None = None,
+    dry_run: bool = False,
+    processes: int | None = None,
+) -> Path:
     """Runs a recipe and returns the folder of its exported result: a pipeline, or the files of its stages' students.
 
     Args:
@@ -203,6 +210,7 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
         overrides: `a.b=value` settings that replace the recipe's.
         resume: "latest" goes on from the newest checkpoint of the run; None starts anew and refuses a folder in use.
         dry_run: print what would run and stop.
+        processes: for how many to print it; None: those that are running.
 
     Raises:
         ValueError: bad recipe or `resume`, or the run's folder already holds a run.
@@ -218,7 +226,7 @@ def run(recipe: str | Path, overrides: list[str], *, resume: str | None = None, 
         from .plan import plan
 
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False) + f"# runs in {folder}")
-        print(plan(config, folder))
+        print(plan(config, folder, processes))
         return folder
     if resume is None and folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} already holds a run; pass --resume latest, or another name with --set run=NAME")

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from sdxl_fast.models.discriminators import AddDiscriminator
+from sdxl_fast.models.feature_nets import DINOV2, feature_shape
 from sdxl_fast.models.lora import LORA_TARGETS
 from sdxl_fast.train.config import RECIPES, AddConfig, LcmConfig, LightningConfig, load_recipe
 from sdxl_fast.train.plan import GIB, Part, parts_of, plan
@@ -152,6 +154,38 @@ def test_the_text_of_a_dry_run(tmp_path: Path) -> None:
     assert "trains student (lora) 196,751,360 at 0.0001" in text
     assert "9,600 of 12,000 images, 800 of 1,000 updates to go" in text
     assert "memory" in text and "GiB" in text
+
+
+def test_a_dry_run_counts_adds_heads_and_what_they_look_through(tmp_path: Path) -> None:
+    heads = AddDiscriminator((384,) * 5, 1280, 1024)
+    config = load_recipe("sdxl_add", ["gradient_checkpointing=false", "shards=null", "data.resolution=64"])
+    assert isinstance(config, AddConfig)
+    (part,) = parts_of(config, tmp_path, 64)
+    assert [t.parameters for t in part.trained] == [UNET, sum(p.numel() for p in heads.parameters())]
+    assert "facebook/dinov2-small 22,056,576, facebook/dinov2-large 304,368,640" in part.what
+    assert part.frozen_bytes > 2 * UNET + 4 * (22_056_576 + 304_368_640)
+    student = part.trained[0]
+    assert student.bytes == UNET * (4 + 4 + 8 + 4 + 2), "weights, gradients, moments, average, and autocast's copies"
+
+
+def test_a_dry_run_for_more_processes_than_are_running(lightning_recipe: Path, tmp_path: Path) -> None:
+    config = load_recipe(lightning_recipe)
+    one, four = (plan(config, tmp_path, processes) for processes in (None, 4))
+    assert "# 1 process(es), ddp, 4 x 1 of 4 images each" in one and "# 4 process(es), ddp, 1 x 1 of 4" in four
+    assert isinstance(config, LightningConfig)
+    held = [parts_of(config, tmp_path, processes)[0].activation_bytes for processes in (1, 4)]
+    assert held[0] > 2 * held[1] > 0
+    assert "batch is 4; 3 processes that accumulate 1 micro-batches each need a multiple of 3" in plan(
+        config, tmp_path, 3
+    )
+
+
+def test_the_table_of_feature_networks_is_that_of_transformers(tmp_path: Path) -> None:
+    from transformers import Dinov2Config
+
+    config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
+    config.save_pretrained(tmp_path)
+    assert feature_shape(str(tmp_path)) == DINOV2["facebook/dinov2-small"] and feature_shape("nobody/nothing") is None
 
 
 @pytest.mark.parametrize("name", ["emoji_lightning", "emoji_add", "emoji_lcm"])
