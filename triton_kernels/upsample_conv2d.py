@@ -16,14 +16,13 @@ import triton
 import triton.language as tl
 
 from ._math import round_to
-from ._matrix import GROUP, dot, matrix_config, tile_of, wide
+from ._matrix import GROUP, dot, matrix_config, tile_of
 
 
 @triton.jit
 def upsample_conv2d_kernel(
     x_ptr, k_ptr, bias_ptr, y_ptr, n, c_in, h, w, c_out,
     x_n, x_c, x_h, x_w, k_c, k_o, k_h, k_w, y_n, y_c, y_h, y_w,
-    WIDE: tl.constexpr,
     EVEN_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     i_phase = tl.program_id(1) // 2
@@ -38,10 +37,8 @@ def upsample_conv2d_kernel(
     v = o_m % w
     u = o_m // w % h
     sample = (o_m // (w * h)).to(tl.int64)
-    if WIDE:  # 64-bit offsets, which take registers
-        u, v = u.to(tl.int64), v.to(tl.int64)
-        o_k, o_n = o_k.to(tl.int64), o_n.to(tl.int64)
-    p_x = x_ptr + sample * x_n
+    # What a tap adds to a position fits in 32 bits where the position itself does not.
+    p_x = x_ptr + sample * x_n + u.to(tl.int64) * x_h + v.to(tl.int64) * x_w
     p_k = k_ptr + o_n * k_o
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     slices = tl.cdiv(c_in, BLOCK_K)
@@ -57,14 +54,15 @@ def upsample_conv2d_kernel(
         if not EVEN_K:
             m_x = m_x & (o_c < c_in)[None, :]
             m_k = m_k & (o_c < c_in)[:, None]
-        b_x = tl.load(p_x[:, None] + (i_h * x_h + i_w * x_w)[:, None] + (o_c * x_c)[None, :], mask=m_x, other=0.0)
+        x_at = (i_phase - 1 + a) * x_h + (j_phase - 1 + b) * x_w
+        b_x = tl.load(p_x[:, None] + x_at + (o_c.to(tl.int64) * x_c)[None, :], mask=m_x, other=0.0)
         tap_at = (3 - i_phase - 2 * a) * k_h + (3 - j_phase - 2 * b) * k_w
         b_k = tl.load(p_k[None, :] + tap_at + (o_c * k_c)[:, None], mask=m_k, other=0.0)
         b_acc = dot(b_x, b_k, b_acc)
     if bias_ptr is not None:
         b_acc += tl.load(bias_ptr + o_n, mask=m_n, other=0.0).to(tl.float32)[None, :]
-    p_y = y_ptr + sample * y_n
-    o_y = ((2 * u + i_phase) * y_h + (2 * v + j_phase) * y_w)[:, None] + (o_n * y_c)[None, :]
+    p_y = y_ptr + sample * y_n + (2 * u + i_phase).to(tl.int64) * y_h + (2 * v + j_phase).to(tl.int64) * y_w
+    o_y = (o_n.to(tl.int64) * y_c)[None, :]
     tl.store(p_y[:, None] + o_y, round_to(b_acc, y_ptr.dtype.element_ty), mask=m_m[:, None] & m_n[None, :])
 
 
@@ -88,7 +86,7 @@ def upsample_conv2d_fwd(
     grid = (triton.cdiv(rows, config.block_m) * triton.cdiv(c_out, config.block_n), 4)
     upsample_conv2d_kernel[grid](
         x, phases, bias, y, n, c_in, h, w, c_out, *x.stride(), *phases.stride(), *y.stride(),
-        WIDE=wide(x, y), EVEN_K=c_in % block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k,
-        GROUP_M=GROUP, **config.options(),
+        EVEN_K=c_in % block_k == 0, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=block_k, GROUP_M=GROUP,
+        **config.options(),
     )  # fmt: skip
     return y
