@@ -255,7 +255,7 @@ def test_settings_that_would_do_nothing_are_refused(recipe: Path) -> None:
     with pytest.raises(ValueError, match="teacher_steps is 4, but nfsd takes a direction at one level"):
         load_recipe(recipe, ["teacher_steps=4"])
     assert load_recipe(recipe, ["teacher_steps=4", "distillation=sds"])
-    with pytest.raises(ValueError, match="efficientnet-lite0 takes any size; leave it out"):
+    with pytest.raises(ValueError, match="efficientnet-lite0 takes pictures as they are; leave it out"):
         load_recipe(recipe, ["feature_size=224"])
     with pytest.raises(ValueError, match="feature_size is 512; allowed: multiples of the patch, 14"):
         load_recipe(recipe, ["feature_size=512", "feature_network=facebook/dinov2-small"])
