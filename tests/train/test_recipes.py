@@ -11,6 +11,7 @@ import torch
 from sdxl_fast.models.discriminators import AddDiscriminator
 from sdxl_fast.models.feature_nets import DINOV2, feature_shape
 from sdxl_fast.models.lora import LORA_TARGETS
+from sdxl_fast.train import checkpoint
 from sdxl_fast.train.config import RECIPES, AddConfig, LcmConfig, LightningConfig, load_recipe
 from sdxl_fast.train.plan import GIB, Part, parts_of, plan
 from sdxl_fast.train.rehearsal import LiveBytes
@@ -149,7 +150,7 @@ def test_one_gpu_of_80_gb_is_enough(name: str, tmp_path: Path) -> None:
 
 def test_the_text_of_a_dry_run(tmp_path: Path) -> None:
     folder = tmp_path / "sdxl-lcm"
-    (folder / "checkpoint-000002400").mkdir(parents=True)
+    checkpoint.save(folder, {}, {"images": 2400})
     text = plan(load_recipe("sdxl_lcm"), folder)
     assert "trains student (lora) 196,751,360 at 0.0001" in text
     assert "9,600 of 12,000 images, 800 of 1,000 updates to go" in text
