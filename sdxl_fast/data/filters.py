@@ -66,6 +66,16 @@ class Dropped(Exception):  # noqa: N818  (not an error: an answer)
         self.reason, self.detail = reason, detail
 
 
+def printable(text: str) -> str:
+    """The text with lone surrogates as escapes: names that are not Unicode can be written to any file."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and text, short."""
+    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+
+
 CAPTION_READ = 4096  # characters of a caption that are looked at: the text encoders read 77 tokens of it
 # What begins with \S begins at a word's start: tried at every character, a long word would take its length squared.
 _TAG = re.compile(r"<[A-Za-z/!][^<>]*>")  # neither "<3" nor "a < b"
@@ -175,7 +185,7 @@ def open_picture(content: bytes, filters: Filters) -> Image.Image:
     except UnidentifiedImageError:  # its text holds an address in memory
         raise Dropped("unreadable", f"not a picture ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's readers raise a dozen types on a broken file, SyntaxError among them
-        raise Dropped("unreadable", " ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+        raise Dropped("unreadable", one_line(error)) from None
 
 
 _TURNS = {

@@ -17,8 +17,8 @@ from . import report
 from .buckets import Fit, Size, fit, nearest_bucket
 from .config import PrepareConfig
 from .encoders import Encoders, finite
-from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, open_picture
-from .rows import Damage, Row, Source, Stray, Unavailable, one_line
+from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, one_line, open_picture
+from .rows import Damage, Row, Source, Stray, Unavailable
 from .shards import Sample, scan
 
 PENDING_BATCHES = 8  # pictures waiting for their bucket to fill, in batches: 40 buckets must not hold 40 batches

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files import replacing
-from .filters import CORRUPT, REASONS, Reason
-from .rows import printable
+from .filters import CORRUPT, REASONS, Reason, printable
 from .shards import Index
 
 REPORT, SUMMARY, DROPPED = "report.json", "report.md", "dropped.jsonl"

@@ -10,20 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .filters import Dropped, Reason
+from .filters import Dropped, Reason, printable
 
 CAPTION = "text"
 """The column of captions, where no other is named."""
-
-
-def printable(text: str) -> str:
-    """The text with lone surrogates as escapes: names that are not Unicode can be written to any file."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and text, short."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 # What the file system says of a file. Any other error is one of its own, and may be gone the next time.

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .rows import CAPTION, Row, Source, Unavailable, check_final, digest_of, one_line, printable, read_file
+from .filters import one_line, printable
+from .rows import CAPTION, Row, Source, Unavailable, check_final, digest_of, read_file
 from .tars import TAR, Tars, tar_paths
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|pipe:")

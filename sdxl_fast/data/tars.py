@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .filters import Reason
-from .rows import Damage, Row, Source, Stray, check_final, digest_of, one_line
+from .filters import Reason, one_line
+from .rows import Damage, Row, Source, Stray, check_final, digest_of
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TAR = re.compile(r"\.tar(?:\.(?:gz|bz2|xz))?$|\.tgz$")
