@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sdxl_fast.eval.features import check_images
-from sdxl_fast.eval.patches import PATCH, centre_patch
+from sdxl_fast.eval.patches import PATCH, centre_patch, resized
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP and its heirs
 
@@ -74,7 +74,7 @@ class Clip:
         scale = self.size / min(height, width)
         size = (max(self.size, round(height * scale)), max(self.size, round(width * scale)))
         if size != (height, width):
-            x = functional.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            x = resized(x, size).clamp(0, 1)
         top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
         x = x[..., top : top + self.size, left : left + self.size]
         mean, std = (torch.tensor(value, device=self.device).reshape(3, 1, 1) for value in (MEAN, STD))

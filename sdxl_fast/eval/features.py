@@ -14,10 +14,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sdxl_fast.errors import UnavailableError
-from sdxl_fast.eval.patches import PATCH, centre_patch
+from sdxl_fast.eval.patches import PATCH, centre_patch, resized
 from sdxl_fast.files import file_sha256
 
 DIMENSIONS = 1280
@@ -127,8 +126,6 @@ class FeatureExtractor:
         return torch.cat([self._batch(part, (side, side)) for part in images.split(self.batch_size)])
 
     def _batch(self, images: Tensor, size: tuple[int, int]) -> Tensor:
-        x = images.to(self.device, torch.float32)
-        if x.shape[-2:] != size:
-            x = functional.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False)
+        x = resized(images.to(self.device, torch.float32), size)
         x = ((x - MEAN) / SCALE).contiguous(memory_format=torch.channels_last)
         return self.net.extract_features(x).mean(dim=(2, 3)).cpu()

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from sdxl_fast.errors import ModelError, UnavailableError
 from sdxl_fast.eval.features import check_images
-from sdxl_fast.eval.patches import PATCH, centre_patch
+from sdxl_fast.eval.patches import PATCH, centre_patch, resized
 from sdxl_fast.files import file_sha256
 
 NETWORK = "Inception v3 (torch-fidelity)"
@@ -67,8 +66,8 @@ class Inception:
 
     def _batch(self, images: Tensor) -> Tensor:
         x = images.to(self.device, torch.float32)
-        if self.resize == "bicubic" and x.shape[-2:] != (SIDE, SIDE):
-            x = functional.interpolate(x, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+        if self.resize == "bicubic":
+            x = resized(x, (SIDE, SIDE))
         features: Tensor = self.net((x.clamp(0.0, 1.0) * 255.0).round().byte())[0]
         return features.float().cpu()
 

@@ -9,6 +9,13 @@ from torch.nn import functional
 PATCH = 299  # side of FID-Patch's centre crop, pixels (SDXL-Lightning §4)
 
 
+def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pictures in another height and width, bicubic with antialiasing, which may overshoot; in their own, as they are."""
+    if images.shape[-2:] == size:
+        return images
+    return functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+
+
 def centre_patch(images: Tensor, side: int = PATCH) -> Tensor:
     """The middle `side` x `side` pixels at native resolution, [N, 3, side, side]; a smaller picture as it is."""
     height, width = images.shape[-2:]
@@ -24,5 +31,5 @@ def enlarged(images: Tensor, shorter: int | None) -> Tensor:
     if shorter is None or min(images.shape[-2:]) >= shorter:
         return images
     factor = shorter / min(images.shape[-2:])
-    size = [round(side * factor) for side in images.shape[-2:]]
-    return functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    height, width = (round(side * factor) for side in images.shape[-2:])
+    return resized(images, (height, width)).clamp(0, 1)
