@@ -83,6 +83,7 @@ def runs_on(major: int, minor: int) -> bool:
     return any(_runs_on(arch, major, minor) for arch in build_info()["cuda_archs"])
 
 
+@functools.cache  # asked at every call of an op on a GPU
 def _runs_on(arch: str, major: int, minor: int) -> bool:
     """Whether code built for ``arch`` ("89", "90a", "80-real", ...) runs on compute capability major.minor."""
     number, _, kind = arch.partition("-")
