@@ -179,10 +179,11 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     missing = sorted(set(parts) - set(structure))
     if missing:
         raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}")
-    if (checkpoint / SHARDS).is_dir():
+    in_shards = (checkpoint / SHARDS).is_dir()
+    if in_shards:
         loaded = _read_shards(checkpoint, {name: _targets(part, structure[name]) for name, part in parts.items()})
     for name, part in parts.items():
-        if (checkpoint / SHARDS).is_dir():
+        if in_shards:
             tensors = loaded[name]
         else:
             tensors = load_file(checkpoint / f"{name}.safetensors")
