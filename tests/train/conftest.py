@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,24 @@ def lightning_recipe(pictures: Path, teacher_folder: Path, tmp_path_factory: pyt
     path = tmp_path_factory.mktemp("recipe") / "distil.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+@pytest.fixture
+def phase_task(lightning_recipe: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Makes the task of one adversarial phase that the base teaches; other arguments are the phase's settings."""
+    from sdxl_fast.train import stages
+    from sdxl_fast.train.config import LightningConfig, load_recipe
+    from sdxl_fast.train.lightning import AdversarialTask
+
+    def make(*settings: str, steps: int = 32, condition: bool = True, **phase: Any) -> AdversarialTask:
+        whole = {"name": "p", "condition": condition, "trains": "full", "images": 8, **phase}
+        stage = {"name": "a", "steps": steps, "loss": "adversarial", "phases": [whole]}
+        config = load_recipe(lightning_recipe, [f"stages={json.dumps([stage])}", *settings])
+        assert isinstance(config, LightningConfig)
+        bench = stages.make_bench(config, tmp_path)
+        lineage = stages.Lineage(bench, tmp_path)
+        task = stages.make_task(lineage.units[0], bench, lineage)
+        assert isinstance(task, AdversarialTask)
+        return task
+
+    return make

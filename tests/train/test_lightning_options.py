@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from sdxl_fast.train.lightning import AdversarialTask, Teacher
 from sdxl_fast.train.teacher import call_unet
 from sdxl_fast.train.trainer import run
 
+MakeTask = Callable[..., AdversarialTask]
 ALONE: dict[str, Any] = {"adversarial_weight": 0.0, "regression_weight": 1.0}  # no discriminator
 
 
@@ -165,27 +167,14 @@ def test_frozen_weights_in_bfloat16_are_there_once(lightning_recipe: Path, cache
     assert len((folder / "chain.jsonl").read_text().splitlines()) == 2
 
 
-def _phase(recipe: Path, folder: Path, *settings: str, condition: bool = True, **phase: Any) -> AdversarialTask:
-    """One adversarial phase that the base teaches."""
-    whole = {"name": "p", "condition": condition, "trains": "full", "images": 8, **phase}
-    stage = {"name": "a", "steps": 32, "loss": "adversarial", "phases": [whole]}
-    config = load_recipe(recipe, [f"stages={json.dumps([stage])}", *settings])
-    assert isinstance(config, LightningConfig)
-    bench = stages.make_bench(config, folder)
-    lineage = stages.Lineage(bench, folder)
-    task = stages.make_task(lineage.units[0], bench, lineage)
-    assert isinstance(task, AdversarialTask)
-    return task
-
-
 @pytest.mark.parametrize("condition", [True, False])
 @pytest.mark.parametrize("backbone", ["conv", "pixels"])
 def test_a_discriminator_with_another_backbone(
-    lightning_recipe: Path, tmp_path: Path, backbone: str, condition: bool
+    phase_task: MakeTask, tmp_path: Path, backbone: str, condition: bool
 ) -> None:
     if backbone == "pixels":
         pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
-    task = _phase(lightning_recipe, tmp_path, f"discriminator.backbone={backbone}", condition=condition)
+    task = phase_task(f"discriminator.backbone={backbone}", condition=condition)
     d, vae = task.discriminator, task.bench.vae
     weights = _weights(d)
     assert not any(key.startswith("unet.") or "decoder" in key for key in weights), "frozen networks are not D's"
@@ -210,8 +199,8 @@ def test_another_backbone_is_refused_where_it_cannot_be(lightning_recipe: Path) 
         load_recipe(lightning_recipe, ["discriminator.backbone=dino"])
 
 
-def test_regression_alone_leaves_the_discriminator_out(lightning_recipe: Path, tmp_path: Path) -> None:
-    task = _phase(lightning_recipe, tmp_path, adversarial_weight=0.0, regression_weight=2.0)
+def test_regression_alone_leaves_the_discriminator_out(phase_task: MakeTask) -> None:
+    task = phase_task(adversarial_weight=0.0, regression_weight=2.0)
     d, student = _weights(task.discriminator), _weights(task.student.unet)
     start = task.start(0, "student")
     with torch.no_grad():
@@ -222,16 +211,14 @@ def test_regression_alone_leaves_the_discriminator_out(lightning_recipe: Path, t
     assert logged["regression"] == pytest.approx(loss.item(), rel=1e-4)
     assert _same(d, _weights(task.discriminator)) and not _same(student, _weights(task.student.unet))
     with pytest.raises(ValueError, match="both 0"):
-        _phase(lightning_recipe, tmp_path, adversarial_weight=0.0)
+        phase_task(adversarial_weight=0.0)
 
 
-def test_only_clean_latents_are_noised_anew(
-    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_clean_latents_are_noised_anew(phase_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
     """A latent at t - ns > 0 noised to t* would hold the noise of both; D is told one level."""
     timesteps = "stages.0.timesteps=[999,30]"  # of 32 steps, the second is the last
-    task = _phase(lightning_recipe, tmp_path, timesteps, "batch=16", renoise=[500])
-    bare = _phase(lightning_recipe, tmp_path, timesteps, "batch=16")
+    task = phase_task(timesteps, "batch=16", renoise=[500])
+    bare = phase_task(timesteps, "batch=16")
     start = task.start(0, "discriminator")
     clean = start.t == 30
     assert clean.any() and not clean.all() and not task.student.ends_clean
@@ -250,18 +237,18 @@ def test_only_clean_latents_are_noised_anew(
     torch.testing.assert_close(real[clean], task.bench.renoised(walked, renoise)[clean])
 
 
-def test_a_phase_regresses_by_the_recipes_distance(lightning_recipe: Path, tmp_path: Path) -> None:
-    task = _phase(lightning_recipe, tmp_path, "distance=l1", regression_weight=1.0)
+def test_a_phase_regresses_by_the_recipes_distance(phase_task: MakeTask) -> None:
+    task = phase_task("distance=l1", regression_weight=1.0)
     start = task.start(0, "student")
     with torch.no_grad():
         wanted = (task.student.move(*start).x - task.teacher.walk(*start, task.substeps)).abs().mean()
         assert task._student_loss(0)[1]["regression"] == pytest.approx(wanted.item(), rel=1e-4)
 
 
-def test_a_sheet_shows_the_weights_that_are_handed_on(lightning_recipe: Path, tmp_path: Path) -> None:
+def test_a_sheet_shows_the_weights_that_are_handed_on(phase_task: MakeTask, tmp_path: Path) -> None:
     drawn = {}
     for handed_on in ("false", "true"):
-        task = _phase(lightning_recipe, tmp_path, f"hand_on_average={handed_on}")
+        task = phase_task(f"hand_on_average={handed_on}")
         with torch.no_grad():
             for parameter in task.student.unet.parameters():
                 parameter.mul_(1.5)  # the average still has the old ones
@@ -272,10 +259,10 @@ def test_a_sheet_shows_the_weights_that_are_handed_on(lightning_recipe: Path, tm
     assert drawn == {"false": False, "true": True}
 
 
-def test_a_text_that_comes_twice_is_not_another(lightning_recipe: Path, tmp_path: Path) -> None:
+def test_a_text_that_comes_twice_is_not_another(phase_task: MakeTask, lightning_recipe: Path) -> None:
     with pytest.raises(ValueError, match="misaligned_text takes another picture's text; set batch to at least 2"):
         load_recipe(lightning_recipe, ["batch=1", "discriminator.misaligned_text=1"])
-    task, plain = (_phase(lightning_recipe, tmp_path, f"discriminator.misaligned_text={w}") for w in (1, 0))
+    task, plain = (phase_task(f"discriminator.misaligned_text={w}") for w in (1, 0))
     bench, use = task.bench, "discriminator"
 
     def differ(images: int) -> torch.Tensor:
@@ -292,15 +279,13 @@ def test_a_text_that_comes_twice_is_not_another(lightning_recipe: Path, tmp_path
     assert loss.item() == pytest.approx(found[another].sum().item() / 4, rel=1e-3)
 
 
-def test_lora_targets_that_name_nothing_are_refused(lightning_recipe: Path, tmp_path: Path) -> None:
+def test_lora_targets_that_name_nothing_are_refused(phase_task: MakeTask) -> None:
     with pytest.raises(ValueError, match="lora_targets names nonsense, which the UNet has no layer of"):
-        _phase(lightning_recipe, tmp_path, "lora_targets=[to_q,nonsense]", trains="lora")
+        phase_task("lora_targets=[to_q,nonsense]", trains="lora")
 
 
-def test_repeated_inputs_keep_the_teachers_targets(
-    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    task, fresh = (_phase(lightning_recipe, tmp_path, **ALONE, repeat=repeat) for repeat in (8, 0))
+def test_repeated_inputs_keep_the_teachers_targets(phase_task: MakeTask, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, fresh = (phase_task(**ALONE, repeat=repeat) for repeat in (8, 0))
     assert [task.step(images) for images in (0, 4)] == [fresh.step(images) for images in (0, 4)]
     starts = [task.start(images, "student").x_t for images in (0, 4)]
     monkeypatch.setattr(Teacher, "walk", None)  # whoever calls it now fails
@@ -309,22 +294,20 @@ def test_repeated_inputs_keep_the_teachers_targets(
     task.step(12)
     assert torch.equal(task.seen[0]["x_t"], starts[1]), "images 12 to 16 are images 4 to 8 again"
     with pytest.raises(ValueError, match="repeat is for phases of regression alone"):
-        _phase(lightning_recipe, tmp_path, repeat=8)
+        phase_task(repeat=8)
     with pytest.raises(ValueError, match="repeat 6 of p must be a multiple of batch, 4"):
-        _phase(lightning_recipe, tmp_path, **ALONE, repeat=6)
+        phase_task(**ALONE, repeat=6)
 
 
-def test_a_regression_phase_has_the_optimizer_of_regressions(lightning_recipe: Path, tmp_path: Path) -> None:
+def test_a_regression_phase_has_the_optimizer_of_regressions(phase_task: MakeTask) -> None:
     settings = ("optimizer.betas=[0.8, 0.9]", "adversarial_optimizer.betas=[0.0, 0.99]")
     for phase, betas in ((ALONE, (0.8, 0.9)), ({}, (0.0, 0.99))):
-        task = _phase(lightning_recipe, tmp_path, *settings, **phase)
+        task = phase_task(*settings, **phase)
         assert task.update.optimizer.param_groups[0]["betas"] == betas
 
 
-def test_the_last_timestep_can_keep_what_the_schedule_leaves_of_the_picture(
-    lightning_recipe: Path, tmp_path: Path
-) -> None:
-    pure, impure = (_phase(lightning_recipe, tmp_path, f"pure_noise={value}") for value in ("true", "false"))
+def test_the_last_timestep_can_keep_what_the_schedule_leaves_of_the_picture(phase_task: MakeTask) -> None:
+    pure, impure = (phase_task(f"pure_noise={value}") for value in ("true", "false"))
     for task in (pure, impure):
         task.student.timesteps = (999,)
     a, b = pure.start(0, "probe"), impure.start(0, "probe")
@@ -334,9 +317,9 @@ def test_the_last_timestep_can_keep_what_the_schedule_leaves_of_the_picture(
     assert alpha_bar.sqrt() > 0.05
 
 
-def test_seeds_of_training_leave_the_pictures_alone(lightning_recipe: Path, tmp_path: Path) -> None:
-    first, second = (_phase(lightning_recipe, tmp_path, "data_seed=5", f"seed={seed}") for seed in (1, 2))
-    third = _phase(lightning_recipe, tmp_path, "seed=2")
+def test_seeds_of_training_leave_the_pictures_alone(phase_task: MakeTask) -> None:
+    first, second = (phase_task("data_seed=5", f"seed={seed}") for seed in (1, 2))
+    third = phase_task("seed=2")
     drawn = [task.bench.source.latents.latents for task in (first, second, third)]  # type: ignore[attr-defined]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
     assert not torch.equal(first.start(0, "probe").x_t, second.start(0, "probe").x_t)

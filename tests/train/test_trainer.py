@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,14 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxl_fast.train import checkpoint, stages
-from sdxl_fast.train.config import AddConfig, LcmConfig, LightningConfig, load_recipe
+from sdxl_fast.train.config import AddConfig, LcmConfig, load_recipe
 from sdxl_fast.train.interruptions import STOP
 from sdxl_fast.train.lightning import AdversarialTask
 from sdxl_fast.train.trainer import Task, fit, means_of, run
 
+MakeTask = Callable[..., AdversarialTask]
+LORA: dict[str, Any] = {"steps": 8, "trains": "lora"}
 FOUR = ("accumulate=4", "log_every=4", "checkpoint_every=100")
-
-
-def _lightning(recipe: Path, folder: Path, *settings: str) -> AdversarialTask:
-    """The first adversarial phase, on the base itself, without a warm-up of D."""
-    phase = "[{name: p, condition: true, trains: lora, images: 8, teacher: base}]"
-    stage = f"[{{name: 8-step, steps: 8, loss: adversarial, phases: {phase}}}]"
-    config = load_recipe(recipe, [f"stages={stage}", *settings])
-    assert isinstance(config, LightningConfig)
-    bench = stages.make_bench(config, folder)
-    lineage = stages.Lineage(bench, folder)
-    task = stages.make_task(lineage.units[0], bench, lineage)
-    assert isinstance(task, AdversarialTask)
-    return task
 
 
 def _poison(task: Any, monkeypatch: pytest.MonkeyPatch, images: int, use: str) -> list[torch.Tensor]:
@@ -60,9 +50,9 @@ def _fails(task: Task, config: Any, folder: Path, moved: str) -> dict[str, torch
     [("discriminator", "nothing was updated"), ("student", "the discriminator was updated, the other network not")],
 )
 def test_all_micro_batches_of_a_gradient_that_is_not_finite_are_kept(
-    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, moved: str
+    phase_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str, moved: str
 ) -> None:
-    task = _lightning(lightning_recipe, tmp_path, *FOUR)
+    task = phase_task(*FOUR, **LORA)
     seen = _poison(task, monkeypatch, 4, use)
     kept = _fails(task, task.bench.config, tmp_path / "run", moved)
     assert kept["x_t"].isnan().flatten(1).any(1).tolist() == [True, False, False, False]
@@ -199,9 +189,9 @@ def test_a_units_networks_are_gone_before_the_next_are_built(
 
 @pytest.mark.parametrize(("sub_step", "reached"), [("_discriminator_loss", 4), ("_student_loss", 8)])
 def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
-    lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sub_step: str, reached: int
+    phase_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sub_step: str, reached: int
 ) -> None:
-    task = _lightning(lightning_recipe, tmp_path, *FOUR)
+    task = phase_task(*FOUR, **LORA)
     loss, config, folder = getattr(task, sub_step), task.bench.config, tmp_path / "run"
     begun: list[int] = []
 
@@ -217,7 +207,7 @@ def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
     assert task.bench.share == slice(0, None)
     assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{reached:09d}"]
     monkeypatch.undo()
-    resumed, whole = (_lightning(lightning_recipe, tmp_path, *FOUR) for _ in range(2))
+    resumed, whole = (phase_task(*FOUR, **LORA) for _ in range(2))
     assert fit(resumed, config, 12, folder, resume=True, label="test")
     assert fit(whole, config, 12, tmp_path / "whole", resume=False, label="test")
     for a, b in zip(resumed.parts.values(), whole.parts.values(), strict=True):
@@ -225,9 +215,9 @@ def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_sheets_are_decoded_one_by_one(lightning_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sheets_are_decoded_one_by_one(phase_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures, to the rounding of other batch sizes, by no more memory than one takes."""
-    task = _lightning(lightning_recipe, tmp_path, "checkpoint_every=100")
+    task = phase_task("checkpoint_every=100", **LORA)
     bench, sizes = task.bench, []
     decode = type(bench).decode
 
@@ -253,10 +243,8 @@ class Fetches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_fetches_the_norms_that_guard_the_weights_and_no_other_number(
-    lightning_recipe: Path, tmp_path: Path
-) -> None:
-    task = _lightning(lightning_recipe, tmp_path)
+def test_a_step_fetches_the_norms_that_guard_the_weights_and_no_other_number(phase_task: MakeTask) -> None:
+    task = phase_task(**LORA)
     task.step(0)
     with Fetches() as fetches:
         facts = task.step(4)
