@@ -10,7 +10,7 @@ PATCH = 299  # side of FID-Patch's centre crop, pixels (SDXL-Lightning §4)
 
 
 def resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pictures in another height and width, bicubic with antialiasing, which may overshoot; in their own, as they are."""
+    """Pictures of another size, bicubic with antialiasing, which may overshoot 0..1; of the same size, as they are."""
     if images.shape[-2:] == size:
         return images
     return functional.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
