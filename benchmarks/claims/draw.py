@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a student by the sampler of its method, and what is measured of them beside the package's own metrics."""
+"""Pictures of a student by the sampler of its method."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from sdxl_fast.models.config import vae_scale_factor
 from sdxl_fast.random import derive_seed
 from sdxl_fast.train.teacher import call_unet
 
-TILE = 8  # px, of `grain`
 STOCHASTIC: dict[Sampler, Callable[..., Tensor]] = {"ancestral": ancestral_move, "consistency": renoise_move}
 
 
@@ -128,24 +127,3 @@ class Remembering:
     def provenance(self) -> dict[str, str | int]:
         """Of the network."""
         return self._extract.provenance()
-
-
-def grain(images: Tensor) -> float:
-    """Noise where a picture is plain: the deviation of the Laplacian in the quietest quarter of its 8 px tiles.
-
-    Args:
-        images: float [N, 3, H, W] in 0..1, sides at least 24.
-
-    Returns:
-        the root mean square over pictures, in levels of 255.
-    """
-    luma = (images.float() * torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
-    edges = torch.nn.functional.conv2d(luma, kernel)
-    tiles = torch.nn.functional.unfold(edges, TILE, stride=TILE).var(dim=1, correction=0)  # [N, tiles]
-    return float(255.0 * tiles.quantile(0.25, dim=1).mean().sqrt())
-
-
-def flow_distance(images: Tensor, teachers: Tensor) -> float:
-    """How far pictures are from where the teacher ends from the same noise: root mean square, 0..1, mean over pairs."""
-    return float((images.float() - teachers.float()).square().mean((1, 2, 3)).sqrt().mean())

@@ -8,20 +8,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from benchmarks.claims.claims import Claim, Comparison
+from sdxl_fast.eval.kid import jackknife_error
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Mapping[int, Row]]
 """The rows of the report by side, "variant@steps", and seed."""
 
 RULE = (
-    "A difference counts when it exceeds twice its error: the standard error over seeds (of one seed unknown, and "
-    "taken as none) and the error of measuring both sides, added in squares. Measuring is off by the jackknife's error "
-    "of KID, the binomial one of top-5, and 2.5 % of sharpness, grain and flow. A claim *reproduces* when every "
-    "difference it names counts and has its sign; one of being no worse, when none counts against it. Otherwise it "
-    "*does not*."
+    "A difference counts when it exceeds twice its error, of two parts added in squares: that of training, the spread "
+    "over seeds as a share of the value, pooled over all that was trained with several (over the root of the seeds); "
+    "and that of measuring, the jackknife of the difference over blocks of prompts, of which both sides have the same "
+    "from the same noise. A claim *reproduces* when every difference it names counts and has its sign; one of being no "
+    "worse, when none counts against it. Otherwise it *does not*."
 )
-TIMES_ERROR, SHARE = 2.0, 0.025
+TIMES_ERROR = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,6 @@ METRICS = {
     "diversity": Metric("diversity", "higher", 2),
     "flow": Metric("flow", "lower", 3),
 }
-
-
-def error_of(metric: str, row: Row) -> float:
-    """The standard error of measuring one row: how far another draw of prompts and seeds would be."""
-    value = float(row[metric])
-    if metric == "kid_excess":
-        return float(row["kid_excess_error"])
-    if metric == "top5":
-        return math.sqrt(value * (1.0 - value) / row["images"])
-    return SHARE * abs(value)
 
 
 @dataclass(frozen=True)
@@ -99,6 +92,24 @@ def standard_error(values: Sequence[float]) -> float:
     return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
+def spread(metric: str, results: Results) -> float:
+    """The deviation over seeds as a share of the value, pooled over the sides that have several; 0 if none has."""
+    squares, freedom = 0.0, 0
+    for rows in results.values():
+        values = [float(row[metric]) for row in rows.values() if row.get(metric) is not None]
+        middle = mean(values) if len(values) > 1 else 0.0
+        if middle:
+            squares += sum((value / middle - 1.0) ** 2 for value in values)
+            freedom += len(values) - 1
+    return math.sqrt(squares / freedom) if freedom else 0.0
+
+
+def measuring_error(metric: str, pairs: Sequence[tuple[Row, Row]]) -> float:
+    """Of the mean difference of pairs of rows that answer the same prompts, by the jackknife."""
+    replicates = torch.tensor([[row["replicates"][metric] for row in pair] for pair in pairs], dtype=torch.float64)
+    return jackknife_error((replicates[:, 0] - replicates[:, 1]).mean(0))
+
+
 def compare(comparison: Comparison, results: Results) -> Outcome | None:
     """Weighs one comparison over the seeds that both sides have; None where they have none in common."""
     metric = comparison.metric
@@ -110,15 +121,14 @@ def compare(comparison: Comparison, results: Results) -> Outcome | None:
     if not common:
         return None
     pairs = [(sides[0][seed], sides[1][seed]) for seed in common]
-    direction = 1.0 if METRICS[metric].better == "higher" else -1.0
-    gains = [direction * (float(a[metric]) - float(b[metric])) for a, b in pairs]
-    measuring = mean([error_of(metric, a) ** 2 + error_of(metric, b) ** 2 for a, b in pairs])
+    first, second = (mean([float(pair[side][metric]) for pair in pairs]) for side in (0, 1))
+    training = spread(metric, results) * math.hypot(first, second) / math.sqrt(len(pairs))
     return Outcome(
         comparison,
-        first=mean([float(a[metric]) for a, _ in pairs]),
-        second=mean([float(b[metric]) for _, b in pairs]),
-        gain=mean(gains),
-        error=math.sqrt(standard_error(gains) ** 2 + measuring),
+        first=first,
+        second=second,
+        gain=first - second if METRICS[metric].better == "higher" else second - first,
+        error=math.hypot(training, measuring_error(metric, pairs)),
         seeds=len(common),
     )
 

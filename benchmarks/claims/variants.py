@@ -2,7 +2,7 @@
 """What is trained to try the claims: each variant a recipe with overrides, the checkpoint it goes on from, a length.
 
 Lengths are in images and the same for variants that are compared; 20 minutes on two cores are about 30,000 images of a
-LoRA or of a one-step student, and 8,000 of ADD, which also decodes and looks at pictures.
+LoRA or of a one-step student, and 16,000 of ADD, which also decodes and looks at pictures.
 
 One step takes this small network some 800,000 images of regression before a discriminator has anything to judge (see
 the recipe `emoji_lightning`). One-step variants therefore go on from a student that has them behind it, all from the
@@ -18,7 +18,7 @@ from typing import Any, Literal
 Sampler = Literal["ddim", "ancestral", "consistency"]
 LIGHTNING, TUNED = "lightning", "tuned"
 
-FEW, ONE, CONVERT, ADD = 24_000, 32_000, 8_000, 8_000
+FEW, ONE, CONVERT, ADD = 24_000, 32_000, 8_000, 16_000
 LEVELS, WEIGHTS, RENOISE = [249, 499, 749, 999], [1, 1, 1, 5], [10, 250, 500, 750]  # as in the recipe
 
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.claims import page
-from benchmarks.claims.draw import Drawer, Remembering, draw_all, flow_distance, grain, keep, kept, reconstruct
+from benchmarks.claims.draw import Drawer, Remembering, draw_all, keep, kept, reconstruct
 from benchmarks.claims.logs import d_accuracy
+from benchmarks.claims.measures import measure
 from benchmarks.claims.start import (
     COMMITTED,
     NotRunError,
@@ -351,19 +352,19 @@ class Workshop:
         ends = self._teachers_ends(variant)
         rows = {}
         for steps in variant.steps:
-            started = time.perf_counter()
-            pictures = draw_all(Drawer(pipe, kind, steps, variant.sampler), questions)
-            seconds = time.perf_counter() - started
+            path = self.pictures_file(variant, seed, steps)
+            if not path.is_file():
+                keep(path, draw_all(Drawer(pipe, kind, steps, variant.sampler), questions))
+            pictures = kept(path)
             found = report.evaluate(
                 {**teacher, "student": pictures},
                 questions,
                 reconstruct=reconstruct(pipe.vae),
                 extractor=self.extractor,
             )
-            row = {**found["rows"]["student"], "seconds": round(seconds, 2), "grain": grain(pictures)}
-            row["flow"] = None if ends is None else flow_distance(pictures, ends)
-            rows[str(steps)] = row
-            keep(self.pictures_file(variant, seed, steps), pictures)
+            row = found["rows"]["student"]
+            del row["seconds"]  # of reading them
+            rows[str(steps)] = {**row, **measure(pictures, row, questions, self.extractor, ends)}
             strip = page.strip_file(self.options.out / "results", variant.name, seed, steps)
             page.write_strip(strip, pictures[self._shown(variant)[1]])
         return rows

@@ -52,7 +52,8 @@ def _sizes(count: int, blocks: int) -> Tensor:
     return torch.cat([torch.tensor([float(count)], dtype=torch.float64), count - block])
 
 
-def _jackknife_error(replicates: Tensor) -> float:
+def jackknife_error(replicates: Tensor) -> float:
+    """The standard error of an estimate from its replicates [blocks], each without one of equally large blocks."""
     blocks = len(replicates)
     return float(((replicates - replicates.mean()).square().sum() * (blocks - 1) / blocks).sqrt())
 
@@ -82,7 +83,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, blocks: int = BLOCKS) -> KernelDist
     within_y = _without(_kernel_sums(y, y, blocks=blocks, skip_diagonal=True)) / (m * (m - 1))
     across = _without(_kernel_sums(x, y, blocks=blocks, skip_diagonal=False)) / (n * m)
     estimates = within_x + within_y - 2.0 * across
-    return KernelDistance(float(estimates[0]), _jackknife_error(estimates[1:]), estimates[1:])
+    return KernelDistance(float(estimates[0]), jackknife_error(estimates[1:]), estimates[1:])
 
 
 def excess(distance: KernelDistance, baseline: KernelDistance) -> tuple[float, float]:
@@ -95,5 +96,5 @@ def excess(distance: KernelDistance, baseline: KernelDistance) -> tuple[float, f
         raise ValueError(
             f"distances with {len(distance.replicates)} and {len(baseline.replicates)} blocks; allowed: the same number"
         )
-    error = _jackknife_error(distance.replicates - baseline.replicates)
+    error = jackknife_error(distance.replicates - baseline.replicates)
     return distance.value - baseline.value, error
