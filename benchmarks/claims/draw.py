@@ -113,17 +113,21 @@ def reconstruct(vae: Any) -> Callable[[Tensor], Tensor]:
 
 
 class Remembering:
-    """A feature network that looks at the same pictures once: every row is measured beside the same real ones."""
+    """A function of pictures that is asked for the same ones once: every row is measured beside the same real ones."""
 
-    def __init__(self, extract: Extractor) -> None:
-        self._extract, self._seen = extract, dict[str, Tensor]()
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self._function, self._seen = function, dict[str, Tensor]()
 
     def __call__(self, images: Tensor) -> Tensor:
         key = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
         if key not in self._seen:
-            self._seen[key] = self._extract(images)
+            self._seen[key] = self._function(images)
         return self._seen[key]
 
-    def provenance(self) -> dict[str, str | int]:
-        """Of the network."""
-        return self._extract.provenance()
+
+class RememberingExtractor(Remembering):
+    """The same of a feature network."""
+
+    def __init__(self, extract: Extractor) -> None:
+        super().__init__(extract)
+        self.provenance = extract.provenance

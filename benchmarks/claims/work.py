@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.claims import page
-from benchmarks.claims.draw import Drawer, Remembering, draw_all, keep, kept, reconstruct
+from benchmarks.claims.draw import Drawer, Remembering, RememberingExtractor, draw_all, keep, kept, reconstruct
 from benchmarks.claims.logs import d_accuracy
 from benchmarks.claims.measures import measure
 from benchmarks.claims.start import (
@@ -81,8 +81,9 @@ class Workshop:
         if not isinstance(config, LightningConfig):
             raise NotRunError(f"{self.source} holds no run of kind lightning; train it first, or name it by --start")
         self.config = config
-        self.extractor = Remembering(options.extractor or FeatureExtractor())
+        self.extractor = RememberingExtractor(options.extractor or FeatureExtractor())
         self._questions: dict[str, Questions] = {}
+        self._reconstruct: Remembering | None = None
 
     # ---- training ----
 
@@ -350,6 +351,7 @@ class Workshop:
         questions = self.questions(style)
         teacher = {TEACHER: self.teachers_pictures(questions)} if variant.style is None else {}
         ends = self._teachers_ends(variant)
+        self._reconstruct = self._reconstruct or Remembering(reconstruct(pipe.vae))  # all have the base model's VAE
         rows = {}
         for steps in variant.steps:
             path = self.pictures_file(variant, seed, steps)
@@ -359,7 +361,7 @@ class Workshop:
             found = report.evaluate(
                 {**teacher, "student": pictures},
                 questions,
-                reconstruct=reconstruct(pipe.vae),
+                reconstruct=self._reconstruct,
                 extractor=self.extractor,
             )
             row = found["rows"]["student"]
