@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ class AccumulatingTask(Task):
     """A task whose batches come from a `Bench`, in micro-batches."""
 
     bench: Bench[Any]
+
+    def reading_ahead(self) -> AbstractContextManager[None]:
+        return self.bench.reading_ahead()
 
     def gather(
         self, update: Update, loss: Callable[[], tuple[Tensor, dict[str, Tensor]]], *, moved: bool = False

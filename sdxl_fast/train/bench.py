@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -21,7 +22,7 @@ from ..random import generator, image_seeds
 from . import distributed
 from .base import base_folder, open_pipeline, open_unet, run_folder
 from .config import DistillationConfig
-from .source import Condition, Drawings, Shards, Source
+from .source import Condition, Drawings, Prefetch, Shards, Source
 from .students import shared_copy
 from .teacher import latents_of, preview_prompts
 
@@ -95,6 +96,19 @@ class Bench(Generic[C]):
         finally:
             self.share, self.which = whole, 0
 
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Inside, threads read the next batches of shards; drawings lie in memory."""
+        if not isinstance(self.source, Shards):
+            yield
+            return
+        shards = self.source
+        try:
+            with Prefetch(shards, pin=self.device.type == "cuda") as self.source:
+                yield
+        finally:
+            self.source = shards
+
     @property
     def device(self) -> torch.device:
         """Where all of it lies."""
@@ -102,15 +116,17 @@ class Bench(Generic[C]):
 
     def seeds(self, *key: int | str) -> Tensor:
         """One noise seed per sample."""
-        return image_seeds(self.config.batch, self.config.seed, self.stage, *key)[self.share].to(self.device)
+        seeds = image_seeds(self.config.batch, self.config.seed, self.stage, *key)[self.share]
+        return seeds.to(self.device, non_blocking=True)
 
     def batch(self, images: int, use: str, *, text_of_next: bool = False) -> tuple[Tensor, Condition]:
         """Clean latents and their text, or that of the sample behind, for one use after `images` images."""
         config = self.config
         key = (config.seed, self.stage, use, "batch")
         latents, condition = self.source.batch(config.batch, self.share, key, images, text_of_next=text_of_next)
-        latents = latents.to(self.device, config.dtype, memory_format=torch.channels_last)
-        condition = {name: rows.to(self.device, config.dtype) for name, rows in condition.items()}
+        # a copy that waits would wait for all that the GPU was given to do before
+        latents = latents.to(self.device, config.dtype, non_blocking=True, memory_format=torch.channels_last)
+        condition = {name: rows.to(self.device, config.dtype, non_blocking=True) for name, rows in condition.items()}
         if self.others:
             condition["base"] = torch.full((len(latents),), self.which, device=self.device)
         return latents, condition
@@ -120,7 +136,7 @@ class Bench(Generic[C]):
         draw = generator(self.config.seed, self.stage, *key, "timesteps")
         odds = torch.tensor(weights or [1.0] * len(allowed))
         choice = torch.multinomial(odds, self.config.batch, replacement=True, generator=draw)
-        return torch.tensor(allowed)[choice][self.share].to(self.device)
+        return torch.tensor(allowed)[choice][self.share].to(self.device, non_blocking=True)
 
     def noised(
         self,

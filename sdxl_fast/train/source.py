@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..data.captions import LatentSet
@@ -12,6 +14,8 @@ from ..data.shards import LatentShards
 from ..random import derive_seed
 
 Condition = dict[str, Tensor]
+Batch = tuple[Tensor, Condition]
+THREADS = 4  # that read ahead, each on one core
 
 
 class Source(Protocol):
@@ -79,3 +83,50 @@ class Shards:
             _, other = self.data.read([*positions[1:], positions[0]][share])
             condition = {**other, "time_ids": condition["time_ids"]}
         return latents, condition
+
+
+class Prefetch:
+    """A source whose next batches threads are reading: what comes, and in which order, is the source's alone.
+
+    Whoever asks for a share of a batch, for one use, is expected to ask for the same of the next batch, so each use
+    and each micro-batch is read a step ahead, and a batch is kept until its step is over. What is asked for out of turn
+    (by a resumed run, or where inputs repeat) is read then. Threads suffice: a sample of SDXL's takes 1.2 to 1.6 ms to
+    read and copy (one Zen 4 core, warm file cache).
+
+    Args:
+        source: one that is safe to use from several threads.
+        pin: put batches into pinned memory, from which copies to a GPU need not wait.
+    """
+
+    def __init__(self, source: Source, *, pin: bool = False) -> None:
+        self.source, self.pin = source, pin
+        self._coming: dict[tuple[object, ...], dict[int, Future[Batch]]] = {}
+        # else each has a team of threads of its own, on the cores that the training computes on
+        self._threads = ThreadPoolExecutor(THREADS, "batches", initializer=torch.set_num_threads, initargs=(1,))
+
+    @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        return self.source.shapes
+
+    def _read(self, count: int, share: slice, key: tuple[int | str, ...], images: int, text_of_next: bool) -> Batch:
+        latents, condition = self.source.batch(count, share, key, images, text_of_next=text_of_next)
+        if self.pin:
+            latents, condition = latents.pin_memory(), {name: rows.pin_memory() for name, rows in condition.items()}
+        return latents, condition
+
+    def batch(self, count: int, share: slice, key: tuple[int | str, ...], images: int, *, text_of_next: bool) -> Batch:
+        """As the source gives it, and not to be written to; raises what the source raises."""
+        coming = self._coming.setdefault((count, share.start, share.stop, key, text_of_next), {})
+        wanted = (images, images + count)
+        for other in coming.keys() - set(wanted):
+            coming.pop(other).cancel()
+        for one in wanted:
+            if one not in coming:
+                coming[one] = self._threads.submit(self._read, count, share, key, one, text_of_next)
+        return coming[images].result()
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)

@@ -7,7 +7,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -61,6 +61,10 @@ class Task(ABC):
     def step(self, images: int) -> Facts:
         """One optimisation step on the batch that begins after `images` images; returns what to log."""
 
+    def reading_ahead(self) -> AbstractContextManager[None]:
+        """Inside, batches that take time to read are read before their step; here are none."""
+        return nullcontext()
+
     @abstractmethod
     def preview(self, path: Path) -> None:
         """Writes a contact sheet with fixed seeds."""
@@ -103,6 +107,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     with (
         STOP.watching(),
         attention,
+        task.reading_ahead(),
         Log(folder, config, label, images) as log,
         tqdm(
             total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()

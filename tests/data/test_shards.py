@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdxl_fast.data import shards
-from sdxl_fast.data.prefetch import Prefetch
 from sdxl_fast.data.shards import EMPTY_PROMPT, INDEX, Index, LatentShards, Sample, parse, scan
 from sdxl_fast.errors import DataError
 
@@ -137,47 +136,6 @@ def test_resuming_needs_the_number_of_images_alone(folder: Path) -> None:
     other_seed = [later.positions(4, seed=2, images=images) for images in range(0, 400, 4)]
     assert other_seed != whole
     assert [later.positions(4, seed=1, images=images) for images in range(0, 400, 4)] == whole
-
-
-@pytest.mark.parametrize("threads", [1, 2, 5])
-@pytest.mark.parametrize("ahead", [1, 7])
-def test_prefetching_changes_nothing(folder: Path, threads: int, ahead: int) -> None:
-    data = LatentShards(folder)
-    steps = [*range(0, 96, 8), *range(400, 424, 8), 0, 8]  # a resumed run jumps
-    with Prefetch(data, 4, seed=1, rank=1, world_size=2, ahead=ahead, threads=threads) as prefetch:
-        for images in steps:
-            latents, condition = prefetch.batch(images)
-            wanted, wanted_condition = data.batch(4, seed=1, images=images, rank=1, world_size=2)
-            assert torch.equal(latents, wanted)
-            assert all(torch.equal(condition[name], rows) for name, rows in wanted_condition.items())
-        with pytest.raises(ValueError, match="multiples of the global batch"):
-            prefetch.batch(3)
-
-
-def test_prefetching_reads_ahead_and_no_further(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data, read, batch = LatentShards(folder), list[int](), LatentShards.batch
-
-    def noted(self: LatentShards, count: int, *, images: int, **settings: int) -> object:
-        read.append(images)
-        return batch(self, count, images=images, **settings)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(LatentShards, "batch", noted)
-    with Prefetch(data, 4, seed=1, ahead=2, threads=1) as prefetch:
-        for images in (0, 4, 8):
-            prefetch.batch(images)
-    assert read[:3] == [0, 4, 8] and set(read) <= {0, 4, 8, 12, 16} and len(read) == len(set(read))
-    with pytest.raises(ValueError, match="at least 1"):
-        Prefetch(data, 4, seed=1, ahead=0)
-
-
-def test_errors_of_the_threads_arrive(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    data = LatentShards(copy)
-    with open(copy / "1.tar", "r+b") as file:
-        file.write(b"x" * (copy / "1.tar").stat().st_size)
-    with Prefetch(data, 20, seed=1) as prefetch, pytest.raises(DataError, match=r"1\.tar, byte \d+: not a sample"):
-        for step in range(3):
-            prefetch.batch(20 * step)
 
 
 def test_many_threads_and_few_open_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
