@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from copy import copy
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -62,7 +61,10 @@ class ImageFolder(Source):
 
 
 class HuggingFace(Source):
-    """A data set of the `datasets` library, in its cache or made by `save_to_disk`; no column is decoded."""
+    """A data set of the `datasets` library, in its cache or made by `save_to_disk`; nothing in it is decoded.
+
+    Pictures are the files' bytes or paths, as `datasets.Image` stores them or in a column of their own.
+    """
 
     def __init__(
         self, data: Any, *, caption_column: str = CAPTION, image_column: str = "image", rows_per_part: int = 2048
@@ -71,12 +73,9 @@ class HuggingFace(Source):
             if column not in data.column_names:
                 known = ", ".join(data.column_names)
                 raise DataError(f"the data set has no column {column!r}; its columns are {known}")
-        for column, feature in dict(data.features).items():
-            if getattr(feature, "decode", False):  # pictures, sound and video: one broken file would end the reading
-                stored = copy(feature)
-                stored.decode = False
-                data = data.cast_column(column, stored)
-        self.data, self.image_column, self.rows_per_part = data, image_column, rows_per_part
+        # Arrow's rows: decoding one broken picture, sound or video, in any column, would end the reading
+        self.data, self.stored = data, data.with_format("arrow")
+        self.image_column, self.rows_per_part = image_column, rows_per_part
 
     def __len__(self) -> int:
         return -(-len(self.data) // self.rows_per_part)
@@ -92,20 +91,20 @@ class HuggingFace(Source):
     def _row(self, number: int) -> Row:
         name = f"row {number}"
         try:
-            facts = dict(self.data[number])
+            (facts,) = self.stored[number].to_pylist()
         except MemoryError:
             raise
-        except Exception as error:  # of Arrow, of codecs, of files that are gone
+        except Exception as error:  # of Arrow, of text that is none
             check_final(error, name)
             return Row(name, None, problem=("bad record", one_line(error)))
         picture = facts.pop(self.image_column)
-        content = picture.get("bytes") if isinstance(picture, dict) else picture
-        path = picture.get("path") if isinstance(picture, dict) else None
+        stored = picture if isinstance(picture, dict) else {"bytes": picture, "path": picture}
+        content, path = stored.get("bytes"), stored.get("path")
         if isinstance(content, bytes):
             return Row(name, partial(bytes, content), facts)
         if isinstance(path, str):
             return Row(name, partial(read_file, Path(path)), facts)
-        what = "empty" if picture is None else f"holds {type(picture).__name__}"
+        what = "is empty" if picture is None else f"holds {type(picture).__name__}"
         return Row(name, None, facts, problem=("no picture", f"{self.image_column} {what}"))
 
 

@@ -1,4 +1,4 @@
-"""Image folders, tars and Hugging Face data sets, whole and broken."""
+"""Image folders and tars, whole and broken."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from sdxl_fast.data.filters import Dropped
 from sdxl_fast.data.rows import Damage, Row, Source, Stray
-from sdxl_fast.data.sources import HuggingFace, open_source
+from sdxl_fast.data.sources import open_source
 from sdxl_fast.data.tars import Tars
 from sdxl_fast.errors import DataError
 from sdxl_fast.testing.pictures import encoded, good_files, good_rows, picture, write_folder, write_tar
@@ -260,64 +260,3 @@ def test_missing_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         open_source("somebody/some-data-set")
     with pytest.raises(DataError, match=r"sdxl-fast\[data\]"):
         open_source(f"{tmp_path}/{{0..3}}.tar")
-
-
-class _Feature:
-    decode = True
-
-
-class _Table:
-    """As much of a `datasets.Dataset` as is asked of one: row 1 cannot be read, and what decodes raises."""
-
-    def __init__(self, features: dict[str, Any]) -> None:
-        self.features, self.column_names, self._fingerprint = features, list(features), "f"
-
-    def cast_column(self, column: str, feature: Any) -> _Table:
-        return _Table(self.features | {column: feature})
-
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        if number == 1 or any(getattr(feature, "decode", False) for feature in self.features.values()):
-            raise RuntimeError("broken codec")
-        return {"image": {"bytes": b"content", "path": None}, "sound": {"bytes": b"", "path": None}, "text": "a"}
-
-
-def test_nothing_of_a_table_is_decoded_and_a_row_that_raises_is_a_bad_record() -> None:
-    table = _Table({"image": _Feature(), "sound": _Feature(), "text": None})
-    found, damage = _all(HuggingFace(table))
-    assert [_problem(row) for row in found] == [None, ("bad record", "RuntimeError: broken codec"), None]
-    assert not damage and table.features["sound"].decode  # the caller's own is left as it is
-
-
-def test_hugging_face(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="the extra hf is not installed")
-    rows = good_rows(5)
-    on_disk = tmp_path / "seen.png"
-    on_disk.write_bytes(rows[1][1])
-    images: list[Any] = [{"bytes": content, "path": None} for _, content in rows]
-    images[1] = {"bytes": None, "path": str(on_disk)}
-    images[2] = None
-    images[3] = {"bytes": b"not a picture", "path": None}
-    columns = {"image": images, "text": [facts["text"] for facts, _ in rows], "aesthetic": [6.0] * 5}
-    features = datasets.Features(
-        {"image": datasets.Image(), "text": datasets.Value("string"), "aesthetic": datasets.Value("float32")}
-    )
-    made = datasets.Dataset.from_dict(columns, features=features)
-    made.save_to_disk(tmp_path / "plain")
-    datasets.DatasetDict({"train": made, "test": made.select([0])}).save_to_disk(tmp_path / "splits")
-    for folder in ("plain", "splits"):
-        source = open_source(str(tmp_path / folder), rows_per_part=2)
-        assert len(source) == 3
-        found, _ = _all(source)
-        problems = [problem and problem[0] for problem in map(_problem, found)]
-        assert problems == [None, None, "no picture", None, None]
-        for number in (0, 1, 4):
-            assert found[number].read() == rows[number][1]  # type: ignore[misc]
-            assert found[number].facts == {"text": rows[number][0]["text"], "aesthetic": 6.0}
-    assert len(open_source(str(tmp_path / "splits"), split="test")) == 1
-    with pytest.raises(DataError, match="its splits are train, test"):
-        open_source(str(tmp_path / "splits"), split="validation")
-    with pytest.raises(DataError, match="has no column 'caption'"):
-        HuggingFace(made, caption_column="caption")
