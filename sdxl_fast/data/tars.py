@@ -34,21 +34,26 @@ class Tars(Source):
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
+        self._identities: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def identity(self, part: int) -> str:
-        path = self.paths[part]
-        try:
-            with open(path, "rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - _ENDS))
-                tail = file.read()
-                file.seek(0)
-                return digest_of(path.name.encode(), str(size).encode(), file.read(_ENDS), tail)
-        except OSError:
-            return digest_of(path.name.encode())
+        """That of the tar when it was first asked for: one that changes later is made again by the next run."""
+        if part not in self._identities:
+            path = self.paths[part]
+            try:
+                with open(path, "rb") as file:
+                    size = file.seek(0, 2)
+                    file.seek(max(0, size - _ENDS))
+                    tail = file.read()
+                    file.seek(0)
+                    head = file.read(_ENDS)
+            except OSError:
+                return digest_of(path.name.encode())
+            self._identities[part] = digest_of(path.name.encode(), str(size).encode(), head, tail)
+        return self._identities[part]
 
     def rows(self, part: int) -> Iterator[Row | Damage | Stray]:
         path = self.paths[part]

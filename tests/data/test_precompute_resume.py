@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sdxl_fast.data import precompute
+from sdxl_fast.data import precompute, tars
 from sdxl_fast.data.config import PrepareConfig
 from sdxl_fast.data.filters import Filters
 from sdxl_fast.data.precompute import prepare
@@ -92,6 +94,31 @@ def test_a_repaired_input_is_done_again_and_nothing_else(toy_folder: Path, tmp_p
     (tmp_path / "tars" / "1.tar").unlink()
     with pytest.raises(DataError, match=r"more parts than .* has now \(000001.json\)"):
         prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder)
+
+
+def test_a_tar_is_looked_at_once_and_one_that_changes_meanwhile_is_made_again(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [write_tar(tmp_path / "tars" / f"{number}.tar", good_files(3, 3 * number)) for number in range(3)]
+    opened, prepare_part = Counter[Path](), precompute.prepare_part
+
+    def noted(path: Path, mode: str) -> Any:
+        opened[path] += 1
+        return open(path, mode)
+
+    def changing(number: int, **rest: Any) -> Any:
+        if number == 0:
+            write_tar(paths[2], good_files(4, 60))
+        return prepare_part(number, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tars, "open", noted, raising=False)
+        patch.setattr(precompute, "prepare_part", changing)
+        assert prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder).kept == 10
+    assert [opened[path] for path in paths] == [1, 1, 1]
+    assert prepare_small(tmp_path / "tars", tmp_path / "out", toy_folder).kept == 10
+    prepare_small(tmp_path / "tars", tmp_path / "fresh", toy_folder)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_what_the_file_system_fails_to_give_is_left_for_the_next_run(
