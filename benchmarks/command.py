@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from benchmarks import machine, report, roofline
-from benchmarks.measure import measure, one_line
+from benchmarks.measure import measure
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED, OpBench, Options, Work, stage_verdicts, verdicts, works
 from benchmarks.timing import Clock, clock_for
+from sdxl_fast.text import one_line
 
 Say = Callable[[str], None]
 

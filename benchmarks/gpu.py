@@ -22,11 +22,12 @@ import torch
 
 from benchmarks import command, gpu_tests, machine, report, roofline
 from benchmarks.build import again, build_and_restart
-from benchmarks.measure import ContextLostError, one_line
+from benchmarks.measure import ContextLostError
 from benchmarks.ops import benches
 from benchmarks.results import ResultsFile
 from benchmarks.suite import FORWARD, OpBench, Options, Work, works
 from benchmarks.timing import Clock, clock_for
+from sdxl_fast.text import one_line
 
 RANDOM = "SDXL's configuration with random weights"
 

@@ -26,6 +26,7 @@ from benchmarks.suite import (
 )
 from benchmarks.timing import Call, Clock, Timed, interleave, sets_to_exceed, summarise, tensor_bytes, without_graph
 from sdxl_fast.dispatch import available_backends, explain
+from sdxl_fast.text import one_line
 
 _COPY = "copy"  # beside the contestants' names, none of which it is
 
@@ -137,12 +138,6 @@ def calls_of(
 
         calls.append(both)
     return calls
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the message of an error on one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:299] + "…"
 
 
 def alive(device: str) -> bool:

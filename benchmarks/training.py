@@ -30,13 +30,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import command, machine, report
 from benchmarks.gate import Verdict
-from benchmarks.measure import one_line
 from benchmarks.plain_training import PlainLoop, Start
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
 from benchmarks.timing import clock_for, kernel_seconds, quotient, summarise
 from benchmarks.training_ground import STEPS, Ground, Scene
 from sdxl_fast.diffusion import schedule
+from sdxl_fast.text import one_line
 from sdxl_fast.train.lightning import AdversarialTask
 
 OURS = "sdxl_fast"

@@ -30,6 +30,7 @@ from .cli_options import (
 )
 from .errors import SdxlFastError
 from .files import replacing
+from .text import one_line
 
 if TYPE_CHECKING:
     from .inference import OneStepPipeline
@@ -279,7 +280,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, prog_name="sdxl-fast")
     except (SdxlFastError, ValueError, OSError) as error:
-        print(f"sdxl-fast: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"sdxl-fast: error: {one_line(error, None)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

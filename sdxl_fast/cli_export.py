@@ -320,6 +320,7 @@ def _draw(folder: Path, model: Model, prompts: list[str], count: int, device: st
     from .errors import SdxlFastError
     from .eval.export_card import Sample
     from .inference import OneStepPipeline
+    from .text import one_line
 
     shrunken = model.architecture.endswith("-shrunken")
     texts = (prompts or list(PROMPTS if shrunken else SDXL_PROMPTS)) * count
@@ -331,6 +332,6 @@ def _draw(folder: Path, model: Model, prompts: list[str], count: int, device: st
             for prompt, seed in zip(texts, seeds, strict=True)
         ]
     except SdxlFastError as error:
-        print(f"note: no sample pictures, for it could not be drawn with: {' '.join(str(error).split())}")
+        print(f"note: no sample pictures, for it could not be drawn with: {one_line(error, None)}")
         return []
     return [Sample(*sample) for sample in zip(texts, seeds, images, strict=True)]

@@ -63,6 +63,7 @@ LAYERS: dict[str, int] = {
     "errors": 0,
     "files": 0,
     "random": 0,
+    "text": 0,
     "triton_kernels": 0,
     "constraints": 1,
     "dispatch": 1,

@@ -24,7 +24,7 @@ from benchmarks.command import Say, say
 from benchmarks.e2e import random_model
 from benchmarks.e2e.random_model import PROMPT, RANDOM_SDXL
 from benchmarks.gate import PEER_ULPS, Verdict
-from benchmarks.measure import ContextLostError, alive, one_line
+from benchmarks.measure import ContextLostError, alive
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
 from benchmarks.timing import Call, Clock, Timed, clock_for, interleave, quotient, summarise
@@ -33,6 +33,7 @@ from sdxl_fast.inference.runner import runner_of
 from sdxl_fast.models import config as configs
 from sdxl_fast.models.conditioning import tokenize
 from sdxl_fast.testing.compare import K_FORWARD, error_scale
+from sdxl_fast.text import one_line
 
 STAGES = ("text_encoders", "unet", "vae")
 OURS, STOCK = "sdxl_fast", "stock modules"

@@ -27,13 +27,14 @@ from benchmarks.e2e import floor, random_model
 from benchmarks.e2e.peers import COMPILED, FLOAT8, OURS, STOCK, Contestant, Setting, Size, makers, quiet, stock
 from benchmarks.e2e.random_model import PROMPT, RANDOM_SDXL
 from benchmarks.gate import PEER_ULPS, Verdict
-from benchmarks.measure import ContextLostError, alive, one_line
+from benchmarks.measure import ContextLostError, alive
 from benchmarks.results import ResultsFile
 from benchmarks.suite import GATE_FAILED
 from benchmarks.timing import clock_for, interleave, quotient, summarise
 from sdxl_fast.models import config as configs
 from sdxl_fast.models import loading
 from sdxl_fast.testing.compare import K_FORWARD, error_scale
+from sdxl_fast.text import one_line
 
 MODES = ("new prompt", "same prompt")
 LEAST_PSNR = 20.0

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..text import one_line
 from .buckets import Size
 
 Reason = Literal[
@@ -64,16 +65,6 @@ class Dropped(Exception):  # noqa: N818  (not an error: an answer)
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
-
-
-def printable(text: str) -> str:
-    """The text with lone surrogates as escapes: names that are not Unicode can be written to any file."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and text, short."""
-    return printable(" ".join(f"{type(error).__name__}: {error}".split())[:200])
 
 
 CAPTION_READ = 4096  # characters of a caption that are looked at: the text encoders read 77 tokens of it
@@ -185,7 +176,7 @@ def open_picture(content: bytes, filters: Filters) -> Image.Image:
     except UnidentifiedImageError:  # its text holds an address in memory
         raise Dropped("unreadable", f"not a picture ({', '.join(FORMATS)})") from None
     except Exception as error:  # Pillow's readers raise a dozen types on a broken file, SyntaxError among them
-        raise Dropped("unreadable", one_line(error)) from None
+        raise Dropped("unreadable", one_line(error, named=True)) from None
 
 
 _TURNS = {

@@ -13,11 +13,12 @@ from PIL import Image
 
 from ..files import replacing
 from ..random import derive_seed
+from ..text import one_line
 from . import report
 from .buckets import Fit, Size, fit, nearest_bucket
 from .config import PrepareConfig
 from .encoders import Encoders, finite
-from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, one_line, open_picture
+from .filters import Dropped, check_aesthetic, check_caption, check_sharpness, content_hash, open_picture
 from .rows import Damage, Row, Source, Stray, Unavailable
 from .shards import Sample, scan
 
@@ -80,7 +81,7 @@ def examine(number: int, row: Row, config: PrepareConfig, buckets: tuple[Size, .
     except (MemoryError, Unavailable):
         raise
     except Exception as error:  # one row of millions must not end the run
-        return Dropped("bad record", one_line(error))
+        return Dropped("bad record", one_line(error, named=True))
     return Candidate(number, row.name, caption, picture, chosen, digest, aesthetic, sharp)
 
 

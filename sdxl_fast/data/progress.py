@@ -7,17 +7,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..text import duration
 from .report import Record
 
 NAMED = 3  # reasons in a line: the most frequent
-
-
-def duration(seconds: float) -> str:
-    """Seconds as "42 s", "7 min" or "3 h 05 min"."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 @dataclass

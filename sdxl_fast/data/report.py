@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..files import replacing
-from .filters import CORRUPT, REASONS, Reason, printable
+from ..text import printable
+from .filters import CORRUPT, REASONS, Reason
 from .shards import Index
 
 REPORT, SUMMARY, DROPPED = "report.json", "report.md", "dropped.jsonl"

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .filters import Dropped, Reason, printable
+from ..text import printable
+from .filters import Dropped, Reason
 
 CAPTION = "text"
 """The column of captions, where no other is named."""

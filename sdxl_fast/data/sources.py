@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .filters import one_line, printable
+from ..text import one_line, printable
 from .rows import CAPTION, Row, Source, Unavailable, check_final, digest_of, read_file
 from .tars import TAR, Tars, tar_paths
 
@@ -96,7 +96,7 @@ class HuggingFace(Source):
             raise
         except Exception as error:  # of Arrow, of text that is none
             check_final(error, name)
-            return Row(name, None, problem=("bad record", one_line(error)))
+            return Row(name, None, problem=("bad record", one_line(error, named=True)))
         picture = facts.pop(self.image_column)
         stored = picture if isinstance(picture, dict) else {"bytes": picture, "path": picture}
         content, path = stored.get("bytes"), stored.get("path")
@@ -189,7 +189,7 @@ def _load_hugging_face(source: str, path: Path, split: str) -> Any:
     try:
         data = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises a dozen unrelated types
-        raise DataError(f"{source}: cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+        raise DataError(f"{source}: cannot be loaded ({one_line(error)})") from error
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise DataError(f"{source}: has no split {split!r}; its splits are {', '.join(data)}")

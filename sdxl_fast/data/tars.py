@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .filters import Reason, one_line
+from ..text import one_line
+from .filters import Reason
 from .rows import Damage, Row, Source, Stray, check_final, digest_of
 
 PICTURE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -78,7 +79,7 @@ class Tars(Source):
                 # what is missing may be the very column that would have kept it out
                 broken: tuple[Reason, str] = ("unreadable", "the tar breaks off inside or right after this sample")
                 yield Row(f"{path.name}/{key}", None, problem=broken)
-            yield Damage(str(path), one_line(error))
+            yield Damage(str(path), one_line(error, named=True))
         else:
             if files:
                 yield self._row(path, key, files)

@@ -21,6 +21,7 @@ from sdxl_fast.eval import tables
 from sdxl_fast.eval.plots import plot_losses, read_metrics
 from sdxl_fast.eval.report import hash_files, model_files
 from sdxl_fast.files import file_sha256, replacing
+from sdxl_fast.text import duration
 
 ATTACHMENTS = "card"  # subfolder of the model for the pictures and logs of its card
 
@@ -85,11 +86,6 @@ def _product(shape: Sequence[int]) -> int:
     return product
 
 
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60.0)
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def contents(model_dir: Path) -> list[str]:
     """The section that lists a model folder's parts by number of values."""
     size = sum(path.stat().st_size for path in model_files(model_dir))
@@ -122,12 +118,12 @@ def _run(title: str, run: Path, model_dir: Path) -> list[str]:
         images, seconds = training_time(metrics)
         total += seconds
         digest = file_sha256(metrics)
-        lines.append(f"| {folder.name} | {images:,} | {_duration(seconds)} | `{digest[:16]}…` |")
+        lines.append(f"| {folder.name} | {images:,} | {duration(seconds)} | `{digest[:16]}…` |")
         stem = f"{ATTACHMENTS}/{run.name}-{folder.name}" if chained else f"{ATTACHMENTS}/{run.name}"
         plot_losses(metrics, model_dir / f"{stem}.png", title=folder.name)
         shutil.copyfile(metrics, model_dir / f"{stem}.jsonl")
         curves.append(f"![{folder.name}]({stem}.png)")
-    lines += ["", f"{_duration(total)} in all, without previews and checkpoints.", ""]
+    lines += ["", f"{duration(total)} in all, without previews and checkpoints.", ""]
     lines += ["<details><summary>Recipe as resolved</summary>", "", "```yaml", recipe.read_text().rstrip(), "```"]
     return [*lines, "", "</details>", "", "<details><summary>Curves</summary>", "", *curves, "", "</details>"]
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..text import one_line
 from .lru import ByteLru
 
 Stage = Callable[..., Tensor]
@@ -193,7 +194,7 @@ class GraphCache:
             with dispatch.record() as calls:
                 graph = self._capturer.capture(stage, inputs)
         except _refusals() as error:
-            self._give_up(name, key, " ".join(str(error).split())[:200])
+            self._give_up(name, key, one_line(error))
             return None
         self._rates[name] = max(self._rates.get(name, 0.0), graph.nbytes / max(size, 1))
         held = _Held(graph, weights, _of_one_run(calls), [None] * len(inputs))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..errors import ModelError
+from ..text import one_line
 from .facts import NUM_STEPS_KEY
 from .lora import base_prediction_type, find_loras, merge_lora, read_lora
 from .networks import NETWORKS, filled
@@ -94,7 +95,6 @@ def _download(hub_id: str) -> Path:
     import diffusers.utils.logging
     from diffusers import DiffusionPipeline
 
-    failure: Exception | None = None
     verbosity = diffusers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()  # it announces what the exception says again
     try:
@@ -102,10 +102,10 @@ def _download(hub_id: str) -> Path:
             try:
                 return Path(DiffusionPipeline.download(hub_id, use_safetensors=True, variant=variant))
             except Exception as error:  # the hub client raises a dozen unrelated types; the text is what helps
-                failure = error
+                failure = one_line(error)
     finally:
         diffusers.utils.logging.set_verbosity(verbosity)
-    raise ModelError(f"{hub_id}: no such folder, and not to be had from the hub ({_one_line(failure)})")
+    raise ModelError(f"{hub_id}: no such folder, and not to be had from the hub ({failure})")
 
 
 def load(
@@ -224,7 +224,7 @@ def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = N
             **{dtype_name: place.dtype},
         )
     except Exception as error:  # loaders raise anything from OSError to SafetensorError on a broken file
-        raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{folder / name}: cannot be loaded ({one_line(error)})") from error
     for wrong in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # position_ids: a constant that older transformers saved
         keys = [key for key in info.get(wrong, ()) if not str(key).endswith("position_ids")]
@@ -265,7 +265,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
     try:
         return CLIPTokenizer.from_pretrained(folder / name, local_files_only=True)
     except Exception as error:
-        raise ModelError(f"{folder / name}: cannot be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{folder / name}: cannot be loaded ({one_line(error)})") from error
 
 
 def _open(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
@@ -319,8 +319,3 @@ def _no_progress_bars() -> Iterator[None]:
         for library, was in zip(libraries, enabled, strict=True):
             if was:
                 library.enable_progress_bar()
-
-
-def _one_line(error: Exception | None, limit: int = 200) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= limit else text[: limit - 1] + "…"

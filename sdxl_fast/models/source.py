@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import ModelError
+from ..text import one_line
 from . import facts as fact_names
 from .config import scheduler_arguments, vae_scale_factor
 from .facts import SDXL_ARCHITECTURE, Facts, scheduler_config, scheduler_text
@@ -373,7 +374,7 @@ def _download_configs() -> Path:
             if (folder / "tokenizer_2").is_dir():
                 return folder
         except Exception as error:  # the hub client raises a dozen unrelated types; the text is what helps
-            failure = " ".join(str(error).split())[:200]
+            failure = one_line(error)
     raise ModelError(
         f"SDXL's configurations and tokenizers are not to be had from {PUBLISHED} ({failure}): give --base"
     )

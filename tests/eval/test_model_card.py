@@ -80,7 +80,7 @@ def test_card(made: dict[str, Any]) -> None:
     assert text.startswith("# Toy\n\nv, not ε: see below.\n\n## Quality\n")
     assert "| 1 step | 0.250 | 0.812 |" in text
     assert "| base | art 1.2 | MIT (art) |" in text
-    assert "| 01-b-lora | 4,000 | 0 h 52 min |" in text  # 1000 / 10 + 3000 / 1 = 3100 s
+    assert "| 01-b-lora | 4,000 | 52 min |" in text  # 1000 / 10 + 3000 / 1 = 3100 s
     assert "1 h 43 min in all" in text
     assert "lora_rank: 8" in text
     assert f"| 00-a-mse | 8 | `{_sha(b'00-a-mse')[:16]}…` | – | – | m |" in text
