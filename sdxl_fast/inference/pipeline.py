@@ -160,16 +160,18 @@ class OneStepPipeline(LoraVerbs):
         chosen = None if preset is None else presets.by_key(preset)
         path = loading.resolve(model)
         origin = None if base is None else loading.resolve(base)
-        parts = loading.load(path, dtype=dtype, device=device, base=origin)
+        opened = loading.open_pipeline(path, dtype=dtype, device=device, base=origin)
+        loras: dict[Any, float] = dict(lora) if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}
+        if chosen is None:  # a model that cannot be told is refused before its gigabytes are read
+            said = opened.parts
+            is_hub_id = model is not None and not Path(model).expanduser().exists()
+            name = " ".join(filter(None, (str(model) if is_hub_id else place_name(path), said.title)))
+            scheduler = said.scheduler if said.own_scheduler else None
+            named = [Path(file).name for file in loras]
+            chosen = presets.recognise(name, scheduler, said.metadata, borrowed=origin is not None, loras=named)
+        parts = opened.load()
         if vae is not None:
             parts.vae = loading.load_vae(vae, like=parts.vae)
-        loras: dict[Any, float] = dict(lora) if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}
-        if chosen is None:
-            is_hub_id = model is not None and not Path(model).expanduser().exists()
-            name = " ".join(filter(None, (str(model) if is_hub_id else place_name(path), parts.title)))
-            scheduler = parts.scheduler if parts.own_scheduler else None
-            named = [Path(file).name for file in loras]
-            chosen = presets.recognise(name, scheduler, parts.metadata, borrowed=origin is not None, loras=named)
         pipe = cls(parts, preset=chosen)
         if quantization is not None:
             use_scales(pipe, scales)

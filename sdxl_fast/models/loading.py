@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,18 @@ from .safetensors_check import check_safetensors
 from .source import TOKENIZERS, Model, completed, form_of, open_model, read_json
 from .weights import dtype_of, read_tensor, start_of, weight_files
 
-__all__ = ["EMBEDDED", "NETWORKS", "Components", "load", "load_base_unet", "load_few_step_unet", "resolve"]
+__all__ = [
+    "EMBEDDED",
+    "NETWORKS",
+    "Components",
+    "Opened",
+    "load",
+    "load_base_unet",
+    "load_few_step_unet",
+    "load_vae",
+    "open_pipeline",
+    "resolve",
+]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
 """The pipeline that comes with the package."""
@@ -50,12 +62,12 @@ class Components:
 
     tokenizer: Any
     tokenizer_2: Any
-    text_encoder: Any
-    text_encoder_2: Any
-    unet: Any
-    vae: Any
     scheduler: dict[str, Any]
     source: Path
+    text_encoder: Any = None
+    text_encoder_2: Any = None
+    unet: Any = None
+    vae: Any = None
     metadata: dict[str, str] = field(default_factory=dict)
     few_step_loras: dict[int, Path] = field(default_factory=dict)
     own_scheduler: bool = True
@@ -108,6 +120,41 @@ def _download(hub_id: str) -> Path:
     raise ModelError(f"{hub_id}: no such folder, and not to be had from the hub ({failure})")
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A pipeline of which all has been read but its weights: `parts` without networks, and what reads one of them."""
+
+    parts: Components
+    read: Callable[[str], Any]
+
+    def load(self, networks: Sequence[str] = NETWORKS) -> Components:
+        """The parts with these networks, weights checked before anything opens them; the others stay None.
+
+        Raises:
+            ModelError: a pickled, truncated or corrupt weight file, or weights of another architecture.
+        """
+        with _no_progress_bars():
+            for name in (name for name in _LARGEST_FIRST if name in networks):
+                setattr(self.parts, name, self.read(name))
+        unet = self.parts.unet
+        if unet is not None and unet.config.get("time_cond_proj_dim") is not None:
+            raise ModelError(
+                f"{self.parts.source}: its UNet takes a guidance embedding (a full LCM), which is not supported"
+            )
+        return self.parts
+
+
+def open_pipeline(path: Path, *, dtype: torch.dtype, device: torch.device | str, base: Path | None = None) -> Opened:
+    """Open what `load` takes, to see how it is sampled before its weights are read.
+
+    Raises:
+        ModelError: not an SDXL pipeline, or a part of it is missing.
+    """
+    place = Place(dtype, torch.device(device))
+    whole = path.is_dir() and base is None
+    return _open_folder(path, place) if whole else _open_model(_whole_model(path, base, dtype), place)
+
+
 def load(
     path: Path,
     *,
@@ -123,14 +170,7 @@ def load(
     Raises:
         ModelError: not an SDXL pipeline, a pickled, truncated or corrupt weight file, weights of another architecture.
     """
-    with _no_progress_bars():
-        whole = path.is_dir() and base is None
-        networks = [name for name in _LARGEST_FIRST if name in networks]
-        place = Place(dtype, torch.device(device))
-        parts = _load_folder(path, place, networks) if whole else _assembled(_open(path, base, dtype), place, networks)
-    if parts.unet is not None and parts.unet.config.get("time_cond_proj_dim") is not None:
-        raise ModelError(f"{path}: its UNet takes a guidance embedding (a full LCM), which is not supported")
-    return parts
+    return open_pipeline(path, dtype=dtype, device=device, base=base).load(networks)
 
 
 def load_vae(model: str | Path, *, like: nn.Module) -> Any:
@@ -150,7 +190,7 @@ def load_vae(model: str | Path, *, like: nn.Module) -> Any:
         raise ModelError(f"{model}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
     first = next(like.parameters())
     with _no_progress_bars():
-        vae, _ = _load_network(folder.parent, folder.name, Place(first.dtype, first.device), kind=kind)
+        vae = _load_network(folder.parent, folder.name, Place(first.dtype, first.device), kind=kind)
     wanted = like.config.latent_channels  # type: ignore[union-attr]
     if vae.config.latent_channels != wanted:
         raise ModelError(f"{model}: has {vae.config.latent_channels} latent channels; this pipeline's has {wanted}")
@@ -164,7 +204,7 @@ def load_base_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | s
         ModelError: there is none, or its weights are unsafe or broken.
     """
     with _no_progress_bars():
-        return _load_network(folder, "unet_base", Place(dtype, torch.device(device)))[0]  # type: ignore[no-any-return]
+        return _load_network(folder, "unet_base", Place(dtype, torch.device(device)))  # type: ignore[no-any-return]
 
 
 def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype) -> tuple[nn.Module, str]:
@@ -175,32 +215,32 @@ def load_few_step_unet(parts: Components, num_steps: int, *, dtype: torch.dtype)
     return unet, lora.prediction_type or "epsilon"
 
 
-def _load_folder(folder: Path, place: Place, wanted: Sequence[str]) -> Components:
+def _open_folder(folder: Path, place: Place) -> Opened:
     index = read_json(folder / "model_index.json", f"{folder}: not a diffusers pipeline folder")
     if "StableDiffusionXL" not in str(index.get("_class_name")):
         raise ModelError(f"{folder}: holds a {index.get('_class_name')}, not a Stable Diffusion XL pipeline")
     loras = find_loras(folder)
-    loras = loras if (folder / "unet_base").is_dir() else {}
-    networks: dict[str, Any] = dict.fromkeys(NETWORKS)
-    metadata: dict[str, str] = {}
-    for name in wanted:
-        networks[name], facts = _load_network(folder, name, place)
-        if name == "unet":
-            metadata = facts
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json", f"{folder}: no scheduler config")
-    return Components(
+    parts = Components(
         tokenizer=_load_tokenizer(folder, "tokenizer"),
         tokenizer_2=_load_tokenizer(folder, "tokenizer_2"),
-        scheduler=scheduler,
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json", f"{folder}: no scheduler config"),
         source=folder,
-        metadata=metadata,
-        few_step_loras=loras,
-        **networks,
+        metadata=_metadata(folder / "unet"),
+        few_step_loras=loras if (folder / "unet_base").is_dir() else {},
     )
+    return Opened(parts, functools.partial(_load_network, folder, place=place))
 
 
-def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = None) -> tuple[Any, dict[str, str]]:
-    """One network from its subfolder, and the metadata of its first weight file; `kind` is another diffusers class."""
+def _metadata(network: Path) -> dict[str, str]:
+    """Of the first weight file in a network's folder; none where there is no such file, which loading it says."""
+    if not any(network.glob("*.safetensors")):
+        return {}
+    found: dict[str, str] = check_safetensors(weight_files(network)[0][0]).get("__metadata__", {})
+    return found
+
+
+def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = None) -> Any:
+    """One network from its subfolder; `kind` is another diffusers class than a pipeline's own."""
     if name.startswith("text"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -233,7 +273,7 @@ def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = N
             raise ModelError(f"{folder / name}: weights do not fit its config: {len(keys)} {what}, first {keys[0]}")
     if place.device.type == "cpu":
         _unmap(network, dict(zip(files, headers, strict=True)))
-    return _settled(network, place), headers[0].get("__metadata__", {})
+    return _settled(network, place)
 
 
 def _unmap(network: nn.Module, headers: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -268,7 +308,7 @@ def _load_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{folder / name}: cannot be loaded ({one_line(error)})") from error
 
 
-def _open(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
+def _whole_model(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
     what = None if base is not None else {"lora": "a LoRA", "unet": "a UNet alone"}.get(form_of(path))
     if what is not None:
         raise ModelError(
@@ -277,8 +317,8 @@ def _open(path: Path, base: Path | None, dtype: torch.dtype) -> Model:
     return completed(open_model(path, base=base, dtype=dtype))
 
 
-def _assembled(model: Model, place: Place, wanted: Sequence[str]) -> Components:
-    """The objects that `model`'s configurations describe, with its weights."""
+def _open_model(model: Model, place: Place) -> Opened:
+    """The objects that `model`'s configurations describe, to be filled with its weights."""
     tokenizers = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in TOKENIZERS:
@@ -287,20 +327,20 @@ def _assembled(model: Model, place: Place, wanted: Sequence[str]) -> Components:
             for file, text in model.tokenizers[name].items():
                 (files / Path(file).name).write_text(text, encoding="utf-8")
             tokenizers[name] = _load_tokenizer(Path(folder), name)
-    networks: dict[str, Any] = dict.fromkeys(NETWORKS)
-    for name in wanted:
-        source = f"{model.path}: {name}"
-        network = filled(name, model.configs[name], model.tensors[name], place.dtype, source=source)
-        networks[name] = _settled(network, place)
     steps = {} if model.facts.num_steps is None else {NUM_STEPS_KEY: str(model.facts.num_steps)}
-    return Components(
+    parts = Components(
         **tokenizers,
-        **networks,
         scheduler=model.configs["scheduler"],
         source=model.path,
         metadata=model.metadata | steps,
         own_scheduler=model.own_scheduler,
     )
+
+    def read(name: str) -> Any:
+        source = f"{model.path}: {name}"
+        return _settled(filled(name, model.configs[name], model.tensors[name], place.dtype, source=source), place)
+
+    return Opened(parts, read)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from sdxl_fast.errors import ModelError, NotFewStepError
 from sdxl_fast.eval.prompt_set import draw_set
 from sdxl_fast.eval.sources import Teacher
 from sdxl_fast.inference import OneStepPipeline
+from sdxl_fast.models import loading
 from sdxl_fast.models.export import export_single_file
 from sdxl_fast.models.lora import target_modules, write_lora
 from sdxl_fast.models.source import open_model
@@ -136,3 +137,29 @@ def test_what_is_of_prompts_is_refused_with_data(tmp_path: Path, capsys: pytest.
     with pytest.raises(SystemExit) as stopped:
         cli.main(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--lora", "x.safetensors"])
     assert stopped.value.code == 2 and "--lora is of --prompts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["folder", "single file"])
+def test_an_undistilled_models_weights_are_read_once(
+    form: str, plain_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That nothing says how it is sampled in a few steps is found out without them."""
+    read: list[str] = []
+
+    def counted(function: Any) -> Any:
+        def call(*arguments: Any, **others: Any) -> Any:
+            read.append(next(name for name in arguments if isinstance(name, str)))
+            return function(*arguments, **others)
+
+        return call
+
+    model = plain_folder
+    if form == "single file":
+        model = export_single_file(open_model(plain_folder), tmp_path / "plain.safetensors", dtype=None)
+    for name in ("_load_network", "filled"):
+        monkeypatch.setattr(loading, name, counted(getattr(loading, name)))
+    rows = _rows(tmp_path, model, steps=(2, 1))
+    assert read == []
+    for row in rows:
+        row.generate(PROMPT, SEED)
+    assert sorted(read) == sorted(loading.NETWORKS)
