@@ -24,6 +24,7 @@ from .cli_options import (
     ModelOption,
     PresetOption,
     SideOption,
+    VaeOption,
     load_pipeline,
     model_name,
     parse_loras,
@@ -67,7 +68,7 @@ def generate(
     dtype: DtypeOption = None,
     preset: PresetOption = None,
     lora: LoraOption = None,
-    vae: Annotated[Path | None, typer.Option(help="Folder of another VAE, such as an AutoencoderTiny.")] = None,
+    vae: VaeOption = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[
         float | None, typer.Option(help="How much of --image is drawn anew, 0..1; 0.5 if left out.")

@@ -16,6 +16,7 @@ from .cli_options import (
     ModelOption,
     PresetOption,
     SideOption,
+    VaeOption,
     load_pipeline,
     parse_loras,
 )
@@ -42,6 +43,7 @@ def evaluate(
     base: BaseOption = None,
     preset: PresetOption = None,
     lora: LoraOption = None,
+    vae: VaeOption = None,
     height: SideOption = None,
     width: SideOption = None,
     reference: Annotated[Path | None, typer.Option(help="Folder of real pictures.")] = None,
@@ -65,6 +67,7 @@ def evaluate(
         "base": base,
         "preset": preset,
         "loras": tuple(parse_loras(lora or [])),
+        "vae": vae,
         "height": height,
         "width": width,
         "reference": reference,
@@ -124,6 +127,7 @@ class PromptOptions:
     base: str | None
     preset: str | None
     loras: tuple[tuple[str, float], ...]
+    vae: Path | None
     height: int | None
     width: int | None
     dtype: str | None

@@ -48,9 +48,9 @@ def find_rows(options: PromptOptions, device: torch.device) -> list[Row]:
     """
     paths = _paths(options)
     pipe: OneStepPipeline | None = None
-    others: dict[str, Any] = {"base": options.base, "preset": options.preset, "lora": dict(options.loras)}
+    others: dict[str, Any] = {"base": options.base, "preset": options.preset, "vae": options.vae}
     try:
-        pipe = load_pipeline(options.model, device, options.dtype, **others)
+        pipe = load_pipeline(options.model, device, options.dtype, lora=dict(options.loras), **others)
     except NotFewStepError as error:
         if not options.guidance:
             raise NotFewStepError(f"{error}; an undistilled model needs a --guidance above 0") from error
@@ -84,6 +84,8 @@ def _paths(options: PromptOptions) -> dict[str, Path]:
     paths = {"model": loading.resolve(options.model)}
     if options.base is not None:
         paths["base"] = loading.resolve(options.base)
+    if options.vae is not None:
+        paths["VAE"] = loading.vae_folder(options.vae)
     return paths | {f"LoRA {model_name(file)}": Path(file) for file, _ in options.loras}
 
 
@@ -93,6 +95,7 @@ def _common(options: PromptOptions, paths: dict[str, Path], device: torch.device
         "model": model_name(options.model),
         "base": None if options.base is None else model_name(options.base),
         "loras": {model_name(file): weight for file, weight in options.loras},
+        "vae": None if options.vae is None else model_name(str(options.vae)),
         "preset": options.preset,
         "weights_sha256": {name: model_digest(path) for name, path in paths.items()},
         "height": options.height,
@@ -122,10 +125,12 @@ def _student(pipe: OneStepPipeline, count: int, size: tuple[int, int]) -> Genera
 
 
 def _teacher(options: PromptOptions, paths: dict[str, Path], device: torch.device) -> Teacher:
-    """The undistilled UNet with the LoRAs merged."""
+    """The undistilled UNet with the LoRAs merged, and the VAE asked for."""
     dtype = precision(options.dtype) or TEACHER_DTYPE
     base = paths.get("base")
-    teacher = Teacher(paths["model"], base=base, guidance_scale=options.guidance, device=device, dtype=dtype)
+    teacher = Teacher(
+        paths["model"], base=base, vae=options.vae, guidance_scale=options.guidance, device=device, dtype=dtype
+    )
     teacher.size = check_size(options.height, options.width, teacher.size[0], teacher.factor)
     encoders = {name: getattr(teacher.parts, name) for name in ("text_encoder", "text_encoder_2")}
     adapters = Adapters({"unet": teacher.unet, **encoders}, changed=lambda: None)

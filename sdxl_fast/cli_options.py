@@ -23,6 +23,7 @@ DtypeOption = Annotated[str | None, typer.Option(help="float32 or bfloat16; by d
 BaseOption = Annotated[str | None, typer.Option(help="Pipeline that a --model which is a UNet or LoRA is for.")]
 PresetOption = Annotated[str | None, typer.Option(help="Which published checkpoint it is, if its name does not say.")]
 LoraOption = Annotated[list[str] | None, typer.Option(help="FILE or FILE=WEIGHT; may be repeated.")]
+VaeOption = Annotated[Path | None, typer.Option(help="Folder of another VAE, such as an AutoencoderTiny.")]
 SideOption = Annotated[int | None, typer.Option(help="Pixels; the model's native size by default.")]
 
 

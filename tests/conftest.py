@@ -55,6 +55,23 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """An AutoencoderTiny with random weights that fits the toy pipeline; not to be written to."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    vae = AutoencoderTiny(
+        encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3,
+        num_encoder_blocks=(1,) * 3,
+        num_decoder_blocks=(1,) * 3,
+    )
+    folder = tmp_path_factory.mktemp("vae") / "taesdxl"
+    vae.save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The CUDA sources compiled for this CPU over their emulation."""
     from sdxl_fast.testing import emulation

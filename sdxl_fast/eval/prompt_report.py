@@ -169,11 +169,12 @@ def _origin(name: str, row: Mapping[str, Any]) -> str:
     model = f"{how['model']} ({weights.pop('model')})"
     if how["base"] is not None:
         model += f" on {how['base']} ({weights.pop('base')})"
+    vae = "" if how["vae"] is None else f", VAE {how['vae']} ({weights['VAE']})"
     loras = "".join(f", LoRA {lora} at {weight:g} ({weights[f'LoRA {lora}']})" for lora, weight in how["loras"].items())
     guidance = f"guidance {how['guidance']:g}" if how["guidance"] else "no guidance"
     size = "several sizes" if row["size"] is None else "{} x {} px (height x width)".format(*row["size"])
     facts = (how["source"], guidance, how["scheduler"], f"{how['dtype']} on {how['device']}", size)
-    return f"- {name}: {model}{loras}, {', '.join(facts)}"
+    return f"- {name}: {model}{vae}{loras}, {', '.join(facts)}"
 
 
 def _notes(inputs: Mapping[str, Any]) -> list[str]:

@@ -41,6 +41,7 @@ class Teacher:
         device: where it runs.
         dtype: of the networks; latents move in float32.
         base: folder or file that `model` belongs to.
+        vae: folder of a VAE to take instead of the model's own.
 
     Attributes:
         size: height and width of its pictures in pixels, multiples of the VAE's factor; the native ones at first.
@@ -59,11 +60,14 @@ class Teacher:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         base: Path | None = None,
+        vae: Path | None = None,
     ) -> None:
         path = Path(model)
         beside = base is None and (path / "unet_base").is_dir()
         networks = [name for name in loading.NETWORKS if name != "unet" or not beside]
         self.parts = loading.load(path, networks=networks, dtype=dtype, device=device, base=base)
+        if vae is not None:
+            self.parts.vae = loading.load_vae(vae, like=self.parts.vae)
         self.unet: Any = self.parts.unet
         if beside:
             self.unet = loading.load_base_unet(path, dtype=dtype, device=device)

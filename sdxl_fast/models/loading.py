@@ -34,6 +34,7 @@ __all__ = [
     "load_vae",
     "open_pipeline",
     "resolve",
+    "vae_folder",
 ]
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "assets" / "emoji"
@@ -183,8 +184,7 @@ def load_vae(model: str | Path, *, like: nn.Module) -> Any:
     Raises:
         ModelError: no such folder, another kind of network, other latent channels, or unsafe or broken weights.
     """
-    folder = Path(model).expanduser()
-    folder = folder / "vae" if (folder / "model_index.json").is_file() else folder
+    folder = vae_folder(model)
     kind = read_json(folder / "config.json", f"{model}: not the folder of a VAE").get("_class_name")
     if kind not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ModelError(f"{model}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
@@ -195,6 +195,12 @@ def load_vae(model: str | Path, *, like: nn.Module) -> Any:
     if vae.config.latent_channels != wanted:
         raise ModelError(f"{model}: has {vae.config.latent_channels} latent channels; this pipeline's has {wanted}")
     return vae
+
+
+def vae_folder(model: str | Path) -> Path:
+    """Where the VAE of a folder lies: there, or in the subfolder of a pipeline's."""
+    folder = Path(model).expanduser()
+    return folder / "vae" if (folder / "model_index.json").is_file() else folder
 
 
 def load_base_unet(folder: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:

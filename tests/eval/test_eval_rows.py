@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor
 
 from sdxl_fast import cli, cli_eval_rows
@@ -16,6 +17,7 @@ from sdxl_fast.cli_eval import PromptOptions
 from sdxl_fast.cli_eval_rows import Row, find_rows
 from sdxl_fast.errors import ModelError, NotFewStepError
 from sdxl_fast.eval.prompt_set import draw_set
+from sdxl_fast.eval.report import model_digest
 from sdxl_fast.eval.sources import Teacher
 from sdxl_fast.inference import OneStepPipeline
 from sdxl_fast.models import loading
@@ -110,6 +112,23 @@ def test_loras_and_presets_reach_what_draws(plain_folder: Path, style: Path, tmp
         _rows(tmp_path, plain_folder, loras=((str(tmp_path / "none.safetensors"), 1.0),))
 
 
+def test_another_vae_decodes_a_students_and_an_undistilled_models_pictures(
+    plain_folder: Path, toy_folder: Path, tiny_vae: Path, tmp_path: Path
+) -> None:
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny_vae)
+    expected = pipe(PROMPT, seed=SEED, num_inference_steps=1, output_type="pt").images
+    assert torch.equal(_drawn(tmp_path, toy_folder, steps=(1,), vae=tiny_vae), expected)
+    teacher = Teacher(plain_folder, guidance_scale=5.0, num_steps=2)
+    teacher.parts.vae = AutoencoderTiny.from_pretrained(tiny_vae)
+    assert torch.equal(_drawn(tmp_path, plain_folder, steps=(2,), vae=tiny_vae), teacher(PROMPT, SEED))
+    (row,) = _rows(tmp_path, plain_folder, vae=tiny_vae)
+    assert (row.settings["vae"], row.settings["weights_sha256"]["VAE"]) == ("taesdxl", model_digest(tiny_vae))
+    (row,) = _rows(tmp_path, plain_folder, vae=toy_folder)  # a pipeline's folder will do, whatever else is in it
+    assert row.settings["weights_sha256"]["VAE"] == model_digest(toy_folder / "vae")
+    with pytest.raises(ModelError, match="nowhere: not the folder of a VAE"):
+        _rows(tmp_path, toy_folder, vae=tmp_path / "nowhere")
+
+
 def test_size_and_precision_are_asked_for(plain_folder: Path, toy_folder: Path, tmp_path: Path) -> None:
     for model, count in ((plain_folder, 2), (toy_folder, 1), (toy_folder, 3)):
         drawn = _drawn(tmp_path, model, steps=(count,), height=48, width=64, dtype="bfloat16")
@@ -133,10 +152,13 @@ def test_a_size_that_cannot_be_drawn_leaves_nothing_behind(plain_folder: Path, t
             assert draw_set(tmp_path / "set", PROMPT, row.generate, settings=row.settings)[0].is_file()
 
 
-def test_what_is_of_prompts_is_refused_with_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("option", ["--lora", "--vae"])
+def test_what_is_of_prompts_is_refused_with_data(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--lora", "x.safetensors"])
-    assert stopped.value.code == 2 and "--lora is of --prompts" in capsys.readouterr().err
+        cli.main(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out"), option, "x"])
+    assert stopped.value.code == 2 and f"{option} is of --prompts" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["folder", "single file"])

@@ -111,13 +111,15 @@ def test_the_report_says_what_it_measured(tmp_path: Path, clip_folder: Path) -> 
 
 def test_the_report_says_what_drew_the_pictures(tmp_path: Path) -> None:
     files = _noise(tmp_path / "one", 2, (24, 32), seed=0)
-    settings = {"model": "a_lora.safetensors", "base": "sdxl", "loras": {"style": 0.5}, "source": "student", "steps": 4}
-    settings |= {"weights_sha256": {"model": 64 * "1", "base": 64 * "2", "LoRA style": 64 * "3"}, "guidance": 0.0}
+    settings = {"model": "a_lora.safetensors", "base": "sdxl", "vae": "taesdxl", "loras": {"style": 0.5}}
+    digests = {"model": 64 * "1", "base": 64 * "2", "VAE": 64 * "4", "LoRA style": 64 * "3"}
+    settings |= {"source": "student", "steps": 4, "weights_sha256": digests, "guidance": 0.0}
     settings |= {"scheduler": "TCDScheduler, timesteps 999 759", "dtype": "bfloat16", "device": "cuda"}
     write_report(tmp_path, {"4 steps": files}, PROMPTS[:2], extract=Mean(), about={"4 steps": settings})
     assert (
-        "- 4 steps: a_lora.safetensors (sha256 111111111111) on sdxl (sha256 222222222222), LoRA style at 0.5 (sha256 "
-        "333333333333), student, no guidance, TCDScheduler, timesteps 999 759, bfloat16 on cuda, 24 x 32 px"
+        "- 4 steps: a_lora.safetensors (sha256 111111111111) on sdxl (sha256 222222222222), VAE taesdxl (sha256 "
+        "444444444444), LoRA style at 0.5 (sha256 333333333333), student, no guidance, TCDScheduler, timesteps 999 "
+        "759, bfloat16 on cuda, 24 x 32 px"
     ) in (tmp_path / "report.md").read_text()
 
 

@@ -14,27 +14,13 @@ from sdxl_fast import OneStepPipeline, cli
 from sdxl_fast.errors import ModelError
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    vae = AutoencoderTiny(
-        encoder_block_out_channels=(8,) * 3,
-        decoder_block_out_channels=(8,) * 3,
-        num_encoder_blocks=(1,) * 3,
-        num_decoder_blocks=(1,) * 3,
-    )
-    folder = tmp_path_factory.mktemp("vae") / "taesdxl"
-    vae.save_pretrained(folder, safe_serialization=True)
-    return folder
-
-
-def test_a_tiny_vae_decodes_and_encodes(toy_folder: Path, tiny: Path) -> None:
-    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny)
+def test_a_tiny_vae_decodes_and_encodes(toy_folder: Path, tiny_vae: Path) -> None:
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny_vae)
     assert isinstance(pipe.vae, AutoencoderTiny) and pipe.vae_scale_factor == 4
     latents = pipe("cat", seed=1, output_type="latent").images
     picture = pipe("cat", seed=1, output_type="pt").images
     with torch.no_grad():
-        wanted = AutoencoderTiny.from_pretrained(tiny).decode(latents).sample
+        wanted = AutoencoderTiny.from_pretrained(tiny_vae).decode(latents).sample
     assert torch.allclose(picture, (wanted / 2 + 0.5).clamp(0, 1), atol=1e-5)
     again = pipe("cat", seed=1, image=picture, strength=0.5, output_type="np").images
     assert np.isfinite(again).all() and again.shape == (1, 32, 32, 3)
@@ -62,11 +48,11 @@ def test_what_is_no_vae_is_refused(toy_folder: Path, tmp_path: Path) -> None:
             OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=given)
 
 
-def test_the_command_line_takes_it(toy_folder: Path, tiny: Path, tmp_path: Path) -> None:
+def test_the_command_line_takes_it(toy_folder: Path, tiny_vae: Path, tmp_path: Path) -> None:
     out = tmp_path / "cat.png"
-    given = ("generate", "cat", "--seed", 1, "--device", "cpu", "--model", toy_folder, "--vae", tiny, "--out", out)
+    given = ("generate", "cat", "--seed", 1, "--device", "cpu", "--model", toy_folder, "--vae", tiny_vae, "--out", out)
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in given])
     assert not ended.value.code
-    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny)
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny_vae)
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(pipe("cat", seed=1).images[0]))
