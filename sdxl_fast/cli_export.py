@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .cli_export_card import BaseModel, Card, Device, Prompts, Samples, card_options, file_card, folder_card
 
 if TYPE_CHECKING:
     import torch
 
-    from .eval.export_card import CardText, Sample
     from .models.extract import Residual
     from .models.facts import Facts
     from .models.lora_file import LoraFile
     from .models.source import Model
 
 export_app = typer.Typer(help="Write a model in the formats that others read.", no_args_is_help=True)
-
-SDXL_PROMPTS = (
-    "a photo of a red fox in deep snow, golden hour",
-    "portrait of an old sailor, oil painting",
-    "a glass greenhouse full of orchids, morning light",
-    "a street market in the rain at night, neon signs",
-)
 
 Source = Annotated[
     str,
@@ -45,7 +39,10 @@ Prediction = Annotated[
 ]
 Alpha = Annotated[float | None, typer.Option(help="What a LoRA was trained with, where its file does not say.")]
 Metadata = Annotated[bool, typer.Option(help="Say in the file what it is and how to sample it.")]
-License = Annotated[str | None, typer.Option(help="For the metadata, such as CreativeML Open RAIL++-M.")]
+License = Annotated[
+    str | None, typer.Option(help="For the metadata, and for the card, as the hub calls it: openrail++.")
+]
+HUB_LICENSE = "For the card, as the hub calls it: openrail++, mit, ..."
 Author = Annotated[str | None, typer.Option(help="For the metadata.")]
 Format = Annotated[str, typer.Option("--format", help="kohya (ComfyUI), diffusers or peft.")]
 
@@ -60,12 +57,22 @@ def export_unet(
     name: Name = None,
     prediction_type: Prediction = None,
     alpha: Alpha = None,
+    card: Card = None,
+    license: Annotated[str | None, typer.Option(help=HUB_LICENSE)] = None,
+    base_model: BaseModel = None,
+    samples: Samples = 4,
+    prompts: Prompts = None,
+    device: Device = None,
 ) -> None:
     """Write the UNet alone, as SDXL-Lightning's `_unet` files: diffusers' names, float16, no metadata."""
     from .models import export
 
+    options = card_options(card, samples, prompts, device, license=license, base_model=base_model)
     model = _open(source, base, steps, dtype, name, prediction_type, alpha)
-    _say(export.export_unet(model, out, dtype=_dtype(dtype)), model.facts)
+    path = export.export_unet(model, out, dtype=_dtype(dtype))
+    _say(path, model.facts)
+    whole = base or source
+    file_card(path, "unet", model.facts, options, shrunken=model.shrunken, base=whole, side=model.side)
     others = sorted(model.adapted - {"unet"})
     if others:
         print(f"note: the LoRA changes {' and '.join(others)} too, which a UNet leaves out: use single-file or folder")
@@ -84,14 +91,21 @@ def export_single_file(
     metadata: Metadata = True,
     license: License = None,
     author: Author = None,
+    card: Card = None,
+    base_model: BaseModel = None,
+    samples: Samples = 4,
+    prompts: Prompts = None,
+    device: Device = None,
 ) -> None:
     """Write an all-in-one checkpoint, as ComfyUI and diffusers' `from_single_file` read it."""
     from .models import export
 
-    stated = _stated(license, author, metadata)
+    stated = _stated(license, author, metadata, card)
+    options = card_options(card, samples, prompts, device, license=license if card else None, base_model=base_model)
     model = _open(source, base, steps, dtype, name, prediction_type, alpha)
     path = export.export_single_file(model, out, dtype=_dtype(dtype), metadata=metadata, stated=stated)
     _say(path, model.facts)
+    file_card(path, "", model.facts, options, shrunken=model.shrunken, side=model.side)
     widths = {model.configs.get(part, {}).get("hidden_size") for part in ("text_encoder", "text_encoder_2")}
     if len(widths) == 1 and widths != {None}:
         print("note: diffusers tells the text encoders apart by width, and these have one: give it text_encoder_2=")
@@ -108,27 +122,24 @@ def export_folder(
     prediction_type: Prediction = None,
     alpha: Alpha = None,
     title: Annotated[str | None, typer.Option(help="Heading of the model card.")] = None,
-    license: Annotated[str | None, typer.Option(help="For the card, as the hub calls it: openrail++, mit, ...")] = None,
-    base_model: Annotated[str | None, typer.Option(help="For the card: hub id of what it was made from.")] = None,
-    samples: Annotated[int, typer.Option(help="Pictures to draw for the card; 0 draws none.")] = 4,
-    prompts: Annotated[list[str] | None, typer.Option("--prompt", help="For the pictures; may be repeated.")] = None,
-    device: Annotated[str | None, typer.Option(help="To draw on: cpu, cuda, ...; a GPU if there is one.")] = None,
+    license: Annotated[str | None, typer.Option(help=HUB_LICENSE)] = None,
+    base_model: BaseModel = None,
+    samples: Samples = 4,
+    prompts: Prompts = None,
+    device: Device = None,
 ) -> None:
     """Write a diffusers folder with a model card and sample pictures."""
-    from .eval.export_card import CardText
     from .models import export
 
-    if samples < 0:
-        raise ValueError(f"--samples is {samples}; allowed: 0 or more")
+    options = card_options(
+        out / "README.md", samples, prompts, device, title=title, license=license, base_model=base_model
+    )
     model = _open(source, base, steps, dtype, name, prediction_type, alpha)
     if steps is not None:
         model = replace(model, extras={})
-    text = CardText(title=title, license=license, base_model=base_model)
-
-    def card(folder: Path) -> None:
-        _write_card(folder, model, text, prompts or [], samples, device)
-
-    folder = export.export_folder(model, out, dtype=_dtype(dtype), finish=card)
+    folder = export.export_folder(
+        model, out, dtype=_dtype(dtype), finish=lambda folder: folder_card(folder, model, options)
+    )
     _say(folder, model.facts)
 
 
@@ -137,6 +148,7 @@ def export_lora(
     source: Source,
     format: Format,
     out: Out,
+    base: Base = None,
     alpha: Alpha = None,
     steps: Steps = None,
     dtype: Dtype = "float16",
@@ -145,6 +157,11 @@ def export_lora(
     metadata: Metadata = True,
     license: License = None,
     author: Author = None,
+    card: Card = None,
+    base_model: BaseModel = None,
+    samples: Samples = 4,
+    prompts: Prompts = None,
+    device: Device = None,
 ) -> None:
     """Write a LoRA in another dialect, at the strength it has.
 
@@ -155,10 +172,12 @@ def export_lora(
     from .models.lora_file import read_lora_file
     from .models.source import open_model
 
-    stated = _stated(license, author, metadata)
+    stated = _stated(license, author, metadata, card)
+    options = card_options(card, samples, prompts, device, license=license if card else None, base_model=base_model)
     found = _resolve(source)
     path = export.find_lora(found, steps)
-    side = None if path == found else open_model(found).side
+    whole = _resolve(base) if base is not None else None if path == found else found
+    side = None if whole is None else open_model(whole).side
     lora = read_lora_file(path, alpha=alpha)
     facts = Facts.of(path, lora.metadata).but(name=name, num_steps=steps, prediction_type=prediction_type)
     written = export.export_lora(
@@ -166,6 +185,8 @@ def export_lora(
     )
     _say(written, facts)
     _note_alpha(lora, format)
+    shrunken = lora.architecture.endswith("-shrunken")
+    file_card(written, "lora", facts, options, shrunken=shrunken, base=whole, side=side)
 
 
 @export_app.command("extract-lora")
@@ -248,8 +269,10 @@ def _open(
     return rescheduled(model, model.facts.but(name=name, num_steps=steps, prediction_type=prediction_type))
 
 
-def _stated(license: str | None, author: str | None, metadata: bool) -> dict[str, str]:
+def _stated(license: str | None, author: str | None, metadata: bool, card: Path | None = None) -> dict[str, str]:
     """ModelSpec's entries for what the person who exports says."""
+    if card is not None and not metadata:
+        license = None  # the card says it
     stated = {"modelspec.license": license, "modelspec.author": author}
     found = {key: value for key, value in stated.items() if value is not None}
     if found and not metadata:
@@ -302,36 +325,3 @@ def _note_alpha(lora: LoraFile, dialect: str) -> None:
         print(
             "note: its alphas differ; written as one, with the ups scaled, for diffusers reads no more in kohya files"
         )
-
-
-def _write_card(folder: Path, model: Model, text: CardText, prompts: list[str], count: int, device: str | None) -> None:
-    from .eval.export_card import write_export_card
-
-    samples: list[Sample] = []
-    if count and model.facts.num_steps is None:
-        print("note: no sample pictures, for nothing says in how many steps it draws (--steps)")
-    elif count:
-        samples = _draw(folder, model, prompts, count, device)
-    write_export_card(folder, model.facts, text, samples, side=model.side or 1024)
-
-
-def _draw(folder: Path, model: Model, prompts: list[str], count: int, device: str | None) -> list[Any]:
-    from .demo import PROMPTS
-    from .errors import SdxlFastError
-    from .eval.export_card import Sample
-    from .inference import OneStepPipeline
-    from .text import one_line
-
-    shrunken = model.architecture.endswith("-shrunken")
-    texts = (prompts or list(PROMPTS if shrunken else SDXL_PROMPTS)) * count
-    texts, seeds = texts[:count], list(range(count))
-    try:
-        pipe = OneStepPipeline.from_pretrained(folder, device=device)
-        images = [
-            pipe(prompt, seed=seed, num_inference_steps=model.facts.num_steps).images[0]
-            for prompt, seed in zip(texts, seeds, strict=True)
-        ]
-    except SdxlFastError as error:
-        print(f"note: no sample pictures, for it could not be drawn with: {one_line(error, None)}")
-        return []
-    return [Sample(*sample) for sample in zip(texts, seeds, images, strict=True)]

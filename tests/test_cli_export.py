@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from sdxl_fast import cli
+from sdxl_fast.diffusion.sampling import pure_noise
 from sdxl_fast.models.loading import EMBEDDED
 from sdxl_fast.models.lora_file import read_lora_file
 from sdxl_fast.models.safetensors_check import check_safetensors
@@ -63,6 +67,64 @@ def test_folder_with_card_and_pictures(toy_folder: Path, tmp_path: Path, capsys:
     assert code == 0
     assert len(list((tmp_path / "f").glob("*_lora.safetensors"))) == 3
     assert not (tmp_path / "f" / "card").exists()
+    (tmp_path / "f" / "README.md").write_text("# Mine")
+    code, _, err = _run(capsys, "folder", toy_folder, "--out", tmp_path / "f", "--samples", 0)
+    assert code == 2 and "README.md: not as an export left it" in err
+    assert (tmp_path / "f" / "README.md").read_text() == "# Mine"
+
+
+@pytest.mark.parametrize("kind", ["unet", "lora", "single-file"])
+def test_a_file_with_card_and_pictures(
+    kind: str, toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the card tells to run draws the picture that it shows."""
+    base = Path(shutil.copytree(toy_folder, tmp_path / "base"))
+    shutil.rmtree(base / "unet")
+    (base / "unet_base").rename(base / "unet")  # what the LoRAs are for, as SDXL's own folder has it
+    out, card = tmp_path / "upload", tmp_path / "upload" / "README.md"
+    given = [
+        kind,
+        toy_folder,
+        "--out",
+        out,
+        "--steps",
+        4,
+        "--dtype",
+        "float32",
+        *["--format", "peft"] * (kind == "lora"),
+    ]
+    given += ["--card", card, "--license", "mit", "--base-model", base, "--device", "cpu"]
+    given += ["--samples", 2, "--prompt", "cat", "--prompt", "red apple"]
+    for _ in range(2):  # a card of ours is written anew
+        code, text, err = _run(capsys, *given)
+        assert (code, err) == (0, "") and f"wrote {card}" in text
+    (file,) = out.glob("*.safetensors")
+    assert sorted(os.listdir(out / "card")) == [f"{file.stem}-0.png", f"{file.stem}-1.png"]
+    page = card.read_text()
+    assert "license: mit" in page and f"base_model_relation: {'adapter' if kind == 'lora' else 'finetune'}" in page
+    assert f"| red apple | 1 | ![](card/{file.stem}-1.png) |" in page and "Draws 32 px pictures in 4 steps" in page
+    monkeypatch.chdir(out)
+    code = page.split("```python\n")[1].split("```")[0]
+    latents = pure_noise((4, 8, 8), torch.tensor([0]))
+    names: dict[str, Any] = {"latents": latents}
+    exec(code.replace("num_inference_steps", "latents=latents, num_inference_steps"), names)
+    shown = np.asarray(Image.open(out / "card" / f"{file.stem}-0.png")).astype(int)
+    assert np.abs(np.asarray(names["image"]).astype(int) - shown).max() <= 2
+    card.write_text("# Mine")
+    code, _, err = _run(capsys, *given)
+    assert code == 2 and "not as an export left it" in err and card.read_text() == "# Mine"
+
+
+def test_a_file_that_cannot_be_drawn_with_gets_a_card_without_pictures(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora, card = toy_folder / "toy_4step_lora.safetensors", tmp_path / "card.md"
+    given = ("lora", lora, "--format", "kohya", "--out", tmp_path, "--card", card, "--device", "cpu")
+    code, text, err = _run(capsys, *given)
+    assert (code, err) == (0, "") and "note: no sample pictures, for it could not be drawn with" in text
+    assert "--base" in text and "## Pictures" not in card.read_text() and not (tmp_path / "card").exists()
+    code, text, _ = _run(capsys, *given, "--base", toy_folder, "--samples", 1)
+    assert code == 0 and "## Pictures" in card.read_text() and "note" not in text
 
 
 def test_a_lora_goes_round_and_is_merged(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,6 +263,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "--license and --author go",
     ),
     "samples": (["folder", "TOY", "--samples", "-1"], "--samples is -1"),
+    "no card": (["unet", "TOY", "--prompt", "cat"], "--prompt is of a model card: give --card, too"),
+    "no place for a card": (["unet", "TOY", "--card", "in"], "in: no place for a model card"),
+    "device of a card": (["folder", "TOY", "--device", "toaster"], "device is 'toaster'"),
 }
 
 

@@ -84,6 +84,7 @@ LAYERS: dict[str, int] = {
     "cli_eval": 6,
     "cli_eval_rows": 6,
     "cli_export": 6,
+    "cli_export_card": 6,
     "cli_options": 6,
     "demo": 6,
     "env": 6,

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model card of an exported folder: what it is, how to draw with it, and pictures it drew.
+"""The model card of an exported folder or file: what it is, how to draw with it, and pictures it drew.
+
+A card ends in a line with the hash of what is above it. One without that line, or with another, is a person's work and
+is never replaced.
 
 The card of a pipeline whose training and evaluation are at hand says much more: see `model_card`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,11 @@ import yaml
 from PIL import Image
 
 from sdxl_fast.eval.model_card import ATTACHMENTS, contents
-from sdxl_fast.files import replacing
-from sdxl_fast.models.facts import Facts, scheduler_config
+from sdxl_fast.files import file_sha256, replacing
+from sdxl_fast.models.facts import TRAILING_EULER, Facts, Kind, scheduler_config
 
 CARD = "README.md"
+_WHAT: dict[Kind, str] = {"": "all networks", "unet": "the UNet alone", "lora": "a LoRA"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,79 +52,153 @@ class CardText:
     notes: str = ""
 
 
-@dataclass(slots=True)
-class _Page:
-    lines: list[str] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """What a card is of.
 
-    def add(self, *lines: str) -> None:
-        self.lines += [*lines, ""]
+    Attributes:
+        facts: its name and how it is sampled.
+        side: its native picture side in pixels.
+        samples: pictures it drew.
+    """
+
+    facts: Facts
+    side: int
+    samples: Sequence[Sample] = ()
 
 
-def write_export_card(
-    folder: str | Path, facts: Facts, text: CardText, samples: Sequence[Sample], *, side: int
-) -> Path:
+def check_card(path: Path) -> None:
+    """Raises ValueError if `path` is what writing a card there would lose, or no name for one."""
+    if path.suffix != ".md" or path.is_dir():
+        raise ValueError(f"{path}: no place for a model card; allowed: a file that ends in .md, as {CARD}")
+    if not path.exists():
+        return
+    above, _, last = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").rpartition("\n")
+    if last != _mark(above):
+        raise ValueError(f"{path}: not as an export left it, and would be lost; move it away, or export elsewhere")
+
+
+def write_folder_card(folder: str | Path, shown: Shown, text: CardText) -> Path:
     """Write `README.md` into a pipeline folder, its pictures into `card/` there, each whole or not at all.
 
     Args:
         folder: a diffusers pipeline.
-        facts: its name and how it is sampled.
+        shown: what it is.
         text: what the person says about it.
-        samples: pictures it drew.
-        side: its native picture side in pixels.
     """
-    folder = Path(folder)
-    files = []
-    for number, sample in enumerate(samples):
-        file = f"{ATTACHMENTS}/sample-{number}.png"
-        with replacing(folder / file) as temporary:
+    folder, scheduler = Path(folder), shown.facts.scheduler
+    note = "" if scheduler is None else f"  # its scheduler is {scheduler_config(scheduler)['_class_name']}"
+    lines = [f'pipe = StableDiffusionXLPipeline.from_pretrained("path/to/this/folder"){note}']
+    example = _example(["from diffusers import StableDiffusionXLPipeline"], lines, shown)
+    return _write(folder / CARD, shown, text, example, contents(folder), stem="sample", relation="finetune")
+
+
+def write_file_card(
+    card: str | Path, file: Path, kind: Kind, shown: Shown, text: CardText, *, shrunken: bool = False
+) -> Path:
+    """Write the card of a single file, its pictures into `card/` beside the card, each whole or not at all.
+
+    Args:
+        card: a Markdown file: `README.md` of what is uploaded, or another.
+        file: a single file, a UNet or a LoRA.
+        kind: which of them.
+        shown: what it is.
+        text: what the person says about it.
+        shrunken: not of SDXL's size.
+    """
+    if kind == "" and shrunken:  # diffusers takes it for one of SDXL's size
+        lines = [f'pipe = OneStepPipeline.from_pretrained("{file.name}")']
+        example = _example(["from sdxl_fast import OneStepPipeline"], lines, shown)
+    else:
+        example = _file_example(kind, file.name, text.base_model or "path/to/its/base", shown)
+    about = ["## The file", "", f"`{file.name}` holds {_WHAT[kind]}: {file.stat().st_size:,} bytes, sha256"]
+    about += [f"`{file_sha256(file)}`."]
+    relation = "adapter" if kind == "lora" else "finetune"
+    return _write(Path(card), shown, text, example, about, stem=file.stem, relation=relation)
+
+
+def _write(
+    path: Path,
+    shown: Shown,
+    text: CardText,
+    example: Sequence[str],
+    about: Sequence[str],
+    *,
+    stem: str,
+    relation: str,
+) -> Path:
+    """The card, and its pictures by the names of `stem` in a folder beside it."""
+    pictures = [f"{ATTACHMENTS}/{stem}-{number}.png" for number in range(len(shown.samples))]
+    for sample, picture in zip(shown.samples, pictures, strict=True):
+        with replacing(path.parent / picture) as temporary:
             sample.image.save(temporary, format="PNG")
-        files.append(file)
-    page = _Page()
-    page.add("---", yaml.safe_dump(front_matter(facts, text, samples, files), allow_unicode=True).rstrip(), "---")
-    page.add(f"# {text.title or facts.name}")
+    front = yaml.safe_dump(_front_matter(shown, text, pictures, relation), allow_unicode=True).rstrip()
+    lines = ["---", front, "---", "", f"# {text.title or shown.facts.name}", ""]
     if text.notes.strip():
-        page.add(text.notes.strip())
-    if facts.num_steps is not None:
-        page.add(_how(facts, side), "", *_example(facts, samples))
-    if samples:
-        page.add("## Pictures", "", "| prompt | seed | |", "| --- | ---: | --- |", *_rows(samples, files))
-    page.add(*contents(folder))
-    with replacing(folder / CARD) as temporary:
-        temporary.write_text("\n".join(page.lines).rstrip() + "\n", encoding="utf-8")
-    return folder / CARD
+        lines += [text.notes.strip(), ""]
+    if shown.facts.num_steps is not None:
+        lines += [_how(shown), "", *example, ""]
+    if shown.samples:
+        lines += ["## Pictures", "", "| prompt | seed | |", "| --- | ---: | --- |", *_rows(shown.samples, pictures), ""]
+    page = "\n".join([*lines, *about, ""])
+    with replacing(path) as temporary:
+        temporary.write_text(f"{page}\n{_mark(page)}\n", encoding="utf-8")
+    return path
 
 
-def front_matter(facts: Facts, text: CardText, samples: Sequence[Sample], files: Sequence[str]) -> dict[str, Any]:
+def _mark(text: str) -> str:
+    return f"<!-- by sdxl-fast export; sha256 of what is above: {hashlib.sha256(text.encode()).hexdigest()} -->"
+
+
+def _front_matter(shown: Shown, text: CardText, pictures: Sequence[str], relation: str) -> dict[str, Any]:
     """The card's metadata as the hub understands them (huggingface.co/docs/hub/model-cards)."""
-    tags = ["stable-diffusion-xl", "text-to-image", "distillation"] if facts.num_steps else ["stable-diffusion-xl"]
+    tags = ["stable-diffusion-xl", "text-to-image"]
+    tags += (["distillation"] if shown.facts.num_steps else []) + (["lora"] if relation == "adapter" else [])
     data: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if text.license is not None:
         data["license"] = text.license
     if text.base_model is not None:
-        data |= {"base_model": text.base_model, "base_model_relation": "finetune"}
-    if samples:
-        pairs = zip(samples, files, strict=True)
-        data["widget"] = [{"text": sample.prompt, "output": {"url": file}} for sample, file in pairs]
+        data |= {"base_model": text.base_model, "base_model_relation": relation}
+    if shown.samples:
+        pairs = zip(shown.samples, pictures, strict=True)
+        data["widget"] = [{"text": sample.prompt, "output": {"url": picture}} for sample, picture in pairs]
     return data
 
 
-def _how(facts: Facts, side: int) -> str:
+def _how(shown: Shown) -> str:
+    facts = shown.facts
     steps = "one step" if facts.num_steps == 1 else f"{facts.num_steps} steps"
     meaning = {"sample": "the clean latent (x0)", "v_prediction": "v"}.get(facts.prediction_type or "", "the noise (ε)")
-    return f"Draws {side} px pictures in {steps} without guidance. Its UNet predicts {meaning}."
+    return f"Draws {shown.side} px pictures in {steps} without guidance. Its UNet predicts {meaning}."
 
 
-def _example(facts: Facts, samples: Sequence[Sample]) -> list[str]:
-    prompt = samples[0].prompt if samples else "a photo of a cat"
-    kind = scheduler_config(facts.scheduler)["_class_name"] if facts.scheduler else "EulerDiscreteScheduler"
-    return [
-        "```python",
-        "from diffusers import StableDiffusionXLPipeline",
-        "",
-        f'pipe = StableDiffusionXLPipeline.from_pretrained("path/to/this/folder")  # its scheduler is {kind}',
-        f"image = pipe({prompt!r}, num_inference_steps={facts.num_steps}, guidance_scale=0).images[0]",
-        "```",
-    ]
+def _file_example(kind: Kind, name: str, base: str, shown: Shown) -> list[str]:
+    """How diffusers draws with a file; it cannot know the scheduler."""
+    arguments = scheduler_config(shown.facts.scheduler or TRAILING_EULER)
+    scheduler = arguments.pop("_class_name")
+    classes, imports = [scheduler, "StableDiffusionXLPipeline"], list[str]()
+    if kind == "":
+        lines = [f'pipe = StableDiffusionXLPipeline.from_single_file("{name}")']
+    elif kind == "lora":
+        lines = [f'pipe = StableDiffusionXLPipeline.from_pretrained("{base}")', f'pipe.load_lora_weights("{name}")']
+    else:
+        classes, imports = [*classes, "UNet2DConditionModel"], ["from safetensors.torch import load_file"]
+        lines = [
+            f'config = UNet2DConditionModel.load_config("{base}", subfolder="unet")',
+            "unet = UNet2DConditionModel.from_config(config)",
+            f'unet.load_state_dict(load_file("{name}"))',
+            f'pipe = StableDiffusionXLPipeline.from_pretrained("{base}", unet=unet)',
+        ]
+    arguments["prediction_type"] = shown.facts.prediction_type or "epsilon"
+    given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+    lines.append(f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config, {given})")
+    return _example([f"from diffusers import {', '.join(sorted(classes))}", *imports], lines, shown)
+
+
+def _example(imports: Sequence[str], lines: Sequence[str], shown: Shown) -> list[str]:
+    prompt = shown.samples[0].prompt if shown.samples else "a photo of a cat"
+    call = f"image = pipe({prompt!r}, num_inference_steps={shown.facts.num_steps}, guidance_scale=0).images[0]"
+    return ["```python", *imports, "", *lines, call, "```"]
 
 
 def _rows(samples: Sequence[Sample], files: Sequence[str]) -> list[str]:

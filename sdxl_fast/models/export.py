@@ -108,7 +108,7 @@ def export_single_file(
     if metadata:
         said = model.facts.metadata("", architecture=model.architecture, implementation="sgm", side=model.side)
         said |= {HASH_KEY: "", **stated}
-        if model.architecture.endswith("-shrunken"):
+        if model.shrunken:
             said[CONFIG_KEY] = embedded_configs(completed(model))
     write_weights(path, tensors, said)
     return path

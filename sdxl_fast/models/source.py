@@ -65,7 +65,12 @@ class Model:
     @property
     def architecture(self) -> str:
         """ModelSpec's name of it."""
-        return SDXL_ARCHITECTURE if is_sdxl(self.tensors["unet"]) else f"{SDXL_ARCHITECTURE}-shrunken"
+        return f"{SDXL_ARCHITECTURE}-shrunken" if self.shrunken else SDXL_ARCHITECTURE
+
+    @property
+    def shrunken(self) -> bool:
+        """Whether its networks are of another size than SDXL's."""
+        return not is_sdxl(self.tensors["unet"])
 
     @property
     def side(self) -> int | None:
