@@ -27,6 +27,22 @@ def _lightning(name: str) -> LightningConfig:
     return config
 
 
+@pytest.mark.parametrize("name", ["sdxl_lightning", "sdxl_add"])
+def test_the_command_of_many_gpus_is_torchruns(name: str) -> None:
+    """It names what processes of several machines meet at, and how long they have to save."""
+    from torch.distributed.run import get_args_parser
+
+    header = (RECIPES / f"{name}.yaml").read_text().replace("\\\n#", "").split("torchrun ")[1].splitlines()[0]
+    words = header.replace("SECONDS", "300").split()
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 12):
+        place = words.index("--shutdown-timeout")  # unknown to it
+        del words[place : place + 2]
+    found = get_args_parser().parse_args(words)
+    assert (found.nnodes, found.nproc_per_node, found.rdzv_endpoint) == ("8", "8", "HOST:29500")
+    assert getattr(found, "shutdown_timeout", 300) == 300
+    assert found.no_python and [found.training_script, *found.training_script_args][:3] == ["sdxl-fast", "train", name]
+
+
 def _parts(name: str, folder: Path) -> dict[str, Part]:
     config = load_recipe(name)
     assert isinstance(config, LightningConfig | AddConfig | LcmConfig)
