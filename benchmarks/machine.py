@@ -108,10 +108,13 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str:
-    """Returns the checkout's commit, marked when sources differ from it; "unknown" outside a checkout."""
-    found = _output("git", "rev-parse", "HEAD")
-    if found is None:
-        return "unknown"
+    """Returns the checkout's commit, marked when sources differ from it; of a copy without its history, that it is one.
+
+    Such a copy, as an sdist unpacks, may lie in somebody else's checkout, whose commit says nothing of it.
+    """
+    top, _, found = (_output("git", "rev-parse", "--show-toplevel", "HEAD") or "").partition("\n")
+    if not found or Path(top).resolve() != ROOT.resolve():
+        return "unknown: the sources are no git checkout"
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return found + (" with local changes" if changed else "")
 

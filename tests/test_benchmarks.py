@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))  # benchmarks/ is not installed
 
-from benchmarks import command, gpu, report  # noqa: E402
+from benchmarks import command, gpu, machine, report  # noqa: E402
 from benchmarks.e2e import bench_fuse, bench_one_step, bench_pipelines  # noqa: E402
 from benchmarks.gate import Gate, same_function  # noqa: E402
 from benchmarks.measure import Prepared, measure  # noqa: E402
@@ -388,3 +389,12 @@ def test_command_line(tmp_path: Path) -> None:
 def test_command_line_refuses(arguments: tuple[str, ...], said: str) -> None:
     done = _python(*arguments)
     assert done.returncode == 2 and said in done.stderr
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists() or shutil.which("git") is None, reason="no git checkout")
+def test_the_commit_is_that_of_these_sources_or_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert machine.commit().startswith(head.strip())
+    for copy in (tmp_path, ROOT / "benchmarks"):  # the latter lies in a checkout that is not its own
+        monkeypatch.setattr(machine, "ROOT", copy)
+        assert machine.commit() == "unknown: the sources are no git checkout"
