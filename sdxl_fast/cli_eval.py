@@ -18,6 +18,7 @@ from .cli_options import (
     SideOption,
     VaeOption,
     load_pipeline,
+    model_name,
     parse_loras,
 )
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from .eval.features import PatchExtractor
 
-FEATURES = "efficientnet-lite0"
+FEATURES, RESIZE, BATCH = "efficientnet-lite0", "bicubic", 8
 
 
 def evaluate(
@@ -49,11 +50,11 @@ def evaluate(
     reference: Annotated[Path | None, typer.Option(help="Folder of real pictures.")] = None,
     features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = FEATURES,
     clip: Annotated[str | None, typer.Option(help="Folder or id of the CLIP for CLIP scores.")] = None,
-    resize: Annotated[str, typer.Option(help="Of inception: bicubic, as clean-fid, or tf1, as its own.")] = "bicubic",
+    resize: Annotated[str, typer.Option(help="Of inception: bicubic, as clean-fid, or tf1, as its own.")] = RESIZE,
     patch_from: Annotated[
         int | None, typer.Option(help="Enlarge smaller pictures to it before the patch: 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = BATCH,
     per_prompt: Annotated[int, typer.Option(help="Pictures of each prompt, for diversity.")] = 1,
 ) -> None:
     """Measure a pipeline: on the emoji set, or with --prompts on any prompts, where it goes on if stopped.
@@ -78,9 +79,12 @@ def evaluate(
         named: dict[str, Any] = {"model": model, "features": features, "resize": resize, "guidance": guidance}
         numbers: dict[str, Any] = {"num_images": num_images, "per_prompt": per_prompt, "batch": batch, "seed": seed}
         run(PromptOptions(prompts, out, tuple(steps or ()), device, **named, **numbers, **of_prompts))
-    elif given := [name.removesuffix("s").replace("_", "-") for name, value in of_prompts.items() if value]:
-        raise ValueError(f"--{given[0]} is of --prompts; leave it out with --data")
     elif data is not None:
+        changed = {"features": features != FEATURES, "resize": resize != RESIZE}
+        changed |= {"batch": batch != BATCH, "per_prompt": per_prompt != 1}
+        if given := [name for name, value in (of_prompts | changed).items() if value]:
+            option = given[0].replace("loras", "lora").replace("_", "-")
+            raise ValueError(f"--{option} is of --prompts; leave it out with --data")
         _evaluate_emoji(out, data, model, steps, num_images, seed, guidance, device)
     print(f"wrote {out / 'report.md'}")
 
@@ -99,8 +103,11 @@ def _evaluate_emoji(
 
     folder = loading.resolve(model)
     if not folder.is_dir():
-        raise ValueError(f"{folder}: a single file; evaluation needs the folder of a pipeline")
+        raise ValueError(f"{folder}: a single file; --data needs the folder of a pipeline, --prompts takes files, too")
     pipe = load_pipeline(model, device, "float32")
+    own = pipe.num_inference_steps
+    if wrong := [count for count in steps or () if count not in own]:
+        raise ValueError(f"--steps {wrong[0]}: {model_name(model)} draws in {', '.join(map(str, own))}")
     base = pipe.base_prediction_type
     from .eval import report, sources
 
@@ -111,7 +118,7 @@ def _evaluate_emoji(
     teacher = None
     if guidance and base is not None:
         teacher = sources.Teacher(folder, guidance_scale=guidance, prediction_type=base, device=pipe.device)
-    chosen = steps or list(pipe.num_inference_steps)
+    chosen = steps or list(own)
     report.run(folder, data, out, generate=draw, num_images=num_images, seed=seed, steps=chosen, teacher=teacher)
 
 
@@ -186,6 +193,10 @@ def run(options: PromptOptions) -> dict[str, Any]:
     for name in ("num_images", "per_prompt", "batch"):
         if (value := getattr(options, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: 1 or more")
+    if wrong := [count for count in options.steps if count < 1]:
+        raise ValueError(f"--steps is {wrong[0]}; allowed: 1 or more")
+    if options.guidance < 0:
+        raise ValueError(f"--guidance is {options.guidance:g}; allowed: 0, which leaves it out, or more")
     several = -(-options.num_images // options.per_prompt)
     prompts = [text for text in read_prompts(options.prompts, several) for _ in range(options.per_prompt)]
     prompts = prompts[: options.num_images]

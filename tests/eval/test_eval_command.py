@@ -158,6 +158,8 @@ def test_a_models_digest_is_of_what_it_is_loaded_from(tmp_path: Path, toy_folder
         (("--device", "gpu"), "device"),
         (("--batch", 0), "--batch is 0; allowed: 1 or more"),
         (("--num-images", 0), "--num-images is 0; allowed: 1 or more"),
+        (("--steps", 0), "--steps is 0; allowed: 1 or more"),
+        (("--guidance", -1), "--guidance is -1; allowed: 0, which leaves it out, or more"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_drawn(

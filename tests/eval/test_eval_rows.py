@@ -152,12 +152,15 @@ def test_a_size_that_cannot_be_drawn_leaves_nothing_behind(plain_folder: Path, t
             assert draw_set(tmp_path / "set", PROMPT, row.generate, settings=row.settings)[0].is_file()
 
 
-@pytest.mark.parametrize("option", ["--lora", "--vae"])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--lora", "x"), ("--vae", "x"), ("--features", "inception"), ("--resize", "tf1"), ("--per-prompt", "2")],
+)
 def test_what_is_of_prompts_is_refused_with_data(
-    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out"), option, "x"])
+        cli.main(["eval", "--data", str(tmp_path), "--out", str(tmp_path / "out"), option, value])
     assert stopped.value.code == 2 and f"{option} is of --prompts" in capsys.readouterr().err
 
 
