@@ -83,12 +83,14 @@ def generate(
     from .inference.request import check_output, check_seeds
 
     check_output("pil", (), num_images)
+    if bench < 0:
+        raise ValueError(f"--bench is {bench}; allowed: 0 or more")
     seeds = check_seeds(seed, len(prompts), num_images).tolist()
     texts = [prompt for prompt in prompts for _ in range(num_images)]
     files = picture_files(out, texts, seeds)
     start = _start(image, strength)
-    others = {"base": base, "vae": vae, "preset": preset, "quantization": quantization, "scales": scales}
-    pipe = load_pipeline(model, device, dtype, lora=dict(parse_loras(lora or [])), **others)
+    parts = {"base": base, "vae": vae, "lora": dict(parse_loras(lora or []))}
+    pipe = load_pipeline(model, device, dtype, preset=preset, quantization=quantization, scales=scales, **parts)
     call = {
         "num_inference_steps": steps,
         "height": height,
@@ -97,8 +99,10 @@ def generate(
         **start,
     }
     images = pipe(prompts, seed=seeds, **call).images
-    settings = {"model": model_name(model), "steps": steps or pipe.preset.steps[0], "strength": start.get("strength")}
-    about = described(pipe, settings | {"size": list(images[0].size)})
+    others = {"base": base, "vae": None if vae is None else str(vae)}
+    settings = {"model": model_name(model)} | {key: model_name(name) for key, name in others.items() if name}
+    how = {"steps": steps or pipe.preset.steps[0], "strength": start.get("strength"), "size": list(images[0].size)}
+    about = described(pipe, settings | how)
     for file, text, one_seed, picture in zip(files, texts, seeds, images, strict=True):
         save_picture(picture, file, {"prompt": text, "seed": str(one_seed), **about})
         print(f"{file}  {text!r}, seed {one_seed}")
@@ -177,8 +181,8 @@ def card(
     from .eval.model_card import write_model_card
 
     pairs = [run.partition("=") for run in runs]
-    if not all(folder for _, _, folder in pairs):
-        raise ValueError("--run is not of the form TITLE=FOLDER")
+    if wrong := [heading for heading, _, folder in pairs if not folder]:
+        raise ValueError(f"--run {wrong[0]}: names no folder; give TITLE=FOLDER")
     by_title = {heading: Path(folder) for heading, _, folder in pairs}
     text = notes.read_text() if notes else ""
     print(write_model_card(model, title=title, report_dir=report, data_dir=data, runs=by_title, notes=text))

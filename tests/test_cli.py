@@ -261,11 +261,34 @@ def test_eval_measures_every_step_count_of_the_model(
     assert "report.md" in out
 
 
+def test_eval_refuses_step_counts_of_others_before_it_draws(
+    toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ("eval", "--model", toy_folder, "--data", tmp_path, "--out", tmp_path / "r", "--steps", 1, "--steps", 3)
+    code, _, err = _run(capsys, *given)
+    assert code == 2
+    assert "--steps 3: toy draws in 1, 2, 4, 8" in err
+
+
 def test_eval_needs_a_folder(toy_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = toy_folder / "unet" / "diffusion_pytorch_model.safetensors"
     code, _, err = _run(capsys, "eval", "--model", weights, "--data", tmp_path, "--out", tmp_path / "r")
     assert code == 2
     assert "needs the folder" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "cat", "--bench", -1), "--bench is -1; allowed: 0 or more"),
+        (("card", "m", "--report", "r", "--data", "d", "--title", "t", "--run", "x"), "--run x: names no folder; give"),
+    ],
+)
+def test_wrong_values_are_one_line(
+    arguments: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = _run(capsys, *arguments)
+    assert (code, err.count("\n")) == (2, 1) and message in err
 
 
 def test_unknown_commands_and_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -54,5 +55,6 @@ def test_the_command_line_takes_it(toy_folder: Path, tiny_vae: Path, tmp_path: P
     with pytest.raises(SystemExit) as ended:
         cli.main([str(argument) for argument in given])
     assert not ended.value.code
+    assert json.loads(Image.open(out).text["settings"])["vae"] == "taesdxl"
     pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=tiny_vae)
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(pipe("cat", seed=1).images[0]))
