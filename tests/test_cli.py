@@ -122,8 +122,8 @@ def test_scales_are_calibrated_and_used(toy_folder: Path, tmp_path: Path, capsys
 
 
 WRONG_PROMPTS: dict[str, tuple[str | None, str, str]] = {
-    "no file": (None, "s.safetensors", "no such file"),
-    "no prompts": (" \n", "s.safetensors", "no prompts in it"),
+    "no file": (None, "s.safetensors", "No such file"),
+    "no prompts": (" \n", "s.safetensors", "holds no prompts"),
     "another file": ("cat", "s.pt", ".safetensors file"),
 }
 
