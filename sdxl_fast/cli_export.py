@@ -208,6 +208,7 @@ def extract_lora(
     """Make a LoRA of what changed between two UNets, and say how much of it a LoRA of that rank leaves out."""
     from tqdm import tqdm
 
+    from .inference.request import check_device
     from .models import export
     from .models.extract import extract_lora
     from .models.source import open_model, undistilled
@@ -223,7 +224,7 @@ def extract_lora(
         origin.tensors["unet"],
         rank=rank,
         dtype=_dtype(dtype) or model.tensors["unet"]["conv_in.weight"].dtype,
-        device=_device(device),
+        device=check_device(device),
         progress=lambda modules: tqdm(modules, unit="layer", disable=None),
     )
     if not residual.total:
@@ -292,18 +293,6 @@ def _dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise ValueError(f"--dtype is {name}; allowed: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device is {name!r}; allowed: cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name}, but torch sees no GPU here; use cpu")
-    return device
 
 
 def _say(path: Path, facts: Facts) -> None:

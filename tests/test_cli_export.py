@@ -255,7 +255,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "foreign lora": (["lora", "FOREIGN", "--format", "kohya"], "transformer.blocks.0.to_q.lora_A.weight"),
     "equal": (["extract-lora", "TOY/unet", "--base", "TOY/unet", "--rank", "2", "--steps", "4"], "equal UNets"),
     "rank": (["extract-lora", "TOY", "--base", "TOY", "--rank", "1000"], "rank is 1000"),
-    "device": (["extract-lora", "TOY", "--base", "TOY", "--rank", "2", "--device", "toaster"], "--device is 'toaster'"),
+    "device": (["extract-lora", "TOY", "--base", "TOY", "--rank", "2", "--device", "toaster"], "device is 'toaster'"),
     "keep": (["extract-lora", "TOY", "--base", "TOY", "--rank", "2", "--dtype", "keep"], "--dtype is keep"),
     "prediction": (["unet", "TOY", "--prediction-type", "x0"], "prediction_type is 'x0'"),
     "no place": (

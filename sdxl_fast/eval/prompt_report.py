@@ -12,7 +12,6 @@ Park et al. 2021). Diversity is the distance within a prompt that has several pi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,10 @@ from sdxl_fast.eval.frechet import frechet_distance
 from sdxl_fast.eval.inception import NETWORK as INCEPTION
 from sdxl_fast.eval.patches import enlarged
 from sdxl_fast.eval.prompt_set import batches, read_picture
-from sdxl_fast.eval.report import environment
+from sdxl_fast.eval.report import environment, write
 from sdxl_fast.eval.sharpness import laplacian_variance
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
-from sdxl_fast.files import file_sha256, replacing
+from sdxl_fast.files import file_sha256
 
 SHEET_ROWS = 8
 _COLUMNS = (
@@ -255,10 +254,7 @@ def write_report(
         },
         "environment": environment(),
     }
-    with replacing(out / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    with replacing(out / "report.md") as temporary:
-        temporary.write_text(to_markdown(report))
+    write(report, out, to_markdown)
     shown = {name: [to_pil(read_picture(file)[None])[0] for file in files[:SHEET_ROWS]] for name, files in sets.items()}
     sizes = {picture.size for column in shown.values() for picture in column}
     smallest = min(sizes)

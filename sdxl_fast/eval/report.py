@@ -290,10 +290,12 @@ def first_of_each(targets: Tensor, count: int) -> Tensor:
     return torch.tensor(list(seen.values())[:count])
 
 
-def write(report: Mapping[str, Any], out_dir: str | Path) -> None:
+def write(
+    report: Mapping[str, Any], out_dir: str | Path, to_markdown: Callable[[Mapping[str, Any]], str] = tables.to_markdown
+) -> None:
     """Writes `report.json` and `report.md`, each whole or not at all."""
     out_dir = Path(out_dir)
     with replacing(out_dir / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     with replacing(out_dir / "report.md") as temporary:
-        temporary.write_text(tables.to_markdown(report))
+        temporary.write_text(to_markdown(report))
