@@ -19,7 +19,6 @@ from sdxl_fast.errors import UnavailableError
 from sdxl_fast.eval.patches import PATCH, centre_patch, resized
 from sdxl_fast.files import file_sha256
 
-DIMENSIONS = 1280
 MEAN, SCALE = 127.0 / 255.0, 128.0 / 255.0  # of the TensorFlow original, on pictures in 0..1
 
 

@@ -33,19 +33,3 @@ def laplacian_variance(images: Tensor) -> Tensor:
     luma = (images.float() * torch.tensor(_LUMA, device=images.device).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
     kernel = torch.tensor(_LAPLACIAN, device=images.device)[None, None]
     return functional.conv2d(luma, kernel).flatten(1).var(dim=1, correction=0)
-
-
-def relative_sharpness(images: Tensor, reference: Tensor) -> float:
-    """Mean Laplacian variance of `images` over that of `reference`; both float [*, 3, H, W] in 0..1.
-
-    Raises:
-        ValueError: different picture sizes (the Laplacian is per pixel), or a reference without any edge.
-    """
-    if images.shape[-2:] != reference.shape[-2:]:
-        raise ValueError(
-            f"images are {list(images.shape[-2:])}, the reference {list(reference.shape[-2:])}; allowed: the same size"
-        )
-    base = laplacian_variance(reference).mean()
-    if base <= 0:
-        raise ValueError("reference has no edges at all, so nothing can be relative to it")
-    return float(laplacian_variance(images).mean() / base)

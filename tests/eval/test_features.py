@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from sdxl_fast.eval.dataset import emoji_questions
-from sdxl_fast.eval.features import DIMENSIONS, FeatureExtractor
+from sdxl_fast.eval.features import FeatureExtractor
 from sdxl_fast.eval.kid import excess, kernel_distance
 from sdxl_fast.eval.retrieval import accuracy, ranks
 
@@ -24,7 +24,7 @@ def extract() -> FeatureExtractor:
 def test_values_do_not_depend_on_the_batch(extract: FeatureExtractor) -> None:
     images = torch.rand(18, 3, 48, 40, generator=torch.Generator().manual_seed(0))
     features = extract(images)
-    assert features.shape == (18, DIMENSIONS)
+    assert features.shape == (18, 1280)
     assert features.dtype == torch.float32
     assert features.min() >= 0
     assert features.max() <= 6

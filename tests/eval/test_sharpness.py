@@ -5,12 +5,16 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sdxl_fast.eval.sharpness import laplacian_variance, relative_sharpness
+from sdxl_fast.eval.sharpness import laplacian_variance
 
 
 def _edges(count: int = 8, size: int = 32) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     return functional.interpolate(torch.rand(count, 3, 4, 4, generator=draw), size=(size, size), mode="nearest")
+
+
+def _mean(images: torch.Tensor) -> float:
+    return laplacian_variance(images).mean().item()
 
 
 def test_by_hand() -> None:
@@ -34,20 +38,15 @@ def test_flat_and_linear_pictures_have_none() -> None:
 
 def test_blur_lowers_and_grain_raises() -> None:
     images = _edges()
-    assert relative_sharpness(images, images) == 1.0
     blurred = functional.avg_pool2d(functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     more = functional.avg_pool2d(functional.pad(blurred, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    assert relative_sharpness(more, images) < relative_sharpness(blurred, images) < 0.5
+    assert _mean(more) < _mean(blurred) < 0.5 * _mean(images)
     noise = 0.05 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
-    assert relative_sharpness((images + noise).clamp(0, 1), images) > 1.03
+    assert _mean((images + noise).clamp(0, 1)) > 1.03 * _mean(images)
 
 
 def test_refusals() -> None:
     images = _edges()
-    with pytest.raises(ValueError, match="the same size"):
-        relative_sharpness(images, images[..., :16])
-    with pytest.raises(ValueError, match="no edges"):
-        relative_sharpness(images, torch.zeros_like(images))
     with pytest.raises(ValueError, match="allowed: 0 to 1"):
         laplacian_variance(images * 255)
     with pytest.raises(ValueError, match="floating point"):
