@@ -58,7 +58,7 @@ def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One picture or more each.")] = None,
     model: ModelOption = None,
     base: BaseOption = None,
-    steps: Annotated[int | None, typer.Option(help="1, 2, 4 or 8, as far as the model can.")] = None,
+    steps: Annotated[int | None, typer.Option(help="How many; what suits the model best by default.")] = None,
     seed: Annotated[int | None, typer.Option(help="Picture k of every prompt gets seed + k.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
     height: SideOption = None,
@@ -122,14 +122,16 @@ def demo(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
 ) -> None:
-    """Draw a labelled grid of prompts, one step each."""
+    """Draw a labelled grid of prompts, in one step each where the model can."""
     from .demo import PROMPTS, grid
+    from .eval.tables import student_row
 
     _check_suffix(out)
     pipe = load_pipeline(model, device, dtype)
     images = pipe(list(PROMPTS), seed=list(range(len(PROMPTS)))).images
     save_picture(grid(images, PROMPTS), out)
-    print(f"wrote {out.resolve()}: {len(images)} prompts, {pipe.preset.steps[0]} step each, on {pipe.device}")
+    steps = student_row(pipe.preset.steps[0])
+    print(f"wrote {out.resolve()}: {len(images)} prompts, {steps} each, on {pipe.device}")
     for op, backends in pipe.explain().items():
         print(f"  {op:18} " + ", ".join(f"{backend} ({calls} calls)" for backend, calls in backends.items()))
     print(format_timings(pipe.timings, len(images)))

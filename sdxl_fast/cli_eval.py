@@ -38,7 +38,9 @@ def evaluate(
     steps: Annotated[list[int] | None, typer.Option(help="May be repeated; all that the model can by default.")] = None,
     num_images: Annotated[int, typer.Option(help="Pictures per step count.")] = 2000,
     seed: Annotated[int, typer.Option(help="Of prompts, noise and real pictures.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Of an undistilled UNet, in 32 steps; 0 leaves it out.")] = 5.0,
+    guidance: Annotated[
+        float, typer.Option(help="Of an undistilled UNet, in 32 steps where --steps has none for it; 0: none.")
+    ] = 5.0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     base: BaseOption = None,
@@ -47,8 +49,10 @@ def evaluate(
     vae: VaeOption = None,
     height: SideOption = None,
     width: SideOption = None,
-    reference: Annotated[Path | None, typer.Option(help="Folder of real pictures.")] = None,
-    features: Annotated[str, typer.Option(help="Or inception[:FILE], or clip:FOLDER.")] = FEATURES,
+    reference: Annotated[Path | None, typer.Option(help="Folder of real pictures to compare with.")] = None,
+    features: Annotated[
+        str, typer.Option(help="Network of the distances; or inception[:FILE], or clip:FOLDER.")
+    ] = FEATURES,
     clip: Annotated[str | None, typer.Option(help="Folder or id of the CLIP for CLIP scores.")] = None,
     resize: Annotated[str, typer.Option(help="Of inception: bicubic, as clean-fid, or tf1, as its own.")] = RESIZE,
     patch_from: Annotated[

@@ -291,6 +291,13 @@ def test_wrong_values_are_one_line(
     assert (code, err.count("\n")) == (2, 1) and message in err
 
 
+def test_help_says_what_a_value_may_be(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "eval", "--help")
+    text = " ".join(out.split())
+    assert code == 0 and "Network of the distances; or inception[:FILE], or clip:FOLDER." in text
+    assert "in 32 steps where --steps has none for it; 0: none." in text
+
+
 def test_unknown_commands_and_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert _run(capsys, "bogus")[0] == 2
     assert _run(capsys, "generate", "cat", "--bogus")[0] == 2

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdxl_fast.diffusion import sampling, schedule
 from sdxl_fast.diffusion.prediction import PredictionType
 from sdxl_fast.errors import DataError
+from sdxl_fast.eval.tables import TEACHER, student_row
 from sdxl_fast.models import loading
 from sdxl_fast.models.conditioning import encode_prompts, time_ids
 from sdxl_fast.models.config import vae_scale_factor
@@ -91,7 +92,7 @@ class Teacher:
     @property
     def label(self) -> str:
         """How a report names the row."""
-        return f"teacher, {self.num_steps} steps, guidance {self.guidance_scale:g}"
+        return f"{TEACHER}, {student_row(self.num_steps)}, guidance {self.guidance_scale:g}"
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:

@@ -224,7 +224,7 @@ def test_teachers_of_several_step_counts_share_their_networks(
     teacher = sources.Teacher(toy_folder, guidance_scale=2.0, num_steps=2)
     other = teacher.in_steps(1)
     assert sorted(loaded) == ["text_encoder", "text_encoder_2", "unet_base", "vae"]
-    assert (other.label, teacher.label) == ("teacher, 1 steps, guidance 2", "teacher, 2 steps, guidance 2")
+    assert (other.label, teacher.label) == ("teacher, 1 step, guidance 2", "teacher, 2 steps, guidance 2")
     alone = sources.Teacher(toy_folder, guidance_scale=2.0, num_steps=1)
     assert torch.equal(other(["cat"], [3]), alone(["cat"], [3]))
     assert other.unet is teacher.unet
