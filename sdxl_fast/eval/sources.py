@@ -66,9 +66,7 @@ class Teacher:
         path = Path(model)
         beside = base is None and (path / "unet_base").is_dir()
         networks = [name for name in loading.NETWORKS if name != "unet" or not beside]
-        self.parts = loading.load(path, networks=networks, dtype=dtype, device=device, base=base)
-        if vae is not None:
-            self.parts.vae = loading.load_vae(vae, like=self.parts.vae)
+        self.parts = loading.load(path, networks=networks, dtype=dtype, device=device, base=base, vae=vae)
         self.unet: Any = self.parts.unet
         if beside:
             self.unet = loading.load_base_unet(path, dtype=dtype, device=device)

@@ -160,7 +160,7 @@ class OneStepPipeline(LoraVerbs):
         chosen = None if preset is None else presets.by_key(preset)
         path = loading.resolve(model)
         origin = None if base is None else loading.resolve(base)
-        opened = loading.open_pipeline(path, dtype=dtype, device=device, base=origin)
+        opened = loading.open_pipeline(path, dtype=dtype, device=device, base=origin, vae=vae)
         loras: dict[Any, float] = dict(lora) if isinstance(lora, Mapping) else {} if lora is None else {lora: 1.0}
         if chosen is None:  # a model that cannot be told is refused before its gigabytes are read
             said = opened.parts
@@ -169,10 +169,7 @@ class OneStepPipeline(LoraVerbs):
             scheduler = said.scheduler if said.own_scheduler else None
             named = [Path(file).name for file in loras]
             chosen = presets.recognise(name, scheduler, said.metadata, borrowed=origin is not None, loras=named)
-        parts = opened.load()
-        if vae is not None:
-            parts.vae = loading.load_vae(vae, like=parts.vae)
-        pipe = cls(parts, preset=chosen)
+        pipe = cls(opened.load(), preset=chosen)
         if quantization is not None:
             use_scales(pipe, scales)
         for file, strength in loras.items():

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,6 @@ __all__ = [
     "load",
     "load_base_unet",
     "load_few_step_unet",
-    "load_vae",
     "open_pipeline",
     "resolve",
     "vae_folder",
@@ -145,15 +144,29 @@ class Opened:
         return self.parts
 
 
-def open_pipeline(path: Path, *, dtype: torch.dtype, device: torch.device | str, base: Path | None = None) -> Opened:
+def open_pipeline(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    base: Path | None = None,
+    vae: str | Path | None = None,
+) -> Opened:
     """Open what `load` takes, to see how it is sampled before its weights are read.
 
     Raises:
-        ModelError: not an SDXL pipeline, or a part of it is missing.
+        ModelError: not an SDXL pipeline, or a part of it is missing; no such VAE, or one with other latent channels.
     """
     place = Place(dtype, torch.device(device))
-    whole = path.is_dir() and base is None
-    return _open_folder(path, place) if whole else _open_model(_whole_model(path, base, dtype), place)
+    model = None if path.is_dir() and base is None else _whole_model(path, base, dtype)
+    opened = _open_folder(path, place) if model is None else _open_model(model, place)
+    if vae is None:
+        return opened
+    if model is None:
+        own = read_json(path / "vae" / "config.json", f"{path / 'vae'}: this part of the pipeline is missing")
+    else:
+        own = model.configs["vae"]
+    return replace(opened, read=_with_vae(opened.read, vae, own, place))
 
 
 def load(
@@ -162,39 +175,18 @@ def load(
     dtype: torch.dtype,
     device: torch.device | str,
     base: Path | None = None,
+    vae: str | Path | None = None,
     networks: Sequence[str] = NETWORKS,
 ) -> Components:
     """Load a diffusers SDXL folder or an all-in-one SDXL file, weights checked before anything opens them.
 
-    With a `base`, which is one of these, also a UNet alone or a LoRA. Networks that `networks` leaves out are None.
+    With a `base`, which is one of these, also a UNet alone or a LoRA. `vae` is the folder, or a pipeline's, of an
+    AutoencoderKL or AutoencoderTiny to take instead of its own. Networks that `networks` leaves out are None.
 
     Raises:
         ModelError: not an SDXL pipeline, a pickled, truncated or corrupt weight file, weights of another architecture.
     """
-    return open_pipeline(path, dtype=dtype, device=device, base=base).load(networks)
-
-
-def load_vae(model: str | Path, *, like: nn.Module) -> Any:
-    """The AutoencoderKL or AutoencoderTiny of a folder, with the dtype and device of the VAE whose place it takes.
-
-    Args:
-        model: the VAE's own folder, or a pipeline's.
-        like: an AutoencoderKL.
-
-    Raises:
-        ModelError: no such folder, another kind of network, other latent channels, or unsafe or broken weights.
-    """
-    folder = vae_folder(model)
-    kind = read_json(folder / "config.json", f"{model}: not the folder of a VAE").get("_class_name")
-    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-        raise ModelError(f"{model}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
-    first = next(like.parameters())
-    with _no_progress_bars():
-        vae = _load_network(folder.parent, folder.name, Place(first.dtype, first.device), kind=kind)
-    wanted = like.config.latent_channels  # type: ignore[union-attr]
-    if vae.config.latent_channels != wanted:
-        raise ModelError(f"{model}: has {vae.config.latent_channels} latent channels; this pipeline's has {wanted}")
-    return vae
+    return open_pipeline(path, dtype=dtype, device=device, base=base, vae=vae).load(networks)
 
 
 def vae_folder(model: str | Path) -> Path:
@@ -237,6 +229,22 @@ def _open_folder(folder: Path, place: Place) -> Opened:
     return Opened(parts, functools.partial(_load_network, folder, place=place))
 
 
+def _with_vae(
+    read: Callable[[str], Any], vae: str | Path, own: Mapping[str, Any], place: Place
+) -> Callable[[str], Any]:
+    """What reads the networks with another VAE in the place of the one that has `own` as its configuration."""
+    folder = vae_folder(vae)
+    config = read_json(folder / "config.json", f"{vae}: not the folder of a VAE")
+    kind = config.get("_class_name")
+    if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ModelError(f"{vae}: holds a {kind}; a VAE is an AutoencoderKL or an AutoencoderTiny")
+    channels, wanted = (known.get("latent_channels", 4) for known in (config, own))  # diffusers' default
+    if channels != wanted:
+        raise ModelError(f"{vae}: has {channels} latent channels; this pipeline's has {wanted}")
+    other = functools.partial(_load_network, folder.parent, folder.name, place, kind=kind)
+    return lambda name: other() if name == "vae" else read(name)
+
+
 def _metadata(network: Path) -> dict[str, str]:
     """Of the first weight file in a network's folder; none where there is no such file, which loading it says."""
     if not any(network.glob("*.safetensors")):
@@ -247,7 +255,7 @@ def _metadata(network: Path) -> dict[str, str]:
 
 def _load_network(folder: Path, name: str, place: Place, *, kind: str | None = None) -> Any:
     """One network from its subfolder; `kind` is another diffusers class than a pipeline's own."""
-    if name.startswith("text"):
+    if kind is None and name.startswith("text"):
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         loader: Any = CLIPTextModelWithProjection if name.endswith("2") else CLIPTextModel

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 from sdxl_fast import OneStepPipeline, cli
 from sdxl_fast.errors import ModelError
+from sdxl_fast.models import loading
 
 
 def test_a_tiny_vae_decodes_and_encodes(toy_folder: Path, tiny_vae: Path) -> None:
@@ -43,8 +46,35 @@ def test_a_vae_of_the_same_kind_is_packed(toy_folder: Path, tmp_path: Path) -> N
     assert other("cat", **draw).images.mean() > own("cat", **draw).images.mean() + 0.1
 
 
-def test_what_is_no_vae_is_refused(toy_folder: Path, tmp_path: Path) -> None:
-    for given, message in ((toy_folder / "unet", "a VAE is an"), (tmp_path, "not the folder of a VAE")):
+def test_the_own_vae_is_not_loaded_beside_another(
+    toy_folder: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    load = loading._load_network
+
+    def counted(folder: Path, name: str, *others: Any, **more: Any) -> Any:
+        read.append(name)
+        return load(folder, name, *others, **more)
+
+    monkeypatch.setattr(loading, "_load_network", counted)
+    other = Path(shutil.copytree(tiny_vae, tmp_path / "text_tiny"))  # no text encoder, whatever it is called
+    pipe = OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=other)
+    assert sorted(read) == ["text_encoder", "text_encoder_2", "text_tiny", "unet"]
+    assert isinstance(pipe.vae, AutoencoderTiny)
+
+
+def test_what_is_no_vae_is_refused_before_weights_are_read(
+    toy_folder: Path, tiny_vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_load_network", lambda *_, **__: pytest.fail("weights were read"))
+    wide = Path(shutil.copytree(tiny_vae, tmp_path / "wide"))
+    config = wide / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latent_channels": 16}))
+    for given, message in (
+        (toy_folder / "unet", "a VAE is an"),
+        (tmp_path, "not the folder of a VAE"),
+        (wide, "has 16 latent channels; this pipeline's has 4"),
+    ):
         with pytest.raises(ModelError, match=message):
             OneStepPipeline.from_pretrained(toy_folder, device="cpu", vae=given)
 
