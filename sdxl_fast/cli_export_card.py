@@ -121,6 +121,7 @@ def _samples(
     from .errors import SdxlFastError
     from .eval.export_card import Sample
     from .inference import OneStepPipeline
+    from .text import one_line
 
     if not options.samples:
         return []
@@ -136,6 +137,6 @@ def _samples(
             for prompt, seed in zip(texts, seeds, strict=True)
         ]
     except (SdxlFastError, ValueError) as error:
-        print(f"note: no sample pictures, for it could not be drawn with: {' '.join(str(error).split())}")
+        print(f"note: no sample pictures, for it could not be drawn with: {one_line(error, None)}")
         return []
     return [Sample(*sample) for sample in zip(texts, seeds, images, strict=True)]
