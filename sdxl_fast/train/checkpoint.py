@@ -1,10 +1,15 @@
-"""Checkpoints of safetensors and JSON: written under a temporary name, renamed when whole, never pickled."""
+"""Checkpoints of safetensors and JSON: written under a temporary name, renamed when whole, never pickled.
+
+They hold what changes. Of a module's parameters those that do not require gradients are left out: a task has made them,
+from the base, the stages before or its seed, when a checkpoint is loaded into it.
+"""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -64,12 +69,21 @@ def unflatten(rest: Any, tensors: dict[str, Tensor]) -> Any:
     return {key: unflatten(value, tensors) for key, value in rest.items()}
 
 
+def _changing(part: Stateful) -> dict[str, Any]:
+    """The state of a part; of a module what trains, and its buffers."""
+    state = part.state_dict()
+    if not isinstance(part, nn.Module):
+        return state
+    frozen = {name for name, p in part.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: value for name, value in state.items() if name not in frozen}
+
+
 def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, keep: int = 2) -> Path:
     """Writes `folder/checkpoint-<images>` and removes all but the newest `keep` whole ones.
 
     Args:
         folder: the run's folder.
-        parts: what to save, by name; one safetensors file each.
+        parts: what to save, by name; one safetensors file each, of modules without what is frozen.
         state: JSON facts; `state["images"]` names the checkpoint.
         keep: complete checkpoints to leave.
 
@@ -81,7 +95,7 @@ def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, kee
     tensors: dict[str, dict[str, Tensor]] = {}
     structure = {}
     for name, part in parts.items():
-        tensors[name], structure[name] = flatten(part.state_dict())
+        tensors[name], structure[name] = flatten(_changing(part))
     try:
         _write(writing, tensors, {**state, "structure": structure})
     except (*WRITING, CheckpointException) as error:
@@ -166,7 +180,8 @@ def latest(folder: Path) -> Path | None:
 def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     """Restores `parts` in place and returns the JSON facts that were saved with them.
 
-    Parts may be whole or spread (FSDP2), over any number of processes, however they were when saved.
+    Parts may be whole or spread (FSDP2), over any number of processes, however they were when saved. Frozen weights,
+    which checkpoints used to hold, are read where they are there.
 
     Raises:
         ValueError: the checkpoint lacks one of `parts` or does not fit it, or the folder is no checkpoint.
@@ -179,6 +194,8 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     missing = sorted(set(parts) - set(structure))
     if missing:
         raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}")
+    for name, part in parts.items():
+        _check_names(f"{checkpoint}: {name}", part, structure[name])
     in_shards = (checkpoint / SHARDS).is_dir()
     if in_shards:
         loaded = _read_shards(checkpoint, {name: _targets(part, structure[name]) for name, part in parts.items()})
@@ -189,7 +206,11 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
             tensors = load_file(checkpoint / f"{name}.safetensors")
             if _is_spread(part):
                 tensors = _spread_like(_targets(part, structure[name]), tensors)
-        part.load_state_dict(unflatten(structure[name], tensors))
+        values = unflatten(structure[name], tensors)
+        if isinstance(part, nn.Module):
+            part.load_state_dict(values, strict=False)  # frozen weights may be missing; the names are checked
+        else:
+            part.load_state_dict(values)
         if isinstance(part, torch.optim.Optimizer):
             _match_layout(part)
     return state
@@ -200,6 +221,26 @@ def _is_spread(part: Stateful) -> bool:
     if isinstance(part, torch.optim.Optimizer):
         return any(isinstance(p, DTensor) for group in part.param_groups for p in group["params"])
     return any(isinstance(value, DTensor) for value in part.state_dict().values())
+
+
+def _check_names(where: str, part: Stateful, structure: Any) -> None:
+    """That a checkpoint has all of a part that changes and nothing unknown; an optimiser's state comes with its steps.
+
+    Raises:
+        ValueError: it lacks or holds something else; names the first.
+    """
+    if isinstance(part, torch.optim.Optimizer):
+        return
+    saved = set(_names(structure))
+    _refuse(f"{where} lacks", flatten(_changing(part))[0].keys() - saved, "that train by this recipe")
+    _refuse(f"{where} holds", saved - flatten(part.state_dict())[0].keys(), "that this recipe has not")
+
+
+def _refuse(what: str, names: Collection[str], why: str) -> None:
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        remedy = "resume with the settings that it was written by, or start a run of another name"
+        raise ValueError(f"{what} {min(names)}{others} {why}; {remedy}")
 
 
 def _targets(part: Stateful, structure: Any) -> dict[str, Tensor]:
@@ -214,8 +255,7 @@ def _targets(part: Stateful, structure: Any) -> dict[str, Tensor]:
     if isinstance(part, torch.optim.Optimizer) and names:
         _initialise(part)
     own = flatten(part.state_dict())[0]
-    if unknown := sorted(set(names) - own.keys()):
-        raise ValueError(f"the checkpoint holds {unknown[0]} and {len(unknown) - 1} more that this recipe has not")
+    _refuse("the checkpoint holds", set(names) - own.keys(), "that this recipe has not")
     return {name: own[name] for name in names}
 
 
@@ -291,12 +331,12 @@ class Average:
         ramp: the half-life never exceeds this share of the images seen, so that the start is soon forgotten.
     """
 
-    def __init__(self, module: torch.nn.Module, half_life: float, ramp: float = 0.1) -> None:
+    def __init__(self, module: nn.Module, half_life: float, ramp: float = 0.1) -> None:
         self.half_life, self.ramp = half_life, ramp
         self.values = {name: _wide(p.detach()).clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
-    def update(self, module: torch.nn.Module, images: int, batch: int) -> None:
+    def update(self, module: nn.Module, images: int, batch: int) -> None:
         """Moves the average towards the module after a step that brought the count to `images`."""
         half_life = min(self.half_life, max(images * self.ramp, 1e-8))
         weight = 1.0 - 0.5 ** (batch / half_life)
@@ -305,7 +345,7 @@ class Average:
         torch._foreach_lerp_(averages, [_wide(local(live[name].detach())) for name in self.values], weight)
 
     @torch.no_grad()
-    def copy_to(self, module: torch.nn.Module) -> None:
+    def copy_to(self, module: nn.Module) -> None:
         """Writes the average into a module of the same architecture, spread like it or whole."""
         live = dict(module.named_parameters())
         for name, value in self.values.items():

@@ -23,7 +23,7 @@ from .accumulation import AccumulatingTask
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
 from .config import AdversarialPhase, LightningConfig, OptimizerConfig
-from .students import averaged
+from .students import averaged, frozen
 from .teacher import call_unet, scaled_text
 from .trainer import Facts, Update
 from .vae import to_sheet
@@ -338,12 +338,9 @@ class AdversarialTask(StudentTask):
 
     def student_step(self, images: int) -> Facts:
         """The non-saturating loss through D, whose weights neither move nor collect gradients."""
-        for parameter in self.d_update.parameters:
-            parameter.requires_grad_(False)
         moved = self.d_update.moved_after == images
-        facts = self.gather(self.update, lambda: self._student_loss(images), moved=moved)
-        for parameter in self.d_update.parameters:
-            parameter.requires_grad_(True)
+        with frozen(self.d_update.parameters):
+            facts = self.gather(self.update, lambda: self._student_loss(images), moved=moved)
         return self.finish(facts, images)
 
     def step(self, images: int) -> Facts:

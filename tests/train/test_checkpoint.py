@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from sdxl_fast.train import checkpoint
@@ -60,6 +61,42 @@ def test_a_checkpoint_without_a_wanted_part_says_so(tmp_path: Path) -> None:
         checkpoint.load(path, {"module": module, "optimizer": optimizer})
     with pytest.raises(ValueError, match="no state"):
         checkpoint.load(tmp_path, {})
+
+
+def _partly_frozen(seed: int = 0) -> nn.Module:
+    """What a seed makes, of which the first layer does not train; with buffers."""
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    module[0].requires_grad_(False)
+    return module
+
+
+def test_frozen_weights_are_left_out(tmp_path: Path) -> None:
+    module = _partly_frozen()
+    with torch.no_grad():
+        module(torch.randn(5, 3))
+        module[2].weight.fill_(2.0)
+    path = checkpoint.save(tmp_path, {"module": module}, {"images": 4})
+    saved = load_file(path / "module.safetensors")
+    assert saved.keys() == module.state_dict().keys() - {"0.weight", "0.bias"} and "1.running_mean" in saved
+    rebuilt = _partly_frozen()
+    checkpoint.load(path, {"module": rebuilt})
+    assert all(torch.equal(value, rebuilt.state_dict()[name]) for name, value in module.state_dict().items())
+    with pytest.raises(ValueError, match=r"module lacks 0\.bias and 1 more that train by this recipe; resume with"):
+        checkpoint.load(path, {"module": rebuilt.requires_grad_(True)})
+    with pytest.raises(ValueError, match=r"module holds 2\.bias and 1 more that this recipe has not; resume with"):
+        checkpoint.load(path, {"module": nn.Sequential(*list(_partly_frozen())[:2])})
+
+
+def test_a_checkpoint_of_before_that_holds_frozen_weights_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_changing", lambda part: part.state_dict())
+        path = checkpoint.save(tmp_path, {"module": _partly_frozen(seed=0)}, {"images": 4})
+    module = _partly_frozen(seed=1)
+    checkpoint.load(path, {"module": module})
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in _partly_frozen().state_dict().items())
 
 
 def test_the_average_follows_its_half_life() -> None:

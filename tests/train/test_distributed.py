@@ -196,18 +196,24 @@ lightning.AdversarialTask._discriminator_loss = told
 
 @pytest.mark.slow(minutes=2)
 @pytest.mark.xdist_group("distributed-lightning")
-def test_processes_leave_a_step_together(lightning_recipe: Path, tmp_path: Path) -> None:
-    """One is told to stop in the third of four micro-batches: both save what was whole, and go on from there."""
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_leave_a_step_together(lightning_recipe: Path, tmp_path: Path, kind: str) -> None:
+    """One is told to stop in the third of four micro-batches: both save what was whole, and go on from there.
+
+    The checkpoint holds the student's LoRA alone.
+    """
     tree = yaml.safe_load(lightning_recipe.read_text())
     phase = {"name": "d", "condition": True, "trains": "lora", "images": 16, "teacher": "base"}
     tree["stages"] = [{"name": "8-step", "steps": 8, "loss": "adversarial", "phases": [phase]}]
-    tree |= {"batch": 8, "accumulate": 4, "log_every": 8, "checkpoint_every": 100}
+    tree |= {"batch": 8, "accumulate": 4, "log_every": 8, "checkpoint_every": 100, "parallel": kind}
     recipe = tmp_path / "told.yaml"
     recipe.write_text(yaml.safe_dump(tree))
     _together(tmp_path, recipe, "run=told", program=TOLD)
     told, whole = (tmp_path / "runs" / name / "00-8-step-d" for name in ("told", "whole"))
     assert [path.name for path in told.glob("checkpoint-*")] == ["checkpoint-000000008"]
     assert not (told.parent / "chain.jsonl").exists()
+    (state,) = told.glob("checkpoint-*/state.json")
+    assert all(".lora_" in key for key in json.loads(state.read_text())["structure"]["student"])
     _together(tmp_path, recipe, "run=told resume", "run=whole")
     for name in ("student", "discriminator"):
         one, other = (load_file(folder / f"{name}.safetensors") for folder in (told, whole))

@@ -269,6 +269,9 @@ def test_stopping_and_resuming_is_bitwise_the_uninterrupted_run(lab: Any, index:
     (whole, lines), (halves, lines_2) = results
     assert lines == lines_2 == [4, 8, 12, 16]
     assert whole.keys() == halves.keys() and _same(whole, halves)
+    saved = {key.removeprefix("student/") for key in whole if key.startswith("student/")}
+    assert saved == {name for name, p in task.student.unet.named_parameters() if p.requires_grad}, "no frozen weight"
+    assert all(".lora_" in name for name in saved)
 
 
 def test_the_discriminators_rate_is_the_phases(lab: Any) -> None:

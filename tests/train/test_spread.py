@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,34 @@ def test_networks_resume_spread_or_whole(tmp_path: Path, steps: int, saved: bool
         _move(parts["module"], parts["optimizer"], 2)  # type: ignore[arg-type]
     one, other = _tensors(before), _tensors(after)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("former", [False, True], ids=["what trains", "all, as before"])
+def test_frozen_weights_are_left_out_spread_or_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool, resumed: bool, former: bool
+) -> None:
+    def network(spread: bool, value: float) -> nn.Module:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1))
+        nn.init.constant_(module[1].weight, value)
+        if spread:
+            distributed.spread(module, [module[0]])
+        return module
+
+    with monkeypatch.context() as patch:
+        if former:
+            patch.setattr(checkpoint, "_changing", lambda part: part.state_dict())
+        path = checkpoint.save(tmp_path, {"module": network(saved, 2.0)}, {"images": 4})
+    structure = json.loads((path / "state.json").read_text())["structure"]["module"]
+    assert ("0.weight" in structure) is former and "1.weight" in structure
+    module = network(resumed, 1.0)
+    checkpoint.load(path, {"module": module})
+    one, other = (_tensors({"module": each}) for each in (network(False, 2.0), module))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(ValueError, match=r"module lacks 0\.bias" if not former else r"module holds 0\.bias"):
+        other_one = module.requires_grad_(True) if not former else nn.Sequential(nn.Identity(), nn.Linear(4, 1))
+        checkpoint.load(path, {"module": other_one})
 
 
 def test_a_checkpoint_of_another_network_says_so(tmp_path: Path) -> None:

@@ -215,6 +215,25 @@ def test_a_step_is_left_between_micro_batches_while_nothing_has_moved(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_student_step_that_is_left_leaves_the_discriminator_to_train(
+    phase_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the checkpoint, which holds what trains, would hold none of it."""
+    alone: dict[str, Any] = {**LORA, "adversarial_weight": 0, "regression_weight": 1}
+    task = phase_task(*FOUR, **alone)
+    loss, folder = task._student_loss, tmp_path / "run"
+
+    def told(images: int) -> Any:
+        STOP.set = STOP.set or images == 4
+        return loss(images)
+
+    monkeypatch.setattr(task, "_student_loss", told)
+    assert not fit(task, task.bench.config, 12, folder, resume=False, label="test")
+    assert all(p.requires_grad for p in task.discriminator.parameters())
+    again = phase_task(*FOUR, **alone)
+    assert fit(again, task.bench.config, 8, folder, resume=True, label="test")
+
+
 def test_sheets_are_decoded_one_by_one(phase_task: MakeTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same pictures, to the rounding of other batch sizes, by no more memory than one takes."""
     task = phase_task("checkpoint_every=100", **LORA)
