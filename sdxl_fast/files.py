@@ -23,11 +23,15 @@ def file_sha256(path: str | Path) -> str:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path in the same folder that becomes `path` when the block ends well and vanishes when it does not.
 
     The parent folder is made. The temporary name keeps the suffix, where image and weight writers read the format. The
     content is on the disk before the file has its name, so that no crash of the machine leaves an empty one.
+
+    Args:
+        path: of the file.
+        durable: False does not wait for the disk, for many small files of which an empty one is made again.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,10 +43,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
-        _sync(temporary)
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
-        with suppress(OSError):  # not every file system can, and what it would save is the name alone
-            _sync(path.parent)
+        if durable:
+            sync_names(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,9 +60,30 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def sync_names(folder: Path) -> None:
+    """Waits until the names of what lies in a folder are on the disk, where the file system can do that."""
+    with suppress(OSError):  # what it would save is the names alone
+        _sync(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder is on the disk with all that lies in it.
+
+    Raises:
+        OSError: the content of a file cannot be written.
+    """
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        sync_names(Path(parent))
+
+
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well and vanishes when it does not."""
+    """A temporary folder beside `path` that takes its place when the block ends well and vanishes when it does not.
+
+    Its content is on the disk before it has its name.
+    """
     path = Path(path).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -66,9 +92,11 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
         writing = temporary / "new"
         writing.mkdir()
         yield writing
+        sync_folder(writing)
         if path.exists():
             path.rename(old)  # a folder with something in it cannot be renamed over
         writing.rename(path)
+        sync_names(path.parent)
     except BaseException:
         if old.exists() and not path.exists():
             old.rename(path)

@@ -6,10 +6,13 @@ import hashlib
 import os
 import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from sdxl_fast.files import file_sha256, replacing, replacing_folder
+from sdxl_fast.train import checkpoint
 
 
 def test_the_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
@@ -24,14 +27,46 @@ def test_the_file_appears_whole_with_ordinary_permissions(tmp_path: Path) -> Non
     assert target.stat().st_mode == plain.stat().st_mode
 
 
-def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    events = []
-    fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: events.append(os.fstat(handle).st_ino) or fsync(handle))
-    monkeypatch.setattr(Path, "replace", lambda self, to: events.append("replace") or replace(self, to))
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is waited for until it is on the disk, and what is renamed, in order."""
+    found: list[Any] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: found.append(os.fstat(handle).st_ino) or fsync(handle))
+    for name in ("replace", "rename"):
+        real = getattr(Path, name)
+        monkeypatch.setattr(Path, name, lambda self, to, name=name, real=real: found.append(name) or real(self, to))
+    return found
+
+
+def _inode(path: Path) -> int:
+    return path.stat().st_ino
+
+
+def test_the_content_is_on_the_disk_before_the_name(tmp_path: Path, events: list[Any]) -> None:
     with replacing(tmp_path / "file.txt") as temporary:
         temporary.write_text("all")
-    assert events == [(tmp_path / "file.txt").stat().st_ino, "replace", tmp_path.stat().st_ino]
+    assert events == [_inode(tmp_path / "file.txt"), "replace", _inode(tmp_path)]
+    events.clear()
+    with replacing(tmp_path / "file.txt", durable=False) as temporary:
+        temporary.write_text("all")
+    assert events == ["replace"]
+
+
+def test_a_folder_is_on_the_disk_before_its_name(tmp_path: Path, events: list[Any]) -> None:
+    target = tmp_path / "model"
+    with replacing_folder(target) as writing:
+        (writing / "unet").mkdir()
+        for name in ("index.json", "unet/weights"):
+            (writing / name).write_text("all")
+    assert events[-2:] == ["rename", _inode(tmp_path)]
+    assert sorted(events[:-2]) == sorted(map(_inode, (target, *target.rglob("*"))))
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_name(tmp_path: Path, events: list[Any]) -> None:
+    path = checkpoint.save(tmp_path, {"module": torch.nn.Linear(1, 1)}, {"images": 4})
+    assert events[-2:] == ["rename", _inode(tmp_path)]
+    assert sorted(events[:-2]) == sorted(map(_inode, (path, *path.rglob("*"))))
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

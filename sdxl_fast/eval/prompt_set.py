@@ -90,13 +90,14 @@ def draw_set(
     else:
         with replacing(record) as writing:
             writing.write_text(json.dumps(wanted, indent=1, ensure_ascii=False))
-    missing = [index for index, file in enumerate(files) if not file.is_file()]
+    # A picture is not waited for until it is on the disk: after a crash of the machine it may be empty.
+    missing = [index for index, file in enumerate(files) if not file.is_file() or not file.stat().st_size]
     for start in tqdm(range(0, len(missing), batch), desc=folder.name, unit="batch", disable=not missing):
         chosen = missing[start : start + batch]
         seeds = [derive_seed(seed, index, "prompt set") >> 31 for index in chosen]  # 32 bits: any pipeline takes them
         pictures = check_images(generate([prompts[index] for index in chosen], seeds).float().cpu())
         for index, picture in zip(chosen, to_pil(pictures), strict=True):
-            with replacing(files[index]) as writing:
+            with replacing(files[index], durable=False) as writing:
                 picture.save(writing, format="PNG")
     return files
 

@@ -1,4 +1,4 @@
-"""Checkpoints of safetensors and JSON: written under a temporary name, renamed when whole, never pickled.
+"""Checkpoints of safetensors and JSON: written under a temporary name, renamed when on the disk, never pickled.
 
 They hold what changes. Of a module's parameters those that do not require gradients are left out: a task has made them,
 from the base, the stages before or its seed, when a checkpoint is loaded into it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..files import sync_folder, sync_names
 from . import distributed
 from .distributed import local, on_cpu, whole
 
@@ -108,6 +109,7 @@ def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, kee
     if distributed.is_first():
         _put_aside(target)
         writing.rename(target)
+        sync_names(folder)
         whole_ones = [path for path in _found(folder) if _is_whole(path)]
         for path in _found(folder):
             if path not in whole_ones[-keep:]:
@@ -134,25 +136,38 @@ def _reason(error: BaseException) -> str:
 
 
 def _write(folder: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """One safetensors file per part; of spread tensors (FSDP2) each process writes its shards, by torch's DCP."""
+    """One safetensors file per part; of spread tensors (FSDP2) each process writes its shards, by torch's DCP.
+
+    All is on the disk in the end.
+    """
     spread = any(isinstance(tensor, DTensor) for part in tensors.values() for tensor in part.values())
-    failure: Exception | None = None
-    if distributed.is_first():
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            (folder / "state.json").write_text(json.dumps(state))
-            for name, part in {} if spread else tensors.items():
-                save_file({key: on_cpu(value) for key, value in part.items()}, folder / f"{name}.safetensors")
-        except WRITING as error:
-            failure = error
-    if distributed.agreed(failure is not None):  # or the others would wait for the first
-        raise failure or OSError("the first process could not")
+
+    def begin() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / "state.json").write_text(json.dumps(state))
+        for name, part in {} if spread else tensors.items():
+            save_file({key: on_cpu(value) for key, value in part.items()}, folder / f"{name}.safetensors")
+
+    _by_the_first(begin)
     if spread:
         flat = {
             f"{name}/{path}": tensor.contiguous() for name, part in tensors.items() for path, tensor in part.items()
         }
         dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(folder / SHARDS), save_distributed=True))
+    _by_the_first(lambda: sync_folder(folder))
+
+
+def _by_the_first(work: Callable[[], None]) -> None:
+    """What the first process does alone; where it fails, every one raises, or the others would wait for it."""
+    failure: Exception | None = None
+    if distributed.is_first():
+        try:
+            work()
+        except WRITING as error:
+            failure = error
+    if distributed.agreed(failure is not None):
+        raise failure or OSError("the first process could not")
 
 
 def _found(folder: Path) -> list[Path]:

@@ -46,6 +46,21 @@ def test_a_stopped_set_goes_on_with_the_same_pictures(tmp_path: Path) -> None:
     assert draw_set(tmp_path / "halves", PROMPTS, third) == halves and third.asked == []
 
 
+def test_pictures_are_not_waited_for_and_empty_ones_drawn_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", synced.append)
+        files = draw_set(tmp_path, PROMPTS, Painter())
+    assert len(synced) < len(PROMPTS), "but the record of the settings is"
+    content = files[3].read_bytes()
+    files[3].write_bytes(b"")
+    again = Painter()
+    assert draw_set(tmp_path, PROMPTS, again) == files and again.asked == [PROMPTS[3]]
+    assert files[3].read_bytes() == content
+
+
 def test_pictures_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     draw_set(tmp_path, PROMPTS, Painter(), settings={"steps": 1})
     with pytest.raises(DataError, match="other steps"):
