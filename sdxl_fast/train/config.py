@@ -175,6 +175,13 @@ class LightningConfig(DistillationConfig):
         return self
 
     @model_validator(mode="after")
+    def _train_their_students(self) -> LightningConfig:
+        for stage in self.stages:
+            for phase in stage.phases:
+                _check_warmup(f" of phase {phase.name} of stage {stage.name}", phase, self.batch)
+        return self
+
+    @model_validator(mode="after")
     def _has_another_text(self) -> LightningConfig:
         if self.discriminator.misaligned_text and self.batch == 1:
             raise ValueError("discriminator.misaligned_text takes another picture's text; set batch to at least 2")
@@ -202,6 +209,16 @@ class LightningConfig(DistillationConfig):
     def _is_a_chain(self) -> LightningConfig:
         check_chain(self.stages)
         return self
+
+
+def _check_warmup(where: str, trained: AdversarialPhase | AddConfig, batch: int) -> None:
+    """That a batch is left for the student once the discriminator has warmed up."""
+    first = -(-trained.d_warmup // batch) * batch
+    if first >= trained.images:
+        raise ValueError(
+            f"d_warmup{where} is {trained.d_warmup}, after which no batch of {batch} is left of {trained.images} images"
+            " for the student; lower d_warmup or raise images"
+        )
 
 
 class AddConfig(DistillationConfig):
@@ -237,6 +254,11 @@ class AddConfig(DistillationConfig):
             raise ValueError("a random student has nothing to put a LoRA on; set trains to full")
         if self.student != "random" and (self.student_width != 1.0 or not self.student_text_time):
             raise ValueError("a student of another shape cannot start from the teacher; set student to random")
+        return self
+
+    @model_validator(mode="after")
+    def _trains_its_student(self) -> AddConfig:
+        _check_warmup("", self, self.batch)
         return self
 
     @model_validator(mode="after")

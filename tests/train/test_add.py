@@ -260,6 +260,9 @@ def test_settings_that_would_do_nothing_are_refused(recipe: Path) -> None:
     with pytest.raises(ValueError, match="feature_size is 512; allowed: multiples of the patch, 14"):
         load_recipe(recipe, ["feature_size=512", "feature_network=facebook/dinov2-small"])
     assert load_recipe(recipe, ["feature_size=518", "feature_network=facebook/dinov2-small"])
+    with pytest.raises(ValueError, match="d_warmup is 8, after which no batch of 4 is left of 8 images"):
+        load_recipe(recipe, ["d_warmup=8", "images=8"])
+    assert load_recipe(recipe, ["d_warmup=4", "images=8"])
 
 
 def test_the_recipes_resolution_is_the_size_of_sheets_and_export(recipe: Path, cache: Path, tmp_path: Path) -> None:

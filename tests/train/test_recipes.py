@@ -236,4 +236,4 @@ def test_checkpointing_is_seen_in_the_estimate(teacher_folder: Path, lightning_r
 
     plain, recomputed = activations(), activations("gradient_checkpointing=true")
     assert all(a > b > 0 for a, b in zip(plain, recomputed, strict=True))
-    assert activations("batch=8")[0] > 1.9 * plain[0]
+    assert activations("batch=8", "stages.1.phases.0.d_warmup=0")[0] > 1.9 * plain[0]

@@ -58,6 +58,15 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     ),
     "a stage called base": ([{**FIRST, "name": "base"}], "two stages are called base"),
     "no length": ([{**FIRST, "images": 0}], "stage 32-step has loss mse and images 0; say its length in images"),
+    "a warm-up as long as its phase": (
+        [FIRST, _stage(8, {**PHASE, "d_warmup": 4})],
+        "d_warmup of phase p of stage 8-step is 4, after which no batch of 4 is left of 4 images for the student; "
+        "lower d_warmup or raise images",
+    ),
+    "a warm-up into the last batch": (
+        [FIRST, _stage(8, {**PHASE, "images": 8, "d_warmup": 5})],
+        "d_warmup of phase p of stage 8-step is 5, after which no batch of 4 is left of 8 images for the student",
+    ),
     "no phases": (
         [FIRST, {**_stage(8), "phases": []}],
         "stage 8-step has loss adversarial and no phases; give it one, or set loss to mse",
@@ -87,7 +96,8 @@ def test_a_wrong_chain_is_refused_with_its_remedy(name: str, lightning_recipe: P
 
 def test_a_chain_may_skip_and_branch(lightning_recipe: Path) -> None:
     full = {**PHASE, "name": "full", "trains": "full"}
-    stages = [FIRST, _stage(8, PHASE, full), _stage(2, {**PHASE, "teacher": "32-step"}), _stage(1, full)]
+    warmed = {**PHASE, "images": 8, "d_warmup": 4}
+    stages = [FIRST, _stage(8, warmed, full), _stage(2, {**PHASE, "teacher": "32-step"}), _stage(1, full)]
     config = _load(lightning_recipe, *stages)
     assert isinstance(config, LightningConfig)
     assert [stage.ends_in_lora for stage in config.stages] == [True, True, True, False]
