@@ -276,7 +276,7 @@ def about(contestants: dict[str, Any]) -> str:
     said = ", ".join(f"{name} {size / MIB:.0f} MiB" for name, size in held.items())
     return (
         f"Peaks of memory over the imports: {said}; ours over the leaner plain one {share:.2f}. Ours also averages "
-        "the weights." + _busy(contestants)
+        "the weights where the recipe hands the average on." + _busy(contestants)
     )
 
 

@@ -27,6 +27,7 @@ from .distributed import local, on_cpu, whole
 
 SHARDS = "shards"
 WRITING = (OSError, SafetensorError)
+REMEDY = "resume with the settings that it was written by, or start a run of another name"
 
 
 class Stateful(Protocol):
@@ -208,7 +209,7 @@ def load(checkpoint: Path, parts: dict[str, Stateful]) -> dict[str, Any]:
     structure = state.pop("structure")
     missing = sorted(set(parts) - set(structure))
     if missing:
-        raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}")
+        raise ValueError(f"{checkpoint} holds {', '.join(structure)}; missing: {', '.join(missing)}; {REMEDY}")
     for name, part in parts.items():
         _check_names(f"{checkpoint}: {name}", part, structure[name])
     in_shards = (checkpoint / SHARDS).is_dir()
@@ -254,8 +255,7 @@ def _check_names(where: str, part: Stateful, structure: Any) -> None:
 def _refuse(what: str, names: Collection[str], why: str) -> None:
     if names:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        remedy = "resume with the settings that it was written by, or start a run of another name"
-        raise ValueError(f"{what} {min(names)}{others} {why}; {remedy}")
+        raise ValueError(f"{what} {min(names)}{others} {why}; {REMEDY}")
 
 
 def _targets(part: Stateful, structure: Any) -> dict[str, Tensor]:

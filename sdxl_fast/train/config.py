@@ -167,6 +167,10 @@ class LightningConfig(DistillationConfig):
         own, judges = (o if lr is None else o.model_copy(update={"lr": lr}) for o, lr in pairs)
         return own, judges
 
+    def averages(self, trains: Trains) -> bool:
+        """Whether anything reads the average of a student: it is handed on, or that of a LoRA teaches."""
+        return self.hand_on_average or (self.teach_average and trains == "lora")
+
     @model_validator(mode="after")
     def _repeats_whole_batches(self) -> LightningConfig:
         for phase in (phase for stage in self.stages for phase in stage.phases):

@@ -22,7 +22,7 @@ from . import distributed, losses
 from .accumulation import AccumulatingTask
 from .bench import Bench, Condition, Renoise
 from .checkpoint import Average
-from .config import AdversarialPhase, LightningConfig, OptimizerConfig
+from .config import AdversarialPhase, LightningConfig, OptimizerConfig, Trains
 from .students import averaged, frozen
 from .teacher import call_unet, scaled_text
 from .trainer import Facts, Update
@@ -132,15 +132,17 @@ class Student:
 
 
 class StudentTask(AccumulatingTask):
-    """What both kinds of stage share: the student, its optimiser, its average, previews."""
+    """What both kinds of stage share: the student, its optimiser, its average if anything reads it, previews."""
 
-    def __init__(self, student: Student, optimizer: OptimizerConfig, total: int) -> None:
+    def __init__(self, student: Student, optimizer: OptimizerConfig, total: int, trains: Trains) -> None:
         bench = student.bench
         self.bench, self.student = bench, student
         self.batch, self.seen = bench.config.batch, {}
         self.update = Update(optimizer, (p for p in student.unet.parameters() if p.requires_grad), total)
-        self.average = Average(student.unet, bench.config.ema_half_life)
-        self.parts = {"student": student.unet, "optimizer": self.update.optimizer, "average": self.average}
+        self.parts = {"student": student.unet, "optimizer": self.update.optimizer}
+        self.average: Average | None = None
+        if bench.config.averages(trains):
+            self.average = self.parts["average"] = Average(student.unet, bench.config.ema_half_life)
 
     def start(self, images: int, use: str) -> Start:
         """The inputs of the micro-batch after `images` images."""
@@ -152,12 +154,13 @@ class StudentTask(AccumulatingTask):
     def finish(self, facts: dict[str, Tensor], images: int) -> Facts:
         """Moves the student by what the micro-batches gathered; what there is to log."""
         logged: Facts = {**facts, "grad_norm": self.update.step(images)}
-        self.average.update(self.student.unet, images + self.batch, self.batch)
+        if self.average is not None:
+            self.average.update(self.student.unet, images + self.batch, self.batch)
         return logged
 
     def averaged(self) -> AbstractContextManager[None]:
-        """The student holds its averaged weights inside."""
-        return averaged(self.student.unet, self.average)
+        """The student holds its averaged weights inside, if it has any."""
+        return nullcontext() if self.average is None else averaged(self.student.unet, self.average)
 
     @torch.no_grad()
     def _sheet(self, path: Path) -> None:
@@ -200,7 +203,7 @@ class RegressionTask(StudentTask):
         *,
         convert: bool,
     ) -> None:
-        super().__init__(student, optimizer, total)
+        super().__init__(student, optimizer, total, "full" if convert else "lora")
         self.teacher, self.substeps, self.convert = teacher, substeps, convert
 
     def _target_x0(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -240,7 +243,7 @@ class AdversarialTask(StudentTask):
     ) -> None:
         config: LightningConfig = student.bench.config
         optimizer, d_optimizer = config.optimizers_of(phase)
-        super().__init__(student, optimizer, phase.images)
+        super().__init__(student, optimizer, phase.images, phase.trains)
         self.teacher, self.substeps, self.phase, self.discriminator = teacher, substeps, phase, discriminator
         discriminator.encoder.requires_grad_(not config.discriminator.freeze_backbone)
         trained = (p for p in discriminator.parameters() if p.requires_grad)

@@ -249,14 +249,30 @@ def test_a_sheet_shows_the_weights_that_are_handed_on(phase_task: MakeTask, tmp_
     drawn = {}
     for handed_on in ("false", "true"):
         task = phase_task(f"hand_on_average={handed_on}")
+        task.preview(before := tmp_path / "before.png")
         with torch.no_grad():
             for parameter in task.student.unet.parameters():
-                parameter.mul_(1.5)  # the average still has the old ones
-        task.preview(tmp_path / "sheet.png")
-        with task.averaged():
-            task._sheet(averaged := tmp_path / "averaged.png")
-        drawn[handed_on] = (tmp_path / "sheet.png").read_bytes() == averaged.read_bytes()
+                parameter.mul_(1.5)  # an average still has the old ones
+        task.preview(after := tmp_path / "after.png")
+        drawn[handed_on] = after.read_bytes() == before.read_bytes()
     assert drawn == {"false": False, "true": True}
+
+
+@pytest.mark.parametrize(
+    ("setting", "trains", "kept"),
+    [
+        ("hand_on_average=false", "lora", False),
+        ("hand_on_average=true", "full", True),
+        ("teach_average=true", "lora", True),
+        ("teach_average=true", "full", False),
+    ],
+)
+def test_an_average_is_kept_where_something_reads_it(
+    phase_task: MakeTask, setting: str, trains: str, kept: bool
+) -> None:
+    task = phase_task(setting, trains=trains)
+    assert ("average" in task.parts) is (task.average is not None) is kept
+    task.step(0)
 
 
 def test_a_text_that_comes_twice_is_not_another(phase_task: MakeTask, lightning_recipe: Path) -> None:
