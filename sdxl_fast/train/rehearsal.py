@@ -18,7 +18,7 @@ from ..models.conditioning import time_ids
 from ..models.config import vae_scale_factor
 from ..models.discriminators import AddDiscriminator, LightningDiscriminator
 from ..models.encoders import make_encoder
-from ..models.feature_nets import feature_shape
+from ..models.feature_nets import feature_shape, feature_skeleton
 from .config import AddConfig, DistillationConfig, LightningConfig, Trains
 from .students import add_lora, reshaped, shared_copy
 from .teacher import call_unet
@@ -223,10 +223,14 @@ class Rehearsal:
         return max(both, alone)
 
     def add(self) -> int:
-        """What a student step holds from the UNet through the VAE's decoder; the feature network comes on top."""
+        """What a student step holds from the UNet through the VAE's decoder and the feature network.
+
+        Of a network that is unknown nothing is counted, nor of the heads, which are small beside it.
+        """
         config = self.config
         assert isinstance(config, AddConfig)
         student, (x, t, condition) = self.student(config.trains), self._inputs()
+        features = feature_skeleton(config.feature_network, config.feature_size)
 
         def decoded() -> Tensor:
             latents = call_unet(student, x, t, condition)
@@ -236,4 +240,9 @@ class Rehearsal:
             picture: Tensor = self.vae.decode(latents).sample
             return picture
 
-        return self._peak(("add",), [student, self.vae], decoded)
+        if features is None:
+            return self._peak("add", [student, self.vae], decoded)
+        looks = features.features
+        return self._peak(
+            "add", [student, self.vae, features], lambda: torch.stack([x.sum() for x in looks(decoded()).tokens])
+        )

@@ -11,12 +11,13 @@ import torch
 from sdxl_fast.models.discriminators import AddDiscriminator
 from sdxl_fast.models.feature_nets import DINOV2, feature_shape
 from sdxl_fast.models.lora import LORA_TARGETS
+from sdxl_fast.models.networks import skeleton
 from sdxl_fast.train import checkpoint
 from sdxl_fast.train.config import RECIPES, AddConfig, LcmConfig, LightningConfig, load_recipe
-from sdxl_fast.train.plan import GIB, Part, parts_of, plan
+from sdxl_fast.train.plan import GIB, Part, parts_of, plan, teacher_networks
 from sdxl_fast.train.rehearsal import LiveBytes
 
-LORA, UNET, ENCODER = 196_751_360, 2_567_463_684, 1_243_367_040
+LORA, UNET, ENCODER, VAE = 196_751_360, 2_567_463_684, 1_243_367_040, 83_653_863
 HEAD = (2560 + 4 * 1280) * 1280 * 16 + 5 * 3 * 1280 + 1281
 HEAD_RELAXED = HEAD - 1280 * 1280 * 16
 
@@ -180,9 +181,41 @@ def test_a_dry_run_counts_adds_heads_and_what_they_look_through(tmp_path: Path) 
     (part,) = parts_of(config, tmp_path, 64)
     assert [t.parameters for t in part.trained] == [UNET, sum(p.numel() for p in heads.parameters())]
     assert "facebook/dinov2-small 22,056,576, facebook/dinov2-large 304,368,640" in part.what
-    assert part.frozen_bytes > 2 * UNET + 4 * (22_056_576 + 304_368_640)
-    student = part.trained[0]
-    assert student.bytes == UNET * (4 + 4 + 8 + 4 + 2), "weights, gradients, moments, average, and autocast's copies"
+    assert part.frozen_bytes == 2 * UNET // 64 + 4 * (VAE + 22_056_576 + 304_368_640), "the teacher alone is spread"
+    student, its_heads = part.trained
+    of_each = 4 + 4 + 8 + 4 + 2
+    assert student.bytes == UNET * of_each // 64, "weights, gradients, moments, average, and autocast's copies"
+    assert its_heads.bytes == its_heads.parameters * (of_each - 4), "whole in each process, and not averaged"
+
+
+def test_a_dry_run_of_several_processes_divides_what_is_spread(lightning_recipe: Path, tmp_path: Path) -> None:
+    config = load_recipe(lightning_recipe, ["parallel=fsdp"])
+    assert isinstance(config, LightningConfig)
+    one, four = ({part.name: part for part in parts_of(config, tmp_path, count)} for count in (1, 4))
+    networks = teacher_networks(config)
+    unet, vae = (4 * sum(p.numel() for p in skeleton(kind, networks[kind]).parameters()) for kind in ("unet", "vae"))
+    for name, part in four.items():
+        assert [t.bytes for t in part.trained] == [t.bytes // 4 for t in one[name].trained], "D, too"
+        copies = 1 if "full" in name or "convert" in name else 2
+        assert part.frozen_bytes == vae + unet + copies * unet // 4, (
+            "teacher, a LoRA's own, and the base they come from"
+        )
+    assert one["00-32-step-mse"].frozen_bytes == vae + unet and one["01-8-step-lora-d"].frozen_bytes == vae + 2 * unet
+
+
+def test_a_dry_run_counts_what_features_of_pictures_hold(teacher_folder: Path, tmp_path: Path) -> None:
+    """More of them at a greater size; of a network that nobody knows, none."""
+
+    def held(name: str, *settings: str) -> int:
+        chosen = [f"teacher={teacher_folder}", "vae=null", "data.resolution=64", f"feature_network={name}", *settings]
+        config = load_recipe("emoji_add", chosen)
+        assert isinstance(config, AddConfig)
+        return parts_of(config, tmp_path)[0].activation_bytes
+
+    unknown, small = held("nobody/nothing"), held("facebook/dinov2-small", "feature_size=56")
+    assert 0 < unknown < small < held("facebook/dinov2-small", "feature_size=112")
+    pytest.importorskip("efficientnet_lite_pytorch", reason="extra `eval` is missing")
+    assert held("efficientnet-lite0") > unknown
 
 
 def test_a_dry_run_for_more_processes_than_are_running(lightning_recipe: Path, tmp_path: Path) -> None:
@@ -202,7 +235,9 @@ def test_the_table_of_feature_networks_is_that_of_transformers(tmp_path: Path) -
 
     config = Dinov2Config(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14)
     config.save_pretrained(tmp_path)
-    assert feature_shape(str(tmp_path)) == DINOV2["facebook/dinov2-small"] and feature_shape("nobody/nothing") is None
+    shapes = [feature_shape(name) for name in (str(tmp_path), *DINOV2, "nobody/nothing")]
+    counts = [22_056_576, 22_056_576, 86_580_480, 304_368_640, 1_136_480_768, None]
+    assert [shape and shape.parameters for shape in shapes] == counts
 
 
 @pytest.mark.parametrize("name", ["emoji_lightning", "emoji_add", "emoji_lcm"])
