@@ -89,7 +89,8 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     """Trains `task` to `total` images in `folder`, from its newest checkpoint if `resume`; False when asked to stop.
 
     Every `log_every` images one line goes to `metrics.jsonl`; every `checkpoint_every` and at the end
-    a checkpoint, a contact sheet and the loss curves are written. Of several processes the first writes.
+    a checkpoint, a contact sheet and the loss curves are written; a contact sheet also before the first step. Of
+    several processes the first writes.
 
     Raises:
         FloatingPointError: a loss or gradient is not finite; what each process saw of the batch lies in
@@ -103,7 +104,6 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     # embedded teacher (bf16, 16 tokens, one core).
     attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
     sums: defaultdict[str, list[float | torch.Tensor]] = defaultdict(list)
-    started, logged = time.perf_counter(), images
     with (
         STOP.watching(),
         attention,
@@ -113,16 +113,16 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
             total=total, initial=images, unit="img", desc=label, mininterval=5.0, disable=not distributed.is_first()
         ) as bar,
     ):
+        if not images:
+            _look_before(task, folder)
+        started, logged = time.perf_counter(), images
         while images < total and not distributed.agreed(STOP.set):
             try:
                 step = task.step(images)
             except StepAbandonedError:
                 break
             except FloatingPointError as error:
-                path = _keep_batch(task, folder, images)
-                d_moved = any(update.moved_after == images for update in task.updates)
-                moved = "the discriminator was updated, the other network not" if d_moved else "nothing was updated"
-                raise FloatingPointError(f"{error}; {moved}, the batch is kept in {path}") from None
+                raise FloatingPointError(f"{error}; {_keep_batch(task, folder, images)}") from None
             for name, value in step.items():
                 sums[name].append(value)
             images += task.batch
@@ -148,18 +148,32 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     return True
 
 
-def _keep_batch(task: Task, folder: Path, images: int) -> Path:
-    """Writes all micro-batches that this process saw of a batch, one behind the other."""
+def _keep_batch(task: Task, folder: Path, images: int) -> str:
+    """Writes all micro-batches that this process saw of a batch, one behind the other; where to, and what had moved."""
     path = folder / f"not-finite-{images:09d}-rank{distributed.rank()}.safetensors"
     parts = [task.seen[first] for first in sorted(task.seen)]
     batch = {name: torch.cat([part[name].detach().cpu() for part in parts]).contiguous() for name in parts[0]}
     with replacing(path) as writing:
         save_file(batch, writing)
-    return path
+    d_moved = any(update.moved_after == images for update in task.updates)
+    moved = "the discriminator was updated, the other network not" if d_moved else "nothing was updated"
+    return f"{moved}, the batch is kept in {path}"
 
 
 def _sheet(folder: Path, images: int) -> Path:
     return folder / f"sheet-{images:09d}.png"
+
+
+def _look_before(task: Task, folder: Path) -> None:
+    """Draws, once, what the training begins with, for whoever looks at later sheets.
+
+    The monitor does not: a student that is to learn few steps begins blurred. Nothing is compiled for it, as what is
+    compiled first is compiled for its shapes alone.
+    """
+    if distributed.agreed(not _sheet(folder, 0).is_file()):
+        with torch.compiler.set_stance("force_eager"):
+            task.preview(_sheet(folder, 0))
+        task.drawn = None
 
 
 def _look(task: Task, log: Log, monitor: Monitor, folder: Path, images: int) -> None:

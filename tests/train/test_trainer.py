@@ -105,6 +105,7 @@ class Toy(Task):
     def preview(self, path: Path) -> None:
         path.touch()
         self.sheets.append(path.name)
+        self.drawn = torch.rand(2, 3, 16, 16)
 
     def export(self, folder: Path) -> None: ...
 
@@ -135,6 +136,30 @@ def test_what_is_saved_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == []
     (tmp_path / "sheet-000000040.png").unlink()  # killed between the checkpoint and its sheet
     assert _fit(again, tmp_path) and saved == [20, 40] and again.sheets == ["sheet-000000040.png"]
+
+
+def test_what_a_training_begins_with_is_drawn_once_and_compared_with_nothing(tmp_path: Path) -> None:
+    first, again, resumed = Toy(die=0), Toy(stop=16), Toy()
+    with pytest.raises(Killed):
+        _fit(first, tmp_path)
+    assert not _fit(again, tmp_path) and _fit(resumed, tmp_path)
+    assert first.sheets == ["sheet-000000000.png"] and first.drawn is None
+    assert again.sheets == [] and resumed.sheets == ["sheet-000000040.png"]
+    lines = (tmp_path / "sheets.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images"] for line in lines] == [40]
+
+
+def test_a_contact_sheet_leaves_the_training_as_it_is(phase_task: MakeTask, tmp_path: Path) -> None:
+    """Neither weights nor the random state change."""
+    task = phase_task("hand_on_average=true", **LORA)
+    state = torch.get_rng_state()
+    before = {name: checkpoint.flatten(part.state_dict())[0] for name, part in task.parts.items()}
+    before = {name: {key: value.clone() for key, value in part.items()} for name, part in before.items()}
+    task.preview(tmp_path / "sheet.png")
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, part in task.parts.items():
+        after = checkpoint.flatten(part.state_dict())[0]
+        assert all(torch.equal(value, after[key]) for key, value in before[name].items()), name
 
 
 def test_lines_of_a_process_killed_before_its_first_checkpoint_are_not_doubled(tmp_path: Path) -> None:

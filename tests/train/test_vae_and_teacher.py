@@ -214,8 +214,8 @@ def test_a_run_leaves_its_recipe_metrics_curves_and_sheets(vae_run: Path) -> Non
 
     assert sorted(p.name for p in vae_run.iterdir()) == [
         *("checkpoint-000000008", "checkpoint-000000016", "export", "losses.png", "metrics.jsonl", "recipe.yaml"),
-        *("sheet-000000008.png", "sheet-000000016.png"),
+        *("sheet-000000000.png", "sheet-000000008.png", "sheet-000000016.png"),
     ]
-    for name in ("losses.png", "sheet-000000016.png"):
+    for name in ("losses.png", "sheet-000000000.png", "sheet-000000016.png"):
         with Image.open(vae_run / name) as picture:
             assert len(picture.convert("RGB").getcolors(maxcolors=1 << 20)) > 16, f"{name} is blank"
