@@ -51,7 +51,7 @@ def committed_run() -> Path:
     Raises:
         NotRunError: files are missing from this checkout, or fit no stage of the recipe.
     """
-    config = load_recipe("emoji_lightning", ["teacher=embedded", "vae=null", "run=claims/start"])
+    config = load_recipe("emoji_lightning", ["teacher=embedded", "run=claims/start"])
     assert isinstance(config, LightningConfig)
     last = regressed_unit(config)
     if last is None or not REGRESSED.is_file():

@@ -14,7 +14,7 @@ from sdxl_fast.errors import ModelError
 from sdxl_fast.models.loading import EMBEDDED
 from sdxl_fast.testing.toy import toy_pipeline
 from sdxl_fast.train.base import export_of, open_pipeline, open_vae
-from sdxl_fast.train.config import load_recipe
+from sdxl_fast.train.config import DistillationConfig, load_recipe
 from sdxl_fast.train.plan import plan
 from sdxl_fast.train.trainer import run
 
@@ -60,6 +60,15 @@ def test_the_embedded_pipeline_teaches(cache: Path, pictures: Path) -> None:
     base = json.loads((EMBEDDED / "unet_base" / "config.json").read_text())
     assert json.loads((out / "unet" / "config.json").read_text())["block_out_channels"] == base["block_out_channels"]
     assert not (EMBEDDED / "latents.safetensors").exists(), "the installed package is only read"
+
+
+@pytest.mark.parametrize("recipe", ["emoji_lightning", "emoji_add", "emoji_lcm"])
+def test_the_embedded_pipeline_is_all_that_its_recipes_need(recipe: str, cache: Path) -> None:
+    config = load_recipe(recipe, ["teacher=embedded"])
+    assert isinstance(config, DistillationConfig)
+    pipe = open_pipeline(config.teacher, config.vae)
+    own = load_file(EMBEDDED / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value.half(), own[name]) for name, value in pipe.vae.state_dict().items())
 
 
 def test_an_own_run_of_that_name_comes_first(cache: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_dry_run_counts_what_features_of_pictures_hold(teacher_folder: Path, t
     """More of them at a greater size; of a network that nobody knows, none."""
 
     def held(name: str, *settings: str) -> int:
-        chosen = [f"teacher={teacher_folder}", "vae=null", "data.resolution=64", f"feature_network={name}", *settings]
+        chosen = [f"teacher={teacher_folder}", "data.resolution=64", f"feature_network={name}", *settings]
         config = load_recipe("emoji_add", chosen)
         assert isinstance(config, AddConfig)
         return parts_of(config, tmp_path)[0].activation_bytes

@@ -70,7 +70,7 @@ def test_lcm_and_add_keep_all_micro_batches_too(
     from sdxl_fast.train.lcm import LcmTask
 
     data = f"data={{folder: {pictures}, resolution: 64, art_size: 64}}"
-    settings = [f"teacher={teacher_folder}", "vae=null", data, "draws=2", "batch=4", "precision=fp32", *FOUR]
+    settings = [f"teacher={teacher_folder}", data, "draws=2", "batch=4", "precision=fp32", *FOUR]
     lcm, add = load_recipe("emoji_lcm", settings), load_recipe("emoji_add", settings)
     assert isinstance(lcm, LcmConfig) and isinstance(add, AddConfig)
     add = add.model_copy(update={"d_warmup": 0})
