@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.claims.claims import Claim
-from benchmarks.claims.rules import METRICS, RULE, Results, judge, mean, standard_error
+from benchmarks.claims.rules import METRICS, RULE, Results, judge, mean, spread, standard_error
 from benchmarks.claims.variants import VARIANTS
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
 from sdxl_fast.files import replacing
@@ -70,6 +70,14 @@ def table(claim: Claim, results: Results) -> list[str]:
     return lines
 
 
+def _spreads(results: Results) -> str:
+    several = sum(len(rows) > 1 for rows in results.values())
+    if not several:
+        return "So far nothing was trained with several seeds, and that spread is taken as none."
+    shares = ", ".join(f"{metric.title} {100 * spread(name, results):.1f} %" for name, metric in METRICS.items())
+    return f"The spread over seeds, over {several} trained with several: {shares}."
+
+
 def _machine(files: Sequence[Mapping[str, Any]]) -> str:
     found = [file["environment"] for file in files]
     kinds = sorted({f"{e['platform']}, {e['threads']} threads, torch {e['torch']}" for e in found})
@@ -89,14 +97,15 @@ def write(claims: Sequence[Claim], out: Path) -> str:
         if verdicts[claim.name].word != "not run":
             _write_sheet(claim, files, out)
     words = [verdict.word for verdict in verdicts.values()]
-    counts = ", ".join(f"{words.count(word)} {word}" for word in ("reproduces", "does not reproduce", "not run"))
+    told = {"reproduces": "reproduce", "does not reproduce": "do not", "not run": "not run"}
+    counts = ", ".join(f"{words.count(word)} {said}" for word, said in told.items())
     scales = sorted({file["scale"] for file in files} - {1.0})
     lines = [
         "# The papers' claims on the embedded model",
         "",
         f"Of {len(claims)} claims: {counts}.",
         "",
-        f"Made by `python -m benchmarks.claims`. {RULE}",
+        f"Made by `python -m benchmarks.claims`. {RULE} {_spreads(results)}",
         "",
         "Top-5, KID excess, sharpness and diversity as `sdxl-fast eval` has them; grain: deviation of the Laplacian in "
         "the quietest quarter of a picture, in levels of 255; flow: root mean square distance to where the checkpoint "
