@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from sdxl_fast.eval import kid, retrieval
 from sdxl_fast.eval.dataset import Questions
 from sdxl_fast.eval.features import Extractor
-from sdxl_fast.eval.sharpness import laplacian_variance
+from sdxl_fast.eval.sharpness import laplacian, laplacian_variance
 
 TILE = 8  # px, of `grains`
 
@@ -32,10 +33,7 @@ def grains(images: Tensor) -> Tensor:
     Returns:
         float [N]; `grain` makes one number of them.
     """
-    luma = (images.float() * torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
-    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
-    edges = torch.nn.functional.conv2d(luma, kernel)
-    tiles = torch.nn.functional.unfold(edges, TILE, stride=TILE).var(dim=1, correction=0)  # [N, tiles]
+    tiles = functional.unfold(laplacian(images), TILE, stride=TILE).var(dim=1, correction=0)  # [N, tiles]
     return tiles.quantile(0.25, dim=1)
 
 
@@ -73,15 +71,15 @@ def measure(
     """
     features, blocks = extract(pictures), min(kid.BLOCKS, len(pictures) // 2)
     hits = retrieval.ranks(features, extract(questions.database), questions.targets) < 5
-    scale = row["sharpness"] / row["laplacian_variance"]
+    scale, quiet = row["sharpness"] / row["laplacian_variance"], grains(pictures)
     replicates = {
         "top5": without_blocks(hits, blocks),
         # the distance of the VAE's own pictures, which the excess is over, is the same for all and cancels
         "kid_excess": kid.kernel_distance(features, extract(questions.reference), blocks=blocks).replicates,
         "sharpness": scale * without_blocks(laplacian_variance(pictures), blocks),
-        "grain": grain(without_blocks(grains(pictures), blocks)),
+        "grain": grain(without_blocks(quiet, blocks)),
     }
-    found: dict[str, Any] = {"grain": float(grain(grains(pictures).mean())), "flow": None}
+    found: dict[str, Any] = {"grain": float(grain(quiet.mean())), "flow": None}
     if ends is not None:
         distances = flow_distances(pictures, ends)
         found["flow"], replicates["flow"] = float(distances.mean()), without_blocks(distances, blocks)
