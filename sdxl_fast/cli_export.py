@@ -185,8 +185,7 @@ def export_lora(
     )
     _say(written, facts)
     _note_alpha(lora, format)
-    shrunken = lora.architecture.endswith("-shrunken")
-    file_card(written, "lora", facts, options, shrunken=shrunken, base=whole, side=side)
+    file_card(written, "lora", facts, options, shrunken=lora.shrunken, base=whole, side=side)
 
 
 @export_app.command("extract-lora")

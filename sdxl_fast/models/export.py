@@ -221,7 +221,7 @@ def _kohya_facts(lora: LoraFile) -> dict[str, str]:
     ranks, alphas = {pair.rank for pair in lora.pairs.values()}, {pair.alpha for pair in lora.pairs.values()}
     if len(ranks) == 1 and len(alphas) == 1:
         facts |= {"ss_network_dim": str(ranks.pop()), "ss_network_alpha": f"{alphas.pop():g}"}
-    if not lora.architecture.endswith("-shrunken"):
+    if not lora.shrunken:
         facts["ss_base_model_version"] = "sdxl_base_v1-0"
     return facts
 

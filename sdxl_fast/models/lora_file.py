@@ -72,13 +72,18 @@ class LoraFile:
 
     @property
     def architecture(self) -> str:
-        """ModelSpec's name of the base: SDXL if the widths it meets are SDXL's own."""
+        """ModelSpec's name of the base."""
+        return f"{SDXL_ARCHITECTURE}-shrunken" if self.shrunken else SDXL_ARCHITECTURE
+
+    @property
+    def shrunken(self) -> bool:
+        """Whether the base is not of SDXL's size: none of the widths it meets is SDXL's own."""
         widths = {
             pair.down.shape[1]
             for name, pair in self.pairs.items()
             if name.endswith(("attn2.to_k", "attn2.to_v", "time_emb_proj"))
         }
-        return SDXL_ARCHITECTURE if not widths or widths & {2048, 1280} else f"{SDXL_ARCHITECTURE}-shrunken"
+        return bool(widths) and not widths & {2048, 1280}
 
 
 def read_lora_file(path: str | Path, *, modules: Iterable[str] | None = None, alpha: float | None = None) -> LoraFile:
