@@ -54,6 +54,22 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return toy_pipeline(tmp_path_factory.mktemp("toy") / "toy")
 
 
+@pytest.fixture
+def networks_read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The folders of the networks whose weights are read during the test."""
+    from sdxl_fast.models import loading
+
+    read: list[str] = []
+    load = loading._load_network
+
+    def noted(folder: pathlib.Path, name: str, *others: Any, **more: Any) -> Any:
+        read.append(name)
+        return load(folder, name, *others, **more)
+
+    monkeypatch.setattr(loading, "_load_network", noted)
+    return read
+
+
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """An AutoencoderTiny with random weights that fits the toy pipeline; not to be written to."""
