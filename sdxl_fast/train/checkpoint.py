@@ -111,14 +111,22 @@ def save(folder: Path, parts: dict[str, Stateful], state: dict[str, Any], *, kee
         _put_aside(target)
         writing.rename(target)
         sync_names(folder)
-        whole_ones = [path for path in _found(folder) if _is_whole(path)]
-        for path in _found(folder):
-            if path not in whole_ones[-keep:]:
-                _put_aside(path)
-        for stale in folder.glob(".checkpoint-*"):
-            shutil.rmtree(stale, ignore_errors=True)
+        prune(folder, keep)
     distributed.barrier()
     return target
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all but the newest `keep` whole checkpoints, and what was left of writing or removing others.
+
+    `save` does; whoever resumes must too, for a process that was killed between the two halves of its last `save`.
+    """
+    whole_ones = [path for path in _found(folder) if _is_whole(path)]
+    for path in _found(folder):
+        if path not in whole_ones[-keep:]:
+            _put_aside(path)
+    for stale in folder.glob(".checkpoint-*"):
+        shutil.rmtree(stale, ignore_errors=True)
 
 
 def _put_aside(checkpoint: Path) -> None:

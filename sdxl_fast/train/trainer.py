@@ -98,7 +98,7 @@ def fit(task: Task, config: RunConfig, total: int, folder: Path, *, resume: bool
     """
     folder.mkdir(parents=True, exist_ok=True)
     torch.use_deterministic_algorithms(config.deterministic)
-    images = resumed = _restore(task, folder) if resume else 0
+    images = resumed = _restore(task, config, folder) if resume else 0
     device, monitor = config.torch_device, Monitor(folder / "sheets.jsonl")
     # On short sequences torch's CPU flash kernel is slower than the plain products: 92 against 129 images/s for the
     # embedded teacher (bf16, 16 tokens, one core).
@@ -189,11 +189,15 @@ def _look(task: Task, log: Log, monitor: Monitor, folder: Path, images: int) -> 
     log.warn(images, monitor.check(facts))
 
 
-def _restore(task: Task, folder: Path) -> int:
-    """Loads the newest checkpoint, if any, and drops metric lines written after it; the images it stands at."""
+def _restore(task: Task, config: RunConfig, folder: Path) -> int:
+    """Loads the newest checkpoint, if any, and drops metric lines written after it; the images it stands at.
+
+    Of older ones those go that a killed process had no time to remove.
+    """
     newest = checkpoint.latest(folder)
     images = 0 if newest is None else int(checkpoint.load(newest, task.parts)["images"])
     if distributed.is_first():
+        checkpoint.prune(folder, config.keep_checkpoints)
         for name in ("metrics.jsonl", "sheets.jsonl", "warnings.jsonl"):
             _drop_later_lines(folder / name, images)
     return images

@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
+from sdxl_fast.files import file_sha256
 from sdxl_fast.train import checkpoint
 from sdxl_fast.train.interruptions import STOP, clear_temporaries
 
@@ -94,10 +95,10 @@ def runs(processes: Any, recipe: Path, tmp_path: Path) -> Runs:
     return Runs(processes, recipe, tmp_path / "cache")
 
 
-def _weights(folder: Path) -> dict[str, bytes]:
-    """Every weight that a run left for others, and its last checkpoints."""
+def _weights(folder: Path) -> dict[str, str]:
+    """Every weight that a run left for others, and its last checkpoints, by their hashes."""
     files = [path for path in sorted(folder.rglob("*.safetensors")) if "latents" not in path.name]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
 def _newest_loads(unit: Path) -> int | None:
