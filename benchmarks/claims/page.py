@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks.claims.claims import Claim
-from benchmarks.claims.rules import METRICS, RULE, Results, judge, mean, spread, standard_error
+from benchmarks.claims.rules import METRICS, RULE, Results, Verdict, judge, mean, spread, standard_error
 from benchmarks.claims.variants import VARIANTS
 from sdxl_fast.eval.sheets import contact_sheet, to_pil
 from sdxl_fast.files import replacing
@@ -53,7 +53,7 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def table(claim: Claim, results: Results) -> list[str]:
-    """The claim's sides, one a line: means over seeds and, of several, their standard errors."""
+    """The claim's sides, one a line: means over seeds and, of several, their standard errors; the fastest's minutes."""
     header = ["", "what", "seeds", *(metric.title for metric in METRICS.values()), "D", "images", "minutes", "before"]
     lines = [_line(header), _line(["---", "---", *["---:"] * (len(header) - 2)])]
     for side in claim.sides:
@@ -62,11 +62,21 @@ def table(claim: Claim, results: Results) -> list[str]:
         if not rows:
             lines.append(_line([side, about, "0", *["–"] * (len(header) - 3)]))
             continue
-        minutes = mean([row["trained_seconds"] for row in rows]) / 60.0
+        minutes = min(row["trained_seconds"] for row in rows) / 60.0
         accuracies = zip(*(row["d_accuracy"] for row in rows), strict=True)
         accuracy = " → ".join(f"{mean(values):.2f}" for values in accuracies)
         costs = [accuracy or "–", f"{rows[0]['trained_images']:,}", f"{minutes:.1f}", f"{rows[0]['images_before']:,}"]
         lines.append(_line([side, about, str(len(rows)), *(_cell(name, rows) for name in METRICS), *costs]))
+    return lines
+
+
+def summary(claims: Sequence[Claim], verdicts: Mapping[str, Verdict]) -> list[str]:
+    """Every claim on a line, with what each of its comparisons came to."""
+    lines = [_line(["claim", "verdict", "compared"]), _line(["---"] * 3)]
+    for claim in claims:
+        verdict = verdicts[claim.name]
+        found = ", ".join(word.removesuffix(" that counts") for word in verdict.found)
+        lines.append(_line([f"[{claim.says}](#{claim.name})", verdict.word, found or "–"]))
     return lines
 
 
@@ -105,13 +115,16 @@ def write(claims: Sequence[Claim], out: Path) -> str:
         "",
         f"Of {len(claims)} claims: {counts}.",
         "",
+        *summary(claims, verdicts),
+        "",
         f"Made by `python -m benchmarks.claims`. {RULE} {_spreads(results)}",
         "",
         "Top-5, KID excess, sharpness and diversity as `sdxl-fast eval` has them; grain: deviation of the Laplacian in "
         "the quietest quarter of a picture, in levels of 255; flow: root mean square distance to where the checkpoint "
         "that taught ends from the same noise; D: accuracy of the last discriminator, before and after the student's "
         "training (0.50 is chance: it sees no difference and says nothing); images and minutes: of training, without "
-        "what came before; before: the images of that since the base model.",
+        "what came before, the fastest seed's, on a machine that had other work at times; before: the images of what "
+        "came before, since the base model.",
         "",
         f"Machine: {_machine(files)}.",
     ]

@@ -72,11 +72,15 @@ class Outcome:
         """Whether it is as claimed."""
         return self.sign > 0 or (self.sign == 0 and not self.comparison.strict)
 
+    @property
+    def word(self) -> str:
+        """How the first side is, beside the second."""
+        return {1: "better", 0: "no difference that counts", -1: "worse"}[self.sign]
+
     def __str__(self) -> str:
         metric = METRICS[self.comparison.metric]
-        verdict = {1: "better", 0: "no difference that counts", -1: "worse"}[self.sign]
         numbers = f"{metric.show(self.first)} against {metric.show(self.second)} ± {metric.show(self.error)}"
-        return f"{metric.title} {numbers} ({self.comparison.first}, {self.comparison.second}): {verdict}"
+        return f"{metric.title} {numbers} ({self.comparison.first}, {self.comparison.second}): {self.word}"
 
 
 def mean(values: Sequence[float]) -> float:
@@ -135,10 +139,11 @@ def compare(comparison: Comparison, results: Results) -> Outcome | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is "reproduces", "does not reproduce" or "not run"."""
+    """`word` is "reproduces", "does not reproduce" or "not run"; `found` has a word for each comparison."""
 
     word: str
     sentence: str
+    found: tuple[str, ...] = ()
 
 
 def judge(claim: Claim, results: Results) -> Verdict:
@@ -155,7 +160,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if seeds < len(claim.seeds):
         count += f" of {len(claim.seeds)}"
     reasons = "; ".join(map(str, found))
-    return Verdict(word, f"**{word[0].upper()}{word[1:]}** ({count}): {claim.says} ({claim.source}). {reasons}.")
+    sentence = f"**{word[0].upper()}{word[1:]}** ({count}): {claim.says} ({claim.source}). {reasons}."
+    return Verdict(word, sentence, tuple(outcome.word for outcome in found))
 
 
 def _of(comparison: Comparison) -> tuple[str, str]:

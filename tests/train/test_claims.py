@@ -175,6 +175,7 @@ def test_claims_are_run_written_and_not_run_twice(workshop: Workshop, tmp_path: 
     assert f"{len(CLAIMS) - 1} not run" in text and "**Not run**: ADD needs" in text
     assert "![blur](sheets/blur.png)" in page.write(CLAIMS, out)
     assert "| four-mse@4 | LoRA, MSE to the teacher | 1 |" in text
+    assert f"| [{CLAIMS[-1].says}](#{CLAIMS[-1].name}) | not run | – |" in text
 
     trainings.clear()
     again = Workshop(_options(tmp_path))
