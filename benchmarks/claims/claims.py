@@ -6,10 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 THREE_SEEDS, ONE_SEED = (0, 1, 2), (0,)
-FROM_NOTHING = (
-    "Twenty minutes from random weights are far from convergence (top-5 by chance is 0.012): this says how far each "
-    "gets in them."
-)
+FROM_NOTHING = "Twenty minutes from random weights are far from convergence; top-5 by chance is 0.012."
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,9 @@ def write(claims: Sequence[Claim], out: Path) -> str:
         if verdicts[claim.name].word != "not run":
             _write_sheet(claim, files, out)
     words = [verdict.word for verdict in verdicts.values()]
-    told = {"reproduces": "reproduce", "does not reproduce": "do not", "not run": "not run"}
-    counts = ", ".join(f"{words.count(word)} {said}" for word, said in told.items())
+    told = {"reproduces": "reproduce", "does not reproduce": "do not"}
+    order = (*told, "not decided", "not run")
+    counts = ", ".join(f"{words.count(word)} {told.get(word, word)}" for word in order if word in words)
     scales = sorted({file["scale"] for file in files} - {1.0})
     lines = [
         "# The papers' claims on the embedded model",

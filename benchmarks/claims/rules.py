@@ -22,9 +22,11 @@ RULE = (
     "over seeds as a share of the value, pooled over all that was trained with several (over the root of the seeds); "
     "and that of measuring, the jackknife of the difference over blocks of prompts, of which both sides have the same "
     "from the same noise. A claim *reproduces* when every difference it names counts and has its sign; one of being no "
-    "worse, when none counts against it. Otherwise it *does not*."
+    "worse, when none counts against it. Otherwise it *does not*. It is *not decided* where both sides of a comparison "
+    "are found by their prompts (top-5) in less than 5 % of the cases: such pictures show nothing of what was asked."
 )
 TIMES_ERROR = 2.0
+SHOWN = 0.05  # of top-5
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,9 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a comparison came to; `gain` is in favour of what is claimed, `error` its own."""
+    """What a comparison came to; `gain` is in favour of what is claimed, `error` its own; `blank`: neither side shows
+    what was asked.
+    """
 
     comparison: Comparison
     first: float
@@ -61,6 +65,7 @@ class Outcome:
     gain: float
     error: float
     seeds: int
+    blank: bool
 
     @property
     def sign(self) -> int:
@@ -75,6 +80,8 @@ class Outcome:
     @property
     def word(self) -> str:
         """How the first side is, beside the second."""
+        if self.blank:
+            return "neither shows what was asked"
         return {1: "better", 0: "no difference that counts", -1: "worse"}[self.sign]
 
     def __str__(self) -> str:
@@ -134,12 +141,13 @@ def compare(comparison: Comparison, results: Results) -> Outcome | None:
         gain=first - second if METRICS[metric].better == "higher" else second - first,
         error=math.hypot(training, measuring_error(metric, pairs)),
         seeds=len(common),
+        blank=all(row.get("top5") is not None and row["top5"] < SHOWN for pair in pairs for row in pair),
     )
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`word` is "reproduces", "does not reproduce" or "not run"; `found` has a word for each comparison."""
+    """`word` is "reproduces", "does not reproduce", "not decided" or "not run"; `found` has a word per comparison."""
 
     word: str
     sentence: str
@@ -155,6 +163,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
         missing = sorted(side for side in sides if not results.get(side)) or sorted(sides)
         return Verdict("not run", f"**Not run**: {claim.says} ({claim.source}). Missing: {', '.join(missing)}.")
     word = "reproduces" if all(outcome.holds for outcome in found) else "does not reproduce"
+    if any(outcome.blank for outcome in found):
+        word = "not decided"
     seeds = min(outcome.seeds for outcome in found)
     count = f"{seeds} seed{'s' if seeds != 1 else ''}"
     if seeds < len(claim.seeds):

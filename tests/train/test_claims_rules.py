@@ -104,6 +104,15 @@ def test_one_comparison_that_fails_is_enough() -> None:
     assert judge(claim, rows | {"c@4": _rows(0.5)}).word == "reproduces"
 
 
+def test_pictures_that_show_nothing_decide_nothing() -> None:
+    def rows(sharpness: float, top5: float) -> dict[int, dict[str, Any]]:
+        return {seed: {**row, "top5": top5} for seed, row in _rows(sharpness).items()}
+
+    blank = judge(_claim(SHARP), {"a@4": rows(1.0, 0.01), "b@4": rows(0.5, 0.0)})
+    assert blank.word == "not decided" and blank.found == ("neither shows what was asked",)
+    assert judge(_claim(SHARP), {"a@4": rows(1.0, 0.6), "b@4": rows(0.5, 0.0)}).word == "reproduces"
+
+
 def test_what_was_not_run_is_said_to_be() -> None:
     claim = _claim(SHARP, seeds=(0, 1, 2))
     verdict = judge(claim, {"a@4": _rows(1.0)})
