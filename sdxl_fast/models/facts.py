@@ -133,6 +133,11 @@ class Facts:
         return facts
 
 
+def architecture_of(*, shrunken: bool) -> str:
+    """ModelSpec's name of a model of SDXL's architecture, `shrunken` if not of its size."""
+    return f"{SDXL_ARCHITECTURE}-shrunken" if shrunken else SDXL_ARCHITECTURE
+
+
 def place_name(path: str | Path) -> str:
     """What a file or folder is called where it was asked for.
 

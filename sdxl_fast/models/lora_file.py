@@ -28,7 +28,7 @@ from typing import Any, get_args
 import torch
 
 from ..errors import ModelError
-from .facts import NUM_STEPS_KEY, SDXL_ARCHITECTURE
+from .facts import NUM_STEPS_KEY, architecture_of
 from .lora_names import Dialect, key_names, resolver
 from .weights import Lazy, converted, listing, open_weights, write_weights
 
@@ -73,7 +73,7 @@ class LoraFile:
     @property
     def architecture(self) -> str:
         """ModelSpec's name of the base."""
-        return f"{SDXL_ARCHITECTURE}-shrunken" if self.shrunken else SDXL_ARCHITECTURE
+        return architecture_of(shrunken=self.shrunken)
 
     @property
     def shrunken(self) -> bool:

@@ -19,7 +19,7 @@ from ..errors import ModelError
 from ..text import one_line
 from . import facts as fact_names
 from .config import scheduler_arguments, vae_scale_factor
-from .facts import SDXL_ARCHITECTURE, Facts, scheduler_config, scheduler_text
+from .facts import Facts, architecture_of, scheduler_config, scheduler_text
 from .lora import check_pair, find_loras
 from .lora_file import LoraFile, read_lora_file
 from .networks import CONV_IN, NETWORKS, check_shapes, is_sdxl, parameter_shapes, sdxl_configs
@@ -65,7 +65,7 @@ class Model:
     @property
     def architecture(self) -> str:
         """ModelSpec's name of it."""
-        return f"{SDXL_ARCHITECTURE}-shrunken" if self.shrunken else SDXL_ARCHITECTURE
+        return architecture_of(shrunken=self.shrunken)
 
     @property
     def shrunken(self) -> bool:
