@@ -17,16 +17,18 @@ Row = Mapping[str, Any]
 Results = Mapping[str, Mapping[int, Row]]
 """The rows of the report by side, "variant@steps", and seed."""
 
+TIMES_ERROR = 2.0
+SHOWN = 0.05  # of top-5
+
 RULE = (
     "A difference counts when it exceeds twice its error, of two parts added in squares: that of training, the spread "
     "over seeds as a share of the value, pooled over all that was trained with several (over the root of the seeds); "
     "and that of measuring, the jackknife of the difference over blocks of prompts, of which both sides have the same "
     "from the same noise. A claim *reproduces* when every difference it names counts and has its sign; one of being no "
     "worse, when none counts against it. Otherwise it *does not*. It is *not decided* where both sides of a comparison "
-    "are found by their prompts (top-5) in less than 5 % of the cases: such pictures show nothing of what was asked."
+    f"are found by their prompts (top-5) in less than {100 * SHOWN:g} % of the cases: such pictures "
+    "show nothing of what was asked."
 )
-TIMES_ERROR = 2.0
-SHOWN = 0.05  # of top-5
 
 
 @dataclass(frozen=True)
